@@ -1,1 +1,33 @@
+"""Functional networks in language models: find them by ICA, turn them into neuron masks, ablate, keep or amplify those neurons.
+
+Every public name can be imported from here; its module is loaded when the name is first used, so that `import llmfact_nb` alone is instant and imports no torch."""
+
 __version__ = "0.1.0"
+
+_NAMES = {
+    "resources": "load_model load_texts load_labelled load_cloze fetch",
+    "sites": "NeuronSite NeuronSites neuron_sites",
+    "activations": "Activations capture",
+    "ica": "ICA",
+    "masks": "NeuronMask apply_mask_and_average apply_mask_any",
+    "networks": "FunctionalNetworks iou match_networks",
+    "masked_model": "MaskedModel",
+    "connectivity": "network_time_courses functional_connectivity",
+    "evaluate": "perplexity paired_difference label_accuracy cloze_accuracy",
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name):
+    import importlib
+
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # the next access does not come here
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -59,6 +59,29 @@ class Activations:
         i = self.depths.index(layer)
         start = sum(self.widths[:i])
         return self.values[:, start : start + self.widths[i]]
+
+    def of_text(
+        self,
+        text: int,  # index of the text in the list given to `capture`
+    ) -> "Activations":
+        "Return the rows of one text, without copying. Raises ValueError if the text has none."
+        rows = (self.text_ids == text).nonzero()[:, 0]
+        if not len(rows):
+            raise ValueError(f"text={text} has no tokens here; texts 0 to {int(self.text_ids.max())} were captured.")
+        part = slice(int(rows[0]), int(rows[-1]) + 1)  # a text's rows stand together
+        return replace(self, **{k: getattr(self, k)[part] for k in ("values", "text_ids", "positions", "token_ids", "sinks")})
+
+    def variance_share(
+        self,
+        rows: torch.Tensor,  # (T,) bool, some of the tokens
+    ) -> float:
+        "Return the share of the centred variance, summed over neurons, that these tokens hold."
+        held = total = 0.0
+        for d in self.depths:
+            x = self.layer(d).float()
+            squares = (x - x.mean(0)).square_().sum(1).double()
+            held, total = held + float(squares[rows].sum()), total + float(squares.sum())
+        return held / total if total else 0.0
 
     def moments(
         self,

@@ -11,8 +11,9 @@ __all__ = ['OKABE_ITO', 'LINE_COLOURS', 'ARM_COLOURS', 'DIVERGING', 'PAPER', 'GR
 import math
 import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,27 @@ def style() -> Iterator[None]:
     finally:
         mpl.interactive(interactive)
 
-# %% ../nbs/11_figures.ipynb #f732b498
+# %% ../nbs/11_figures.ipynb #6ba20f19
+def _styled(draw: Callable) -> Callable:
+    "Let a figure function run in the package's style, its ticks included."
+
+    @wraps(draw)
+    def styled(*args, **kwargs):
+        from matplotlib import rcParams
+
+        with style():
+            drawn = draw(*args, **kwargs)
+            for ax in drawn.axes if isinstance(drawn.axes, list) else [drawn, *drawn.child_axes]:  # of a Figure, or of one Axes
+                for axis in (ax.xaxis, ax.yaxis):
+                    if "labelsize" not in axis.get_tick_params():  # otherwise the user's size decides how many ticks there is room for
+                        axis.set_tick_params(which="both", labelsize=rcParams[f"{axis.axis_name}tick.labelsize"])
+                    axis.get_major_ticks()
+                    axis.get_minor_ticks()
+        return drawn
+
+    return styled
+
+# %% ../nbs/11_figures.ipynb #0f2d2019
 def _array(values, name: str, ndim: int) -> np.ndarray:
     "`values` (tensor, array, frame, lists) as a numpy array of rank `ndim`, or a ValueError that names the argument."
     if hasattr(values, "detach"):
@@ -77,6 +98,11 @@ def _drawable(text, longest: int = 60) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
+def _n_units(few: int, many: int | None = None) -> str:
+    "`few` units, or from `few` to `many`."
+    return f"{few:,} unit{'' if few == 1 else 's'}" if many in (None, few) else f"{few:,}–{many:,} units"
+
+
 def _axes(ax, size: tuple[float, float]):
     "The caller's axes, or new ones of `size` inches."
     import matplotlib.pyplot as plt
@@ -90,7 +116,7 @@ def _figure(fig, size: tuple[float, float]):
 
     return fig if fig is not None else plt.figure(figsize=size, layout="constrained")
 
-# %% ../nbs/11_figures.ipynb #96b203f2
+# %% ../nbs/11_figures.ipynb #178e943a
 def _patches(ax, x: float, y: float, rows: int, columns: int, width: float, height: float, colours, gap: int = 0) -> None:
     "A small table of coloured cells with its lower left corner at (x, y); a white line after every `gap` columns."
     from matplotlib.patches import Rectangle
@@ -127,8 +153,8 @@ def _scheme_model(ax, x: float) -> None:
             if off:
                 ax.plot(*centre, marker="x", markersize=4, markeredgewidth=1.1, color=OKABE_ITO["vermillion"])
 
-# %% ../nbs/11_figures.ipynb #fd27794d
-@style()
+# %% ../nbs/11_figures.ipynb #2b8b9f2e
+@_styled
 def plot_scheme(
     ax=None,  # axes to draw on; None makes a figure of 7.2 x 1.75 inches
 ):
@@ -168,7 +194,7 @@ def _scheme_labels(ax, step: float, size: float) -> None:
     ax.set_title("From texts to a masked model")
     ax.axis("off")
 
-# %% ../nbs/11_figures.ipynb #b74b5ff8
+# %% ../nbs/11_figures.ipynb #942856bf
 def _layers(widths, depths, n: int, name: str) -> tuple[list[int], list]:
     "Checked `widths` and the layer number of each row."
     widths = [int(w) for w in widths]
@@ -211,11 +237,11 @@ def _layer_dots(ax, chosen: np.ndarray, z: np.ndarray, widths: list[int]) -> Non
     layer = np.repeat(np.arange(len(widths)), widths)[chosen]
     unit = np.concatenate([np.arange(w) for w in widths])[chosen]
     _strips(ax, widths)
-    size = 6.0 if chosen.sum() <= 1000 else 2.0 if chosen.sum() <= 5000 else 0.5
+    size = 7.0 if chosen.sum() <= 1000 else 2.0 if chosen.sum() <= 5000 else 0.5
     ax.scatter(unit, layer, s=size, c=np.where(z[chosen] >= 0, OKABE_ITO["vermillion"], OKABE_ITO["blue"]), linewidths=0, zorder=2)
 
-# %% ../nbs/11_figures.ipynb #b1ed8e7f
-@style()
+# %% ../nbs/11_figures.ipynb #356a9b42
+@_styled
 def plot_maps(
     maps,  # z-scores (k, N), layers side by side in order of depth
     widths: Sequence[int],  # units per layer, sum N; layers may differ
@@ -242,6 +268,7 @@ def plot_maps(
     if masks is not None and len(masks) != len(maps):
         raise ValueError(f"masks has {len(masks)} entries, maps has {len(maps)}; expected one mask for each map.")
     beside = masks is not None or threshold is not None
+    chosen = {j: _flat(masks[j], maps.shape[1]) if masks is not None else np.abs(maps[j]) >= threshold for j in networks if beside}
     n_rows, n_columns = (len(networks), 2) if beside else (math.ceil(len(networks) / 2), min(2, len(networks)))
     fig = _figure(fig, (7.2, 1.45 * n_rows + 1.1))
     axes = fig.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
@@ -250,9 +277,8 @@ def plot_maps(
         image = _layer_image(ax, maps[j], widths, floor, limit)
         ax.set_title(f"network {j}: map")
         if beside:
-            chosen = _flat(masks[j], maps.shape[1]) if masks is not None else np.abs(maps[j]) >= threshold
-            _layer_dots(axes[i, 1], chosen, maps[j], widths)
-            axes[i, 1].set_title(f"network {j}: {chosen.sum():,} units selected ({chosen.mean():.2%})")
+            _layer_dots(axes[i, 1], chosen[j], maps[j], widths)
+            axes[i, 1].set_title(f"network {j}: {_n_units(chosen[j].sum())} selected ({chosen[j].mean():.2%})")
     for ax in axes.flat[len(networks) * (2 if beside else 1) :]:
         ax.axis("off")
     _label_layers(fig, axes, image, widths, depths, floor, limit, threshold)
@@ -270,14 +296,14 @@ def _label_layers(fig, axes, image, widths, depths, floor, limit, threshold) -> 
     bar.set_label(f"most extreme z in each cell (blank: |z| < {floor:g}; colours end at ±{limit:g}{cut})")
     bar.outline.set_linewidth(0.5)
 
-# %% ../nbs/11_figures.ipynb #3dfbb042
+# %% ../nbs/11_figures.ipynb #04bd663b
 def _counts(value) -> np.ndarray:
     "Per-layer counts from a mask, a sequence, or the text form of the results table ('3 0 12')."
     value = getattr(value, "counts", value)
     return _array([int(c) for c in value.split()] if isinstance(value, str) else value, "counts", 1)
 
 
-@style()
+@_styled
 def plot_units_per_layer(
     counts,  # name -> per-layer counts (numbers, a mask with .counts, or the text of a results table); or one of these without a name
     widths: Sequence[int],  # units per layer
@@ -287,12 +313,13 @@ def plot_units_per_layer(
     "Draw how many units of each layer are selected, as share and count, and return the Axes. Raises ValueError if counts and widths differ in length."
     counts = {name: _counts(c) for name, c in (counts if isinstance(counts, Mapping) else {"selected": counts}).items()}
     widths, depths = _layers(widths, depths, sum(int(w) for w in widths), "counts")
-    ax = _axes(ax, (7.2, 2.8))
-    for i, (name, c) in enumerate(counts.items()):
+    for name, c in counts.items():
         if len(c) != len(widths):
             raise ValueError(f"counts[{name!r}] has {len(c)} layers, widths has {len(widths)}; expected one count for each layer.")
+    ax = _axes(ax, (7.2, 2.8))
+    for i, (name, c) in enumerate(counts.items()):
         colour = ARM_COLOURS.get(name, LINE_COLOURS[i % len(LINE_COLOURS)])
-        ax.plot(depths, 100 * c / np.asarray(widths), color=colour, marker="osD^vPX"[i % 7], markersize=4, label=f"{_drawable(name)}: {c.sum():,} units")
+        ax.plot(depths, 100 * c / np.asarray(widths), color=colour, marker="osD^vPX"[i % 7], markersize=4, label=f"{_drawable(name)}: {_n_units(c.sum())}")
     ax.set(xlabel="layer (depth in the model)", ylabel="selected units, % of the layer", xlim=(min(depths) - 0.5, max(depths) + 0.5))
     ax.set_ylim(0, (ax.dataLim.y1 or 1.0) * (1.06 + 0.12 * math.ceil(len(counts) / 3)))  # head room for the legend
     ax.set_title(f"Selected units by depth ({len(widths)} layers, {sum(widths):,} neurons)")
@@ -303,7 +330,7 @@ def plot_units_per_layer(
     ax.legend(loc="upper left", ncols=3)
     return ax
 
-# %% ../nbs/11_figures.ipynb #b59c1bf6
+# %% ../nbs/11_figures.ipynb #e674fdad
 DAMAGE_COLUMNS = ("condition", "arm", "seed", "units", "damage", "ci_low", "ci_high", "broken")
 
 
@@ -311,7 +338,7 @@ def _damage_row(ax, row: int, part, colour: str) -> None:
     "The seeds of one arm under one condition, spread a little so that their intervals can be seen."
     y = row + (np.linspace(-0.26, 0.26, len(part)) if len(part) > 1 else np.zeros(1))
     ax.hlines(y, part["ci_low"].astype(float), part["ci_high"].astype(float), color=colour, linewidth=1.3, zorder=3)
-    broken, damage = part["broken"].astype(bool).to_numpy(), part["damage"].to_numpy(dtype=float)
+    broken, damage = (part["broken"].astype(str) == "True").to_numpy(), part["damage"].to_numpy(dtype=float)
     ax.scatter(damage[~broken], y[~broken], s=14, color=colour, zorder=4, linewidths=0)
     ax.scatter(damage[broken], y[broken], s=28, color=colour, zorder=4, marker="x", linewidths=1.6)
     if len(part) > 1:
@@ -337,12 +364,11 @@ def _damage_scale(axes, frame) -> None:
         low, high = low - 0.04 * (high - low), high + 0.06 * (high - low)
     axes[0, 0].set_xlim(low, high)
 
-# %% ../nbs/11_figures.ipynb #ea0e6b3c
+# %% ../nbs/11_figures.ipynb #e37d1d06
 def _arm_label(part, arm: str) -> str:
     "The arm with its number of units and seeds, over all conditions."
-    few, many = int(part["units"].min()), int(part["units"].max())
     seeds = int(part.groupby("condition", dropna=False).size().max())
-    return f"{_drawable(arm, 24)}\n{few:,}" + (f"–{many:,}" if many > few else "") + " units" + (f", {seeds} seeds" if seeds > 1 else "")
+    return f"{_drawable(arm, 24)}\n{_n_units(int(part['units'].min()), int(part['units'].max()))}" + (f", {seeds} seeds" if seeds > 1 else "")
 
 
 def _damage_legend(fig) -> None:
@@ -357,7 +383,7 @@ def _damage_legend(fig) -> None:
     ])  # fmt: skip
 
 
-@style()
+@_styled
 def plot_damage(
     results,  # results table (frame or list of dicts), one row per arm and seed; needs condition, arm, seed, units, damage, ci_low, ci_high, broken
     fig=None,  # figure to draw on
@@ -368,7 +394,7 @@ def plot_damage(
     frame = pd.DataFrame(results)
     if missing := [c for c in DAMAGE_COLUMNS if c not in frame]:
         raise ValueError(f"results lacks the columns {missing}; expected {list(DAMAGE_COLUMNS)} and found {list(frame.columns)}.")
-    frame = frame[frame["arm"] != "unmasked"]
+    frame = frame[frame["arm"] != "unmasked"].assign(condition=lambda f: f["condition"].fillna("").astype(str))
     if frame.empty:
         raise ValueError("results holds no arm besides 'unmasked'; expected at least one masked arm to draw.")
     arms, conditions = list(dict.fromkeys(frame["arm"])), list(dict.fromkeys(frame["condition"]))
@@ -395,8 +421,8 @@ def plot_damage(
     _damage_legend(fig)
     return fig
 
-# %% ../nbs/11_figures.ipynb #5a924204
-@style()
+# %% ../nbs/11_figures.ipynb #e98bf971
+@_styled
 def plot_time_courses(
     time_courses,  # (T, k), any unit
     tokens: Sequence[str] | None = None,  # the T tokens as text; drawn below the axis when at most 64 are shown
@@ -425,8 +451,8 @@ def plot_time_courses(
     ax.set(xlim=(-0.5, n - 0.5), ylim=(len(networks) - 0.4, -0.6), xlabel=f"token, first {n:,} of {len(values):,}")
     ax.set_title("Network time courses (each scaled to its own peak)", pad=14)
     if tokens is not None and n <= 64:
-        ax.set_xticks(range(n), [_drawable(t.strip(" ") or "␣", 12) for t in tokens[:n]], rotation=90, fontsize=6.5, parse_math=False)
-        ax.tick_params(axis="x", length=2)
+        ax.set_xticks(range(n), [_drawable(t.strip(" ") or "␣", 12) for t in tokens[:n]], rotation=90, parse_math=False)
+        ax.tick_params(axis="x", length=2, labelsize=6.5)
     if text_ids is not None:
         _text_bands(ax, _array(text_ids, "text_ids", 1)[:n])
     return ax
@@ -441,8 +467,8 @@ def _text_bands(ax, text_ids: np.ndarray) -> None:
         if end - start > 0.09 * len(text_ids):
             ax.text((start + end - 1) / 2, -0.72, f"text {text_ids[start]}", ha="center", va="center", fontsize=7.5, color=FAINT)
 
-# %% ../nbs/11_figures.ipynb #346d9a61
-@style()
+# %% ../nbs/11_figures.ipynb #fba26be6
+@_styled
 def plot_connectivity(
     C,  # correlations (k, k), between -1 and 1; nan is drawn grey
     labels: Sequence[str] | None = None,  # names of the k networks; None: their numbers
@@ -479,8 +505,8 @@ def plot_connectivity(
     bar.outline.set_linewidth(0.5)
     return ax
 
-# %% ../nbs/11_figures.ipynb #0932115c
-@style()
+# %% ../nbs/11_figures.ipynb #e77fe948
+@_styled
 def plot_stability(
     stability,  # (k,) one index per component, 1 is reproducible
     n_init: int | None = None,  # number of restarts behind the index, for the title
@@ -499,7 +525,7 @@ def plot_stability(
     return ax
 
 
-@style()
+@_styled
 def plot_convergence(
     convergence,  # (iterations, 4): percentiles 0, 50, 90 and 100 of 1 - |<w, w'>| over components
     tol: float | None = 1e-4,  # the tolerance the fit had to reach; None draws none
@@ -526,8 +552,8 @@ def plot_convergence(
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
 
-# %% ../nbs/11_figures.ipynb #8b596e19
-@style()
+# %% ../nbs/11_figures.ipynb #3b7e8ebd
+@_styled
 def plot_variance_share(
     share,  # cumulated share of the centred variance held by the r largest, r = 1..R, between 0 and 1; or name -> such an array
     of: str = "tokens",  # what was ranked
@@ -550,7 +576,7 @@ def plot_variance_share(
         ax.legend(loc="lower right")
     return ax
 
-# %% ../nbs/11_figures.ipynb #619f895a
+# %% ../nbs/11_figures.ipynb #276dfd17
 def save_figure(
     fig,  # a Figure, or an Axes whose figure is meant
     path: str | os.PathLike,  # png file to write
