@@ -22,7 +22,8 @@ from .evaluate import EvalSet, Perplexity, paired_difference, perplexity
 from .files import load_tensors, read_json, save_tensors, write_json
 from .masked_model import MaskedModel
 from .masks import NeuronMask, score_match
-from .networks import FunctionalNetworks
+from .networks import TAILS, FunctionalNetworks
+from .sites import SITES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +51,25 @@ class Settings:
     fit_length: int = 256  # tokens taken of each text, at most
     eval_texts: int = 16  # held-out texts
     eval_length: int = 96  # tokens scored of each, at most
+
+    def __post_init__(self):
+        for name, accepted in (("site", SITES), ("kind", ("temporal", "spatial")), ("exclude", (None, "first", "sinks")), ("tail", TAILS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; accepted: {', '.join(map(repr, accepted))}.")
+        for name in ("n_components", "n_init", "control_seeds", "fit_tokens", "fit_length", "eval_texts", "eval_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; give at least 1.")
+        if (self.alpha is None) == (self.fraction is None):
+            raise ValueError(f"alpha={self.alpha!r}, fraction={self.fraction!r}: give exactly one of them.")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"alpha={self.alpha!r} is not accepted; give a positive number of standard deviations, such as 1.96.")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction={self.fraction!r} is not accepted; give a share of all units, above 0 and up to 1.")
+
+    @property
+    def key_rule(self) -> dict:
+        "The arguments of `FunctionalNetworks.key_neurons`."
+        return {"alpha": self.alpha, "tail": self.tail, "fraction": self.fraction}
 
 
 PRESETS: dict[str, Settings] = {
@@ -83,29 +103,31 @@ class Arm:
         return ~self.mask if self.keep else self.mask
 
 
+_BINS = 100  # variance bins per layer for the matched controls
+
+
 def key_arms(
     networks: FunctionalNetworks,  # fitted
     variance: torch.Tensor,  # (N,) variance of each neuron over the tokens of the fit, for the matched controls
     settings: Settings,  # key rule and number of control seeds
 ) -> list[Arm]:
-    "Return the key neurons' arm with all its controls."
-    rule = {"alpha": settings.alpha, "tail": settings.tail, "fraction": settings.fraction}
-    key = networks.key_neurons(**rule)
+    "Return the key neurons' arm with all its controls: layer-matched, layer- and variance-matched (disjoint from the key neurons, and from all), top variance, PCA, keep, all off."
+    key = networks.key_neurons(**settings.key_rule)
     seeds = range(settings.control_seeds)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        matched = [Arm("matched random", key.matched_random(s, score=variance), s) for s in seeds]
-    for w in {str(w.message): w for w in said}.values():  # the draws of all seeds say the same: once is enough
-        warnings.warn(w.message, w.category, stacklevel=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the draws would say of their match, `match_facts` measures
+        matched = [
+            Arm(name, key.matched_random(s, score=variance, bins=_BINS, disjoint=name == "matched random"), s) for name in ("matched random", "matched shuffle") for s in seeds
+        ]
     random = [key.matched_random(s) for s in seeds]
     return [
         Arm("key", key),
         *(Arm("random", m, s) for s, m in zip(seeds, random)),
         *matched,
         Arm("top variance", key.matched_top(variance)),
-        Arm("PCA", networks.alternative("pca").key_neurons(**rule)),
+        Arm("PCA", networks.alternative("pca").key_neurons(**settings.key_rule)),
         Arm("keep key", key, keep=True),
-        *(Arm("keep random", m, s, keep=True) for s, m in zip(seeds, random)),
+        Arm("keep random", random[0], 0, keep=True),
         Arm("all off", NeuronMask.full(key.widths, key.site, key.depths)),
     ]
 
@@ -236,12 +258,13 @@ def find_networks(
     ).fit(acts)
     mean, _ = acts.moments()
     _, variance = acts.moments(networks.rows_)
-    return Found(networks, mean, variance, _facts(acts, networks, settings, len(chosen)))
+    about = {"model type": getattr(model.config, "model_type", type(model).__name__), "parameters": sum(p.numel() for p in model.parameters())}
+    return Found(networks, mean, variance, about | _facts(acts, networks, settings, len(chosen)))
 
 
 def _facts(acts: Activations, networks: FunctionalNetworks, settings: Settings, n_texts: int) -> dict:
     "Numbers that say what the networks rest on."
-    key = networks.key_neurons(alpha=settings.alpha, tail=settings.tail, fraction=settings.fraction)
+    key = networks.key_neurons(**settings.key_rule)
     everything = acts.moments(torch.ones_like(acts.sinks))[1]
     used = acts.moments(networks.rows_)[1]
     top = max(1, acts.n_neurons // 1000)
@@ -294,8 +317,9 @@ def run_experiment(
         statistics, _ = load_tensors(parts / "statistics.safetensors", "statistics")
         found = Found(FunctionalNetworks.load(found_at), statistics["mean"], statistics["variance"], read_json(facts_at))
     else:
+        fit_texts = texts("fit")  # an unknown text set is refused before the model is loaded
         model, tokenizer = load()
-        found = find_networks(model, tokenizer, texts("fit"), settings, progress)
+        found = find_networks(model, tokenizer, fit_texts, settings, progress)
         save_tensors(parts / "statistics.safetensors", {"mean": found.mean, "variance": found.variance}, "statistics")
         found.networks.save(found_at)
         write_json(facts_at, found.facts)  # last: its presence says that the others are whole
@@ -315,7 +339,11 @@ def match_facts(
     arms: Sequence[Arm],  # with an arm "key"
     variance: torch.Tensor,  # (N,) the score that was matched
 ) -> dict:
-    "Return how close the variance-matched controls come to the key neurons: ratio of the summed variances and overlap, mean over seeds."
+    "Return how close the variance-matched controls come to the key neurons (`score_match`: mean log ratio, ratio of the sums, overlap), mean over seeds."
     key = next(a.mask for a in arms if a.name == "key")
-    matches = [score_match(key, a.mask, variance) for a in arms if a.name == "matched random"]
-    return {k: sum(m[k] for m in matches) / len(matches) for k in ("sum_ratio", "overlap")} if matches and key.n else {}
+    out = {}
+    for name in ("matched random", "matched shuffle"):
+        matches = [score_match(key, a.mask, variance) for a in arms if a.name == name] if key.n else []
+        means = {k: sum(m[k] for m in matches) / len(matches) for k in ("log_ratio", "sum_ratio", "overlap") if matches}
+        out[name] = {k: v if v == v else None for k, v in means.items()}  # JSON knows no nan
+    return out

@@ -84,7 +84,7 @@ def _array(values, name: str, ndim: int) -> np.ndarray:
         values = values.float() if values.is_floating_point() else values  # numpy has no bfloat16
     array = np.asarray(values)
     if array.ndim != ndim or array.size == 0:
-        raise ValueError(f"{name} has shape {array.shape}; expected {ndim} axes, none of them empty. Pass the whole table, not a part of it.")
+        raise ValueError(f"{name} has shape {array.shape}; expected {ndim} axes, none of them empty.")
     return array
 
 
@@ -512,8 +512,10 @@ def plot_stability(
     n_init: int | None = None,  # number of restarts behind the index, for the title
     ax=None,  # axes to draw on
 ):
-    "Draw the stability of every component over restarts and return the Axes."
+    "Draw the stability of every component over restarts and return the Axes. Raises ValueError if it is unknown, as after a single start."
     values = _array(stability, "stability", 1).astype(float)
+    if np.isnan(values).all():
+        raise ValueError("stability is nan for every component: it takes several starts to know it. Fit with n_init=10, or leave this figure out.")
     ax = _axes(ax, (7.2, 2.4))
     ax.vlines(range(len(values)), 0, values, color=GRID, linewidth=2)
     ax.scatter(range(len(values)), values, s=22, color=OKABE_ITO["blue"], zorder=3, linewidths=0)

@@ -293,16 +293,20 @@ CONTRASTS = {"logcosh": _logcosh, "cube": _cube, "exp": _exp}  # each turns Y in
 def decorrelate(
     W: torch.Tensor,  # (..., k, k)
 ) -> torch.Tensor:
-    "The orthogonal matrix nearest to each W: (W W^T)^(-1/2) W. By eigenvectors on a CPU, by Newton-Schulz steps elsewhere, which need no word from the host."
+    "The orthogonal matrix nearest to each W, (W W^T)^(-1/2) W: by eigenvectors on a CPU, by Newton-Schulz steps on a GPU, which then need not wait for the host."
+    if W.device.type != "cpu":
+        return _newton_schulz(W)
     A = W.double()
-    if A.device.type == "cpu":
-        values, V = torch.linalg.eigh(A @ A.mT)
-        A = (V * values.clamp_min(torch.finfo(A.dtype).tiny).rsqrt().unsqueeze(-2)) @ (V.mT @ A)
-    else:
-        # scaled so that no singular value is above 1; a step lifts small ones by half, and squares the distance of large ones from 1
-        A = A / (A.abs().sum(-1).amax(-1) * A.abs().sum(-2).amax(-1)).sqrt()[..., None, None]
-        for _ in range(40):
-            A = 1.5 * A - 0.5 * A @ (A.mT @ A)
+    values, V = torch.linalg.eigh(A @ A.mT)
+    return ((V * values.clamp_min(torch.finfo(A.dtype).tiny).rsqrt().unsqueeze(-2)) @ (V.mT @ A)).to(W.dtype)
+
+
+def _newton_schulz(W, steps=40):
+    "The same from matrix products alone. Scaled so that no singular value is above 1; a step lifts small ones by half and squares the distance of large ones from 1."
+    A = W.double()
+    A = A / (A.abs().sum(-1).amax(-1) * A.abs().sum(-2).amax(-1)).sqrt()[..., None, None]
+    for _ in range(steps):
+        A = 1.5 * A - 0.5 * A @ (A.mT @ A)
     return A.to(W.dtype)
 
 
@@ -497,10 +501,10 @@ class ICA:
             Z = (math.sqrt(data.T) * time if self.kind == "temporal" else math.sqrt(data.N) * neurons).T.contiguous()
             W, n_iter, history = fastica(Z, torch.as_tensor(starts).to(Z), self.fun, self.max_iter, self.tol)
         if data.n_constant:
-            warnings.warn(f"{data.n_constant:,} of {data.N:,} neurons are constant over the {data.T:,} tokens used; they were not scaled, and their maps are 0.", stacklevel=2)
+            warnings.warn(f"{data.n_constant:,} of {data.N:,} neurons are constant over the {data.T:,} tokens used; they were left unscaled and carry no weight.", stacklevel=2)
         self._set_convergence(n_iter, history)
-        W, self.stability_ = consensus(W) if self.n_init > 1 else (W[0], torch.full((self.n_components,), math.nan, dtype=torch.float64))
-        self._set_results(data, time, singular, neurons, W)
+        W, stability = consensus(W) if self.n_init > 1 else (W[0], torch.full((self.n_components,), math.nan))
+        self._set_results(data, time, singular, neurons, W, stability)
         if self.verbose:
             print(self.whitening_report_)
             print(f"FastICA: {self.n_iter_} iterations, {'' if self.converged_ else 'not '}converged; {self.explained_variance_ratio_.sum():.1%} of the variance in {self.n_components} components")
@@ -520,8 +524,10 @@ class ICA:
             raise ValueError(f"tol={self.tol!r}; expected a positive number.")
         if self._dtype() not in (torch.float32, torch.float64):
             raise ValueError(f"dtype={self.dtype!r}; expected torch.float32 or torch.float64.")
-        if self.w_init is not None and tuple(self.w_init.shape) != (self.n_components, self.n_components):
-            raise ValueError(f"w_init has the shape {tuple(self.w_init.shape)}; expected ({self.n_components}, {self.n_components}).")
+        if self.w_init is not None:
+            k, start = self.n_components, torch.as_tensor(self.w_init).double()
+            if start.shape != (k, k) or not torch.isfinite(start).all() or torch.linalg.matrix_rank(start) < k:
+                raise ValueError(f"w_init has the shape {tuple(start.shape)}; expected ({k}, {k}), finite and invertible.")
         return int(np.random.SeedSequence().generate_state(1)[0]) if self.random_state is None else int(self.random_state)
 
     def _dtype(self):
@@ -545,7 +551,7 @@ class ICA:
         k = self.n_components
         starts = np.random.RandomState(seed).normal(size=(self.n_init, k, k))
         if self.w_init is not None:
-            starts[0] = torch.as_tensor(self.w_init).cpu().numpy()
+            starts[0] = torch.as_tensor(self.w_init).detach().cpu().numpy()
         return starts
 
     def _sklearn(self, data, starts):
@@ -591,7 +597,7 @@ class ICA:
                 stacklevel=3,
             )
 
-    def _set_results(self, data, time, singular, neurons, W):
+    def _set_results(self, data, time, singular, neurons, W, stability):
         "Order, signs, and everything that is read off the rotation."
         temporal, d = self.kind == "temporal", singular.to(time)
         m = data.T if temporal else data.N
@@ -614,7 +620,7 @@ class ICA:
         self._unmixing = ((neurons * (math.sqrt(m) / d if temporal else 1 / math.sqrt(m))) @ rotation.T / data.scale[:, None]).cpu()
         self.maps_, self.rotation_, self.sign_ = maps.cpu(), rotation.cpu(), sign.cpu()
         self.mean_, self.scale_, self.singular_values_ = data.mean.cpu(), data.scale.cpu(), singular.cpu()
-        self.negentropy_, self.stability_ = gaussianity[order].cpu(), self.stability_[order.to(self.stability_.device)].cpu()
+        self.negentropy_, self.stability_ = gaussianity[order].cpu(), stability[order.cpu()].float()
         self.explained_variance_, self.explained_variance_ratio_ = variance, variance * (data.T / total)
 
     @property

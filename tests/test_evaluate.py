@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from llmfact_nb.evaluate import EvalSet, Perplexity, cloze_accuracy, label_accuracy, paired_difference, perplexity
@@ -64,6 +65,35 @@ def test_equal_to_a_loop_for_every_batching(family, tokenizer):
             assert math.isclose(result.nats, float(expected.mean()), abs_tol=1e-5) and math.isclose(result.value, math.exp(result.nats))
             assert result.text_ids.tolist() == [i for i, t in enumerate(TEXTS) for _ in t.split()[1:]]
             assert (result.n_tokens, result.n_texts, result.n_cut, result.n_dropped) == (len(expected), len(TEXTS), 0, 0)
+
+
+def test_padding_is_on_the_right_and_masked(tokenizer):
+    "Masks that spare the first real token of a row find it by the attention mask."
+    model, fed = build(), []
+    hook = model.model.register_forward_pre_hook(lambda m, a, k: fed.append((k["input_ids"], k["attention_mask"])), with_kwargs=True)
+    perplexity(model, tokenizer, TEXTS, batch_size=3, progress=False)
+    hook.remove()
+    lengths = [len(t.split()) - 1 for t in TEXTS]
+    assert sorted(n for _, mask in fed for n in mask.sum(1).tolist()) == sorted(lengths)
+    for ids, mask in fed:
+        assert torch.equal(mask, (torch.arange(ids.shape[1]) < mask.sum(1, keepdim=True)).long()) and ids.shape[1] == mask.sum(1).max() and not ids[mask == 0].any()
+
+
+def test_special_tokens_are_kept_and_a_chat_template_brings_its_own(tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    model = build()
+    result = perplexity(model, tokenizer, ["a b", "c"], progress=False)
+    assert result.n_tokens == 3 and result.n_dropped == 0  # after <s> the first word is scored too
+    assert torch.allclose(result.token_nats.double(), torch.cat(by_loop(model, tokenizer, ["a b", "c"])), atol=2e-5)
+    fed = []
+    hook = model.model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"][0].tolist()), with_kwargs=True)
+    cloze_accuracy(model, tokenizer, [("", "b")], progress=False)  # <s> stands before the answer
+    tokenizer.chat_template = "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}Sentiment : "
+    cloze_accuracy(model, tokenizer, [("a", "b")], chat=True, progress=False)
+    hook.remove()
+    bos, a, sentiment, colon = (tokenizer.convert_tokens_to_ids(t) for t in ("<s>", "a", "Sentiment", ":"))
+    assert fed == [[bos], [bos, a, sentiment, colon]]
 
 
 def test_a_tokenizer_with_settings_of_its_own(tokenizer):
@@ -165,6 +195,9 @@ def test_paired_difference_by_hand():
     assert result.ci == (0.0, 1.5)  # two documents: means 1.5 and 0, drawn twice each in a quarter of the draws
     assert paired_difference(b, a).nats == -0.75
     assert all(math.isnan(x) for x in paired_difference(fake([1, 2], [3, 3]), fake([1, 1], [3, 3])).ci)
+    ids = [i for i in range(40) for _ in range(1 if i % 2 else 99)]  # every second document is long, and a does worse on the long ones only
+    low, high = paired_difference(fake([4.0 - i % 2 for i in ids], ids), fake([3.0] * len(ids), ids)).ci
+    assert 0.97 < low < 0.99 < high < 1  # tokens count, not documents
     with pytest.raises(ValueError, match="different tokens"):
         paired_difference(a, fake([1, 2, 3, 3], [0, 0, 4, 4], "g"))
 

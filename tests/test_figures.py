@@ -178,6 +178,7 @@ def test_damage_reads_a_table_back_from_csv(tmp_path):
 
 def test_damage_without_intervals_and_with_one_condition_per_row():
     figures.plot_damage(results(ci_low=None, ci_high=None)).draw_without_rendering()
+    figures.plot_damage(results().astype({"seed": "Int64"})).draw_without_rendering()
     many = pd.concat([results(condition=f"condition {i}") for i in range(4)])
     fig = figures.plot_damage(many)
     assert sum(ax.axison for ax in fig.axes) == 4
@@ -228,6 +229,8 @@ def test_a_token_cut_through_a_character_is_drawn():
         (lambda: figures.plot_connectivity(np.eye(3), order=[0, 0, 1]), ("order",)),
         (lambda: figures.plot_connectivity(np.eye(3), labels=["a"]), ("labels", "1", "3")),
         (lambda: figures.plot_convergence(np.ones((5, 3))), ("convergence", "3", "4")),
+        (lambda: figures.plot_stability(np.full(3, np.nan)), ("stability", "n_init")),
+        (lambda: figures.plot_convergence(torch.empty(0, 4)), ("convergence", "(0, 4)")),
         (lambda: figures.plot_stability(np.ones((2, 2))), ("stability", "(2, 2)")),
     ],
 )

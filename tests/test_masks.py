@@ -183,6 +183,9 @@ def test_top_of_a_layer_falls_back_to_the_nearest_scores_and_says_so():
     with pytest.warns(UserWarning, match="20 of 20 units"):
         control = mask.matched_random(0, score)
     assert control.flat.nonzero().flatten().tolist() == list(range(60, 80))
+    part = NeuronMask.from_flat(score >= 93, (100,))
+    with pytest.warns(UserWarning, match="4 of 7 units"):  # 90, 91 and 92 are in its bin
+        assert part.matched_random(0, score).flat.nonzero().flatten().tolist() == list(range(86, 93))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         near = mask.matched_random(0, score, disjoint=False)
@@ -211,6 +214,8 @@ def test_matched_top_takes_the_highest_and_the_first_of_equals():
     assert mask.matched_top([1, 3, 2, 9, 5, 5, 5, 5]) == NeuronMask.from_layers([[False, True, False, True], [True, False, False, False]])
     assert mask.matched_top([1, 3, 2, 9, 5, 5, 5, 5], exclude=mask) == NeuronMask.from_layers([[True, True, False, False], [False, True, False, False]])
     assert mask.matched_top(-torch.tensor([1.0, 3, 2, 9, 5, 5, 5, 6])).counts == mask.counts
+    dead = NeuronMask.from_flat(np.arange(1000) >= 700, (1000,)).matched_top(np.zeros(1000))
+    assert dead == NeuronMask.from_flat(np.arange(1000) < 300, (1000,))
 
 
 def test_inputs_are_left_alone():

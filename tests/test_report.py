@@ -217,7 +217,19 @@ def test_a_table_read_back_from_csv_says_the_same(tmp_path):
     assert results_table(words) == results_table(table)
 
 
+@pytest.mark.parametrize("seeds", [lambda s: s.astype("Int64"), lambda s: s.astype(float), lambda s: ["" if pd.isna(v) else str(int(v)) for v in s], lambda s: s])
+def test_seeds_are_shown_as_whole_numbers_however_they_are_stored(tmp_path, seeds):
+    table = results()
+    table["seed"] = seeds(table["seed"])
+    write_report(tmp_path / "r.html", "t", [], table, facts={"seed": pd.NA, "nan": float("nan")})
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "<NA>" not in "".join(data for _, data in page.text) and page.inside("dd") == "––"
+    row = '<th scope="row">random</th><td>[^<]*</td><td>mean</td><td>all</td><td[^>]*>([^<]*)</td>'
+    assert re.findall(row, (tmp_path / "r.html").read_text(encoding="utf-8")) == list("0123401234")
+
+
 def test_a_row_without_condition_is_shown_too():
     table = results()
-    table.loc[table.arm == "unmasked", "condition"] = None
-    assert "unmasked" in results_table(table)
+    for empty in (None, ""):
+        lines = results_table(table.assign(condition=table["condition"].where(table.arm != "unmasked", empty))).splitlines()
+        assert lines[lines.index("reference") + 2].startswith("  unmasked")

@@ -28,11 +28,13 @@ def test_found_where_the_table_says(name, head):
     check(name, families.build(name, head), FAMILIES[name].hidden)
 
 
-# no classification head in transformers for these
-_NO_CLASSIFIER = {"cohere", "olmo2", "granite", "codegen", "lfm2"}
+def has_classifier(name):
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    return type(families.config_of(name)) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in _NO_CLASSIFIER])
+@pytest.mark.parametrize("name", [n for n in FAMILIES if has_classifier(n)])
 def test_found_under_a_classification_head(name):
     check(name, families.build(name, "classification"), FAMILIES[name].hidden)
 
@@ -129,6 +131,15 @@ def test_unclear_blocks_are_refused_with_candidates():
     model.model.layers[1].mlp.other = nn.Linear(24, D)
     with pytest.raises(NotImplementedError, match=r"'llama'.*layers.1.*40 -> 16"):
         neuron_sites(model)
+
+
+def test_layers_that_share_their_module_are_refused():
+    "A hook cannot know which of the two layers is calling: capture would mix their rows, and a mask would hit both."
+    model = families.build("llama")
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    for site in ("mlp_out", "mlp_hidden"):
+        with pytest.raises(NotImplementedError, match="'llama'.*share"):
+            neuron_sites(model, site)
 
 
 @pytest.mark.parametrize("site", ["mlp", "MLP_OUT", "", [], ["model.layers.9.mlp.down_proj"], ["model.layers.0.mlp.down_proj", "nothing"]])
