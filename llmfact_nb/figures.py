@@ -27,7 +27,7 @@ OKABE_ITO = {
 }
 LINE_COLOURS = tuple(OKABE_ITO[c] for c in ("blue", "vermillion", "bluish green", "reddish purple", "orange", "sky blue", "black"))
 ARM_COLOURS = {  # an arm keeps its colour in every figure
-    "key": OKABE_ITO["vermillion"], "random": OKABE_ITO["sky blue"], "matched random": OKABE_ITO["blue"], "top variance": OKABE_ITO["orange"],
+    "key": OKABE_ITO["vermillion"], "random": OKABE_ITO["sky blue"], "matched random": OKABE_ITO["blue"], "matched shuffle": "#003f6b", "top variance": OKABE_ITO["orange"],
     "PCA": OKABE_ITO["reddish purple"], "keep key": OKABE_ITO["bluish green"], "keep random": "#777777", "all off": OKABE_ITO["black"],
 }
 DIVERGING = "RdBu_r"  # blue is negative, red is positive
@@ -291,7 +291,7 @@ def _label_layers(fig, axes, image, widths, depths, floor, limit, threshold) -> 
     axes[0, 0].set(ylim=(len(widths) - 0.5, -0.5), xlim=(-0.5, max(widths) - 0.5))
     fig.supylabel("layer (depth in the model)", fontsize=9)
     fig.supxlabel("unit, by its index in the layer", fontsize=9)
-    cut = "" if threshold is None else f"; selected at z = {threshold:g}"
+    cut = "" if threshold is None else f"; selected at z = {threshold:.3g}"
     bar = fig.colorbar(image, ax=axes, location="top", shrink=0.6, aspect=40, extend="both", pad=0.02)
     bar.set_label(f"most extreme z in each cell (blank: |z| < {floor:g}; colours end at ±{limit:g}{cut})")
     bar.outline.set_linewidth(0.5)

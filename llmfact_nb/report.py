@@ -85,7 +85,7 @@ def results_table(
     line = "  {:<18.18} {:>11} {:>8} {:>5}  {:>8}  {:<18} {:<18} {}".format
     out = ["Damage: nats per token over the unmasked model, mean over seeds", "95 % interval: bootstrap over documents; broken: perplexity above the vocabulary size"]
     for condition, arms in _by_arm(results):
-        out += ["", _plain(condition).replace("\n", " ")[:108], line("arm", "units", "share", "seeds", "damage", "over seeds", "95 % interval", "perplexity")]
+        out += ["", _plain(condition).replace("\n", " ")[:108], line("arm", "masked", "share", "seeds", "damage", "over seeds", "95 % interval", "perplexity")]
         for a in arms:
             seeds = ("", "") if a["n"] == 1 else (a["n"], _span(*a["range"]))
             name = _plain(a["arm"]).replace("\n", " ")

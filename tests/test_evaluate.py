@@ -90,10 +90,13 @@ def test_special_tokens_are_kept_and_a_chat_template_brings_its_own(tokenizer):
     hook = model.model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"][0].tolist()), with_kwargs=True)
     cloze_accuracy(model, tokenizer, [("", "b")], progress=False)  # <s> stands before the answer
     tokenizer.chat_template = "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}Sentiment : "
-    cloze_accuracy(model, tokenizer, [("a", "b")], chat=True, progress=False)
+    asked = cloze_accuracy(model, tokenizer, [("a", "b")], chat=True, progress=False)
     hook.remove()
     bos, a, sentiment, colon = (tokenizer.convert_tokens_to_ids(t) for t in ("<s>", "a", "Sentiment", ":"))
     assert fed == [[bos], [bos, a, sentiment, colon]]
+    with torch.no_grad():
+        expected = model(torch.tensor([fed[1]])).logits[0, -1].log_softmax(-1)[tokenizer.convert_tokens_to_ids("b")]
+    assert torch.allclose(asked.log_likelihoods[0], expected, atol=1e-5)  # the answer alone is scored
 
 
 def test_a_tokenizer_with_settings_of_its_own(tokenizer):

@@ -341,7 +341,7 @@ def test_after_first_where_the_mlp_sees_positions_before_rows(lists):
             model.transformer.layer[0].ff.layer_2.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
             answer(model, ids, attention_mask=attention)
     except (NotImplementedError, ValueError) as e:
-        assert "positions" in str(e)
+        assert "positions" in str(e) or "xlnet" in str(e)
     else:
         ablated = (seen[0][..., mask.layers[0]] == 0).all(-1)  # (positions, rows)
         assert not ablated[0].any() and ablated[1:].all()

@@ -1,0 +1,70 @@
+"""How much slower is a masked forward pass than an unmasked one, and a baked one?"""
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from table import in_turns, publish
+
+from llmfact_nb.activations import capture
+from llmfact_nb.masked_model import MaskedModel
+from llmfact_nb.masks import NeuronMask
+from llmfact_nb.resources import load_model, load_texts
+from llmfact_nb.sites import neuron_sites
+
+
+def arms(mm: MaskedModel, mask: NeuronMask, run: Callable) -> dict[str, Callable]:
+    "What each arm runs, by name."
+
+    def inside(context):
+        def masked():
+            with context():
+                return run(mm.model)
+
+        return masked
+
+    baked = mm.bake(mask)
+    return {
+        "ablate, zero": inside(lambda: mm.ablate(mask)),
+        "ablate, mean": inside(lambda: mm.ablate(mask, "mean")),
+        "ablate, mean, after-first": inside(lambda: mm.ablate(mask, "mean", "after-first")),
+        "amplify, gain 1.5": inside(lambda: mm.amplify(mask, gain=1.5)),
+        "keep": inside(lambda: mm.keep(mask)),
+        "baked": lambda: run(baked),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--share", type=float, default=0.01, help="share of neurons in the mask, drawn at random over all layers")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--sites", nargs="+", default=["mlp_hidden", "mlp_out"])
+    args = parser.parse_args()
+
+    model, tokenizer = load_model()
+    tokens = tokenizer(" ".join(load_texts("wiki", "fit", n=8)["text"]))["input_ids"][: args.rows * args.length]
+    ids = torch.tensor(tokens).view(args.rows, args.length)
+    results = []
+
+    def run(target):
+        with torch.no_grad():
+            return target(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+    for site in args.sites:
+        widths = neuron_sites(model, site).widths
+        mask = NeuronMask.from_flat(np.random.default_rng(0).random(sum(widths)) < args.share, widths, site)
+        mm = MaskedModel(model).fit_means(capture(model, tokenizer, load_texts("wiki", "fit", n=2), site, max_length=64, progress=False))
+        found = in_turns(lambda: run(model), arms(mm, mask, run), args.repeats)
+        results += [dict(site=site, arm=name, **numbers) for name, numbers in found.items()]
+    rows = [
+        [r["site"], r["arm"], f"{r['plain_s']:.3f} s", f"{r['arm_s']:.3f} s", f"{r['ratio']:.3f}", f"{r['cpu_ratio']:.3f}", "1.00" if r["arm"] == "baked" else "1.03"]
+        for r in results
+    ]
+    note = (
+        f"smollm2-135m, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons drawn at random over all layers; each arm between two unmasked passes, "
+        f"medians of {args.repeats} repetitions."
+    )
+    publish("masking", ["site", "arm", "unmasked", "masked", "ratio", "of processor time", "bar"], rows, note, {"arguments": vars(args), "arms": results})
