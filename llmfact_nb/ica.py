@@ -121,7 +121,7 @@ def refuse_non_finite(
         raise ValueError(f"X is finite, but a neuron's mean overflows {name}. Use dtype=torch.float64.")
     row = first[0] if data.rows is None else int(data.rows[first[0]])
     raise ValueError(
-        f"X holds {count:,} values that are nan or infinite as {name}; the first is X[{row}, {first[1]}]. "
+        f"X holds values that are nan or infinite as {name}: {count:,} of them, the first at X[{row}, {first[1]}]. "
         "Leave those tokens out with rows=, or capture again in float32 (float16 overflows at 65,504)."
     )
 
@@ -215,10 +215,10 @@ def choose_solver(
     n: int,  # components plus spare columns
 ) -> tuple[str, str]:
     "Return (the whitening solver that should be the fastest, the reason in words)."
-    short, name = (T, "gram") if T <= N else (N, "covariance")
-    if short <= 16 * n:
-        return name, f"the short side, {short:,}, is at most 16 times the {n} directions sought, so its {short:,} x {short:,} matrix is the cheaper way"
-    return "randomized", f"the short side, {short:,}, is more than 16 times the {n} directions sought, so walks with {n} columns are the cheaper way"
+    (short, name), limit = ((T, "gram") if T <= N else (N, "covariance")), max(1024, 4 * n)
+    if short <= limit:
+        return name, f"the short side, {short:,}, is at most {limit:,}, so its {short:,} x {short:,} matrix is the cheaper way to {n} directions"
+    return "randomized", f"the short side, {short:,}, is above {limit:,}, so walks with {n} columns are cheaper than its {short:,} x {short:,} matrix"
 
 # %% ../nbs/03_ica.ipynb #1e193fa9
 class Whitened(NamedTuple):
@@ -246,7 +246,7 @@ def _rank(singular, k, data):
     rank = int((singular > 100 * torch.finfo(data.dtype).eps * singular[0]).sum())
     if rank < k:
         name = str(data.dtype).removeprefix("torch.")
-        remedy = "." if rank == 0 else f". Use at most {rank} components" + (", or dtype=torch.float64." if name == "float32" else ".")
+        remedy = "." if rank == 0 else f". Use n_components <= {rank}" + (", or dtype=torch.float64." if name == "float32" else ".")
         raise ValueError(f"n_components={k} is above the numerical rank of X in {name}, {rank} ({data.T:,} tokens x {data.N:,} neurons){remedy}")
     return rank
 
