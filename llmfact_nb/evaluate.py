@@ -11,13 +11,14 @@ import hashlib
 import math
 import operator
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator, Sequence
+from typing import Sequence
 
 import numpy as np
 import torch
 from torch import nn
+
+from .forward import evaluation_mode, input_device, length_batches, padded, text_list
 
 # %% ../nbs/08_evaluate.ipynb #8283a417
 def _require_causal(model: nn.Module) -> None:
@@ -36,38 +37,8 @@ def _require_causal(model: nn.Module) -> None:
     if family in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise TypeError(f"model is a {name} that sees the tokens after a position too (config.is_decoder is False); the next token is no prediction then. Use a causal language model.")
 
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    "The model in eval mode and without gradients; afterwards every module is in the mode it had."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
 # %% ../nbs/08_evaluate.ipynb #c3bedefb
 _LOGITS_BYTES = 256 * 2**20
-
-
-def _batches(
-    lengths: Sequence[int],  # tokens to feed of each sequence
-    batch_size: int | str,  # sequences per batch, or "auto"
-    vocabulary: int,  # logits per token
-) -> list[list[int]]:
-    "Return lists of indices, sequences of similar length together, the longest first. Raises ValueError on an unusable batch_size."
-    if batch_size != "auto" and (isinstance(batch_size, str) or operator.index(batch_size) < 1):
-        raise ValueError(f"batch_size={batch_size!r}: expected 'auto' or a whole number of at least 1.")
-    tokens = min(8192, _LOGITS_BYTES // (4 * vocabulary))
-    order, batches = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)), []
-    while order:
-        rows = max(1, tokens // lengths[order[0]]) if batch_size == "auto" else batch_size
-        batches.append(order[:rows])
-        order = order[rows:]
-    return batches
 
 
 def _read_logits(
@@ -106,19 +77,16 @@ def _score_tokens(
         raise ValueError(f"A text of {longest:,} tokens does not fit the model, which has {limit:,} positions. Pass max_length={limit} or shorten the text.")
     if embedding.dim() == 2 and embedding.shape[0] <= (largest := max(max(s) for s in sequences)):
         raise ValueError(f"tokenizer gives token {largest:,}, and the model knows {embedding.shape[0]:,}: they do not belong together. Load both by one name.")
-    device = torch.device("cpu") if embedding.device.type == "meta" else embedding.device  # offloaded: accelerate moves the inputs itself
+    device = input_device(model)
     shared: dict[tuple, list[int]] = {}
     for i, ids in enumerate(sequences):
         shared.setdefault(tuple(ids[:-1]), []).append(i)
     inputs, results = list(shared), [None] * len(sequences)
-    batches = _batches([len(x) for x in inputs], batch_size, _vocabulary(model))
-    with _evaluating(model), tqdm(total=sum(map(len, inputs)), unit="tok", desc=description, disable=not progress) as bar:
-        for batch in batches:
-            fed = torch.zeros(len(batch), len(inputs[batch[0]]), dtype=torch.long)
-            real = torch.zeros_like(fed)
-            for row, b in enumerate(batch):
-                fed[row, : len(inputs[b])], real[row, : len(inputs[b])] = torch.tensor(inputs[b]), 1
-            logits = model(input_ids=fed.to(device), attention_mask=real.to(device), use_cache=False).logits
+    tokens = min(8192, _LOGITS_BYTES // (4 * _vocabulary(model)))
+    with evaluation_mode(model), tqdm(total=sum(map(len, inputs)), unit="tok", desc=description, disable=not progress) as bar:
+        for batch in length_batches([len(x) for x in inputs], batch_size, tokens):
+            ids, real = padded([inputs[b] for b in batch], device)
+            logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits
             for row, b in enumerate(batch):
                 for i in shared[inputs[b]]:
                     results[i] = _read_logits(logits[row, starts[i] - 1 : len(inputs[b])], torch.tensor(sequences[i][starts[i] :]))
@@ -139,7 +107,7 @@ class EvalSet:
         texts: Sequence[str],  # list of texts, or a Dataset with a column "text"
         max_length: int = 1024,  # tokens; longer texts are cut
     ):
-        texts = _column(texts, "text")
+        texts = text_list(texts)
         if operator.index(max_length) < 2:
             raise ValueError(f"max_length={max_length}: expected at least 2, because the first token of a text is not scored.")
         ids = [_encode(tokenizer, text) for text in texts]
@@ -157,23 +125,6 @@ class EvalSet:
 
     def __repr__(self):
         return f"EvalSet({self.n_tokens:,} tokens to score in {len(self.ids)} texts, {self.n_cut} cut, {self.n_dropped} dropped)"
-
-
-def _column(data, name: str) -> list[str]:
-    "Return a list of strings, from a list or from a Dataset's column. Raises TypeError or ValueError if there are none."
-    if isinstance(data, str):
-        raise TypeError(f"{name}s must be a list of strings, got one string of {len(data)} characters. Put it in a list.")
-    if hasattr(data, "column_names"):
-        if name not in data.column_names:
-            raise ValueError(f"The data set has no column {name!r}; its columns are {data.column_names}. Rename one.")
-        data = data[name]
-    data = list(data)
-    if not data:
-        raise ValueError(f"{name}s is empty; expected at least one {name}.")
-    for i, x in enumerate(data):
-        if not isinstance(x, str):
-            raise TypeError(f"{name}s[{i}] must be a string, got {type(x).__name__}.")
-    return data
 
 
 def _encode(tokenizer, text: str, special: bool = True) -> list[int]:
@@ -404,13 +355,13 @@ def _texts_and_labels(data) -> tuple[list[str], list[int], list[str]]:
     "Return texts, labels, and the class names where the data set has them (else an empty list). Raises TypeError or ValueError if it is no labelled data."
     names = []
     if hasattr(data, "column_names"):
-        texts = _column(data, "text")
+        texts = text_list(data, "text")
         if "label" not in data.column_names:
             raise ValueError(f"The data set has no column 'label'; its columns are {data.column_names}. Rename one.")
         labels, names = list(data["label"]), list(getattr(data.features["label"], "names", []))
     else:
         pairs = list(data)
-        texts, labels = _column([text for text, _ in pairs], "text"), [label for _, label in pairs]
+        texts, labels = text_list([text for text, _ in pairs]), [label for _, label in pairs]
     for i, label in enumerate(labels):
         if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
             raise TypeError(f"labels[{i}]={label!r} must be a whole number, the index of its label word.")
@@ -452,9 +403,9 @@ def cloze_accuracy(
     _require_chat(tokenizer, chat)
     if not hasattr(data, "column_names"):
         pairs = list(data)
-        prompts, answers = _column([p for p, _ in pairs], "prompt"), _column([a for _, a in pairs], "answer")
+        prompts, answers = text_list([p for p, _ in pairs], "prompt"), text_list([a for _, a in pairs], "answer")
     else:
-        prompts, answers = _column(data, "prompt"), _column(data, "answer")
+        prompts, answers = text_list(data, "prompt"), text_list(data, "answer")
     sequences, starts = [], []
     for prompt, answer in zip(prompts, answers):
         (ids,), start = _prompt_ids(tokenizer, prompt, [answer], chat)

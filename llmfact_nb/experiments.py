@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .activations import Activations, capture, text_list
+from .activations import Activations, capture
 from .evaluate import EvalSet, Perplexity, paired_difference, perplexity
 from .files import load_tensors, read_json, save_tensors, write_json
+from .forward import text_list
 from .masked_model import MaskedModel
 from .masks import NeuronMask, score_match
 from .networks import TAILS, FunctionalNetworks

@@ -273,7 +273,7 @@ def memory_bound(
     max_rows: int | None = None,  # limit of the stack
     itemsize: int = 4,  # bytes of a float
 ) -> dict[str, int]:
-    "Return bytes by what holds them. With text shards the activations of one shard come to this."
+    "Return bytes by what holds them, in one process. With text shards the activations of one shard come to this, with several ranks the stacks of two others while they are gathered."
     row, block = n_neurons * itemsize, max(256 * n_neurons * itemsize, 2**26)
     rows, spare = n_parts * (n_reduced + 1), n_reduced + max(16, n_reduced // 4)
     stack = rows if max_rows is None else min(rows, max_rows + n_reduced + 1)
@@ -284,7 +284,7 @@ def memory_bound(
         "one part while it is reduced": 4 * spare * row,
         "directions, maps and cross products": q * n_neurons * (3 * itemsize + 3 * 8),
         "projections, twice while they are unmixed": 2 * n_tokens * q * itemsize,
-        "blocks of activations": 4 * block,
+        "blocks of activations": 3 * block,
     }
 
 # %% ../nbs/05_group.ipynb #47d71697
@@ -450,14 +450,26 @@ def _shorter(fit, rows, r):
     return leading_rows(_known(data, torch.zeros_like(data.mean), torch.ones_like(data.scale)), r, fit.seed).cpu()  # as they are: these rows have no mean of their own
 
 
+def _gathered(fit: _Fit, rows: torch.Tensor) -> torch.Tensor:
+    "The stacks of all ranks, one after the other; with max_rows never more than two of that length."
+    if fit.how.max_rows is None:
+        return fit.ranks.gather(rows)
+    stack = rows[:0]
+    for rank in range(fit.ranks.size):
+        stack = torch.cat([stack, fit.ranks.gather(rows if rank == fit.ranks.rank else rows[:0])])
+        if len(stack) > fit.how.max_rows:
+            stack = fit.ranks.together(lambda: _shorter(fit, stack, fit.how.max_rows))
+    return stack
+
+
 def _directions(fit: _Fit, group: _Moments) -> tuple[torch.Tensor, int]:
-    "((q, N) leading directions of the stack with their lengths, number of rows of the stack)."
+    "(leading directions of the stack (q, N), orthonormal for the temporal kind and with their lengths for the spatial kind; number of rows of the stack)."
     k, ranks = fit.how.n_components, fit.ranks
     everyone = sum(ranks.messages([w.made_from for w in fit.work]), [])
     made_from = {"shards": len(everyone), "tokens": group.n_tokens, "digest": hashlib.sha256(json.dumps(everyone).encode()).hexdigest()[:16]}
     found = ranks.together(lambda: fit.kept.get("directions", made_from) if ranks.rank == 0 else None)
     if not any(ranks.messages(found is not None)):
-        rows = ranks.gather(ranks.together(lambda: _stack(fit, group)))
+        rows = _gathered(fit, ranks.together(lambda: _stack(fit, group)))
         n_rows = len(rows)
         if fit.how.kind == "spatial":
             rows -= rows.mean(1, keepdim=True)
@@ -467,6 +479,8 @@ def _directions(fit: _Fit, group: _Moments) -> tuple[torch.Tensor, int]:
                 f"n_components={k} is above the numerical rank of the stack, {len(directions)} ({n_rows} rows from {len(group.counts)} {fit.how.per}s, n_reduced={fit.how._r}). "
                 "Use fewer components, more or longer texts, or a larger n_reduced."
             )
+        if fit.how.kind == "temporal":
+            directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
         found = {"directions": directions, "n_rows": torch.tensor([[n_rows]])}
         ranks.together(lambda: fit.kept.put("directions", found, made_from) if ranks.rank == 0 else None)
     return ranks.of_first(found and found["directions"], fit.n_neurons, fit.how._dtype), int(ranks.of_first(found and found["n_rows"], 1, torch.long))
@@ -507,18 +521,17 @@ def _project(fit: _Fit, group: _Moments, basis: torch.Tensor, back: bool) -> tup
 
 # %% ../nbs/05_group.ipynb #9f5e6963
 def _unmix(fit: _Fit, samples: torch.Tensor) -> ICA:
-    return ICA(fit.how.n_components, kind="temporal", **{"verbose": fit.how.verbose and fit.ranks.rank == 0} | fit.how.ica).fit(samples)
+    return ICA(fit.how.n_components, kind="temporal", **fit.how.ica).fit(samples)
 
 
 def _temporal(fit: _Fit, group: _Moments, directions: torch.Tensor):
     "(the ICA, maps (k, N), time courses (T, k), unmixing (N, k), shares of variance (k,))."
-    V = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
-    P, C = _project(fit, group, V, back=True)
+    P, C = _project(fit, group, directions, back=True)
     ica, T = _unmix(fit, P), group.n_tokens
-    nothing = torch.zeros(1, len(V), dtype=P.dtype)
-    B = (ica.transform(torch.eye(len(V), dtype=P.dtype)) - ica.transform(nothing)).double()  # transform is x -> (x - mean) B
+    unit = torch.eye(len(directions), dtype=P.dtype)
+    B = (ica.transform(unit) - ica.transform(0 * unit)).double()  # for transform is x -> (x - mean) B
     maps = B.T @ C / T
-    return ica, maps.to(P), ica.time_courses_, (V.T.double() @ B).to(P), maps.square().sum(1) * T / group.total
+    return ica, maps.to(P), ica.time_courses_, (directions.T.double() @ B).to(P), maps.square().sum(1) * T / group.total
 
 
 def _spatial(fit: _Fit, group: _Moments, directions: torch.Tensor):
@@ -615,6 +628,8 @@ class GroupICA:
         self.text_index_ = torch.arange(self.n_parts_).repeat_interleave(group.counts)
         site, self.widths, self.depths, self.model = fit.about["site"], tuple(fit.about["widths"]), tuple(fit.about["depths"]), fit.about["model"]
         self.site = site if isinstance(site, str) else tuple(site)
+        if self.verbose and fit.ranks.rank == 0:
+            print(f"FastICA: {self.n_iter_} iterations, {'' if self.converged_ else 'not '}converged; {self.explained_variance_ratio_.sum():.1%} of the variance in {self.n_components} components")
         return self
 
     def transform(

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 
 from llmfact_nb.ica import ICA, CentredX, ConvergenceWarning, _newton_schulz, choose_solver, consensus, decorrelate, fastica, gram, leading_directions, negentropy
 
-SHAPES = {"wide": (600, 4000), "tall": (4000, 300)}
+SHAPES = {"wide": (500, 1600), "tall": (1800, 240)}
 
 
 def planted(T, N, k=5, kind="temporal", seed=0, noise=0.05):
@@ -51,8 +51,7 @@ def wide():
 @pytest.mark.parametrize("fun", ["logcosh", "cube", "exp"])
 def test_planted_components_are_recovered(kind, fun, shape):
     T, N = SHAPES[shape]
-    if kind == "spatial" and shape == "tall":
-        N = 1500
+    N = 1500 if kind == "spatial" else N  # spatial ICA's samples are neurons: it needs many
     X, maps = planted(T, N, kind=kind)
     ica = ICA(5, kind=kind, fun=fun).fit(X)
     assert ica.converged_ and matched(maps, ica.maps_).min() > 0.95
@@ -103,24 +102,27 @@ def test_the_start_and_the_raw_maps_are_those_of_scikit_learn(wide):
 
 @pytest.mark.parametrize("kind", ["temporal", "spatial"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_fit_as_if_the_other_tokens_did_not_exist(kind, shape):
+@pytest.mark.parametrize("solver", ["auto", "randomized"])
+def test_rows_fit_as_if_the_other_tokens_did_not_exist(kind, shape, solver):
     X, _ = planted(*SHAPES[shape], kind=kind)
     rows = np.random.RandomState(1).rand(len(X)) < 0.6
     X[~rows] = np.nan  # tokens that are left out may hold anything
-    a, b = ICA(5, kind=kind).fit(X, rows=rows), ICA(5, kind=kind).fit(X[rows])
+    a, b = ICA(5, kind=kind, whiten_solver=solver).fit(X, rows=rows), ICA(5, kind=kind, whiten_solver=solver).fit(X[rows])
     assert a.time_courses_.shape == (rows.sum(), 5)
     np.testing.assert_allclose(a.maps_, b.maps_, atol=1e-3)
     np.testing.assert_allclose(a.time_courses_, b.time_courses_, atol=1e-3)
-    np.testing.assert_allclose(ICA(5, kind=kind).fit(X[rows], rows=torch.ones(rows.sum(), dtype=torch.bool)).maps_, b.maps_)
+    everyone = torch.ones(int(rows.sum()), dtype=torch.bool)
+    np.testing.assert_allclose(ICA(5, kind=kind, whiten_solver=solver).fit(X[rows], rows=everyone).maps_, b.maps_, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["temporal", "spatial"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_standardize_equals_z_scored_input(kind, shape):
+@pytest.mark.parametrize("solver", ["auto", "randomized"])
+def test_standardize_equals_z_scored_input(kind, shape, solver):
     X, _ = planted(*SHAPES[shape], kind=kind)
     X *= np.linspace(0.1, 30, X.shape[1], dtype=np.float32)
     Z = (X - X.mean(0)) / X.std(0)
-    a, b = ICA(5, kind=kind, standardize=True).fit(X), ICA(5, kind=kind).fit(Z)
+    a, b = ICA(5, kind=kind, whiten_solver=solver, standardize=True).fit(X), ICA(5, kind=kind, whiten_solver=solver).fit(Z)
     assert matched(a.maps_, b.maps_).min() > 0.999
     np.testing.assert_allclose(a.scale_, X.std(0), rtol=1e-3)
     np.testing.assert_allclose(a.transform(X), a.time_courses_, atol=5e-3)
@@ -153,7 +155,8 @@ def test_a_large_offset_does_not_eat_the_digits():
     for shape in SHAPES.values():
         X, _ = planted(*shape)
         moved = (X + 1000 * np.random.RandomState(0).randn(X.shape[1])).astype(np.float32)
-        assert matched(ICA(5).fit(X).maps_, ICA(5).fit(moved).maps_).min() > 0.999
+        for solver in ("auto", "randomized"):
+            assert matched(ICA(5).fit(X).maps_, ICA(5, whiten_solver=solver).fit(moved).maps_).min() > 0.999
 
 
 @pytest.mark.parametrize("kind", ["temporal", "spatial"])
@@ -207,12 +210,10 @@ def test_restarts_agree_on_planted_sources_and_not_on_noise(wide):
 
 @pytest.mark.filterwarnings("ignore::llmfact_nb.ica.ConvergenceWarning")  # the noise never settles
 def test_components_that_are_not_there_are_the_unstable_ones():
-    X, maps = planted(600, 2000, k=4, noise=1.0)
-    ica = ICA(24, n_init=10).fit(X)
-    best = np.abs(np.corrcoef(maps, ica.maps_)[:4, 4:]).argmax(1)
-    others = np.setdiff1d(np.arange(24), best)
-    assert len(others) == 20 and ica.stability_[best].min() > 0.85 > ica.stability_[others].median()
-    assert (ica.negentropy_.argsort(descending=True)[:4].numpy() == np.arange(4)).all()
+    X, maps = planted(2000, 800, k=4, noise=1.0)
+    ica = ICA(16, n_init=10, max_iter=100).fit(X)
+    assert matched(maps, ica.maps_[:4]).min() > 0.98  # the real ones come first
+    assert ica.stability_[:4].min() > 0.95 > 0.85 > ica.stability_[4:].median()
 
 
 def test_consensus_is_orthogonal_and_ignores_order_and_sign():
@@ -376,10 +377,10 @@ def test_bad_input_is_refused(wide):
         ICA(3).fit(np.ones((10, 10), dtype=int))
     with pytest.raises(ValueError, match=r"shape \(10,\)"):
         ICA(3).fit(np.ones(10, dtype=np.float32))
-    for rows in (np.ones(7, dtype=bool), np.arange(len(wide)), np.arange(len(wide)) == 3):
+    for rows in (np.ones(7, dtype=bool), np.arange(len(wide)), np.zeros(len(wide), dtype=bool)):
         with pytest.raises(ValueError, match="rows"):
             ICA(3).fit(wide, rows=rows)
-    with pytest.raises(ValueError, match="X has 10 neurons; these components were fitted on 4,000"):
+    with pytest.raises(ValueError, match="X has 10 neurons; these components were fitted on 1,600"):
         ICA(3).fit(wide).transform(wide[:, :10])
 
 
