@@ -113,7 +113,8 @@ class Activations:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Activations":
         "Open a saved capture. The matrix is memory-mapped: opening is instant and costs no memory, however large it is. Raises as `files.read_header` does."
-        meta = read_header(path, "activations")
+        columns = ("values", "text_ids", "positions", "token_ids", "sinks")
+        meta = read_header(path, "activations", (*columns, "widths", "depths", "site", "model", "n_cut"))
         about = {k: meta[k] for k in ("model", "n_cut")}
         site = meta["site"] if isinstance(meta["site"], str) else tuple(meta["site"])
         return cls(**_mapped(path), widths=tuple(meta["widths"]), depths=tuple(meta["depths"]), site=site, **about)
@@ -175,27 +176,35 @@ def _mapped(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return out
 
 # %% ../nbs/02_activations.ipynb #f8b99cb1
+def _split_text(tokenizer, text: str, max_length: int) -> list[list[int]]:
+    "Token lists of at most `max_length`, in the order of the text."
+    if not tokenizer.is_fast:
+        ids = tokenizer(text)["input_ids"]
+        return [ids[s : s + max_length] for s in range(0, len(ids), max_length)]
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # windows from the left end on, whatever the tokenizer prefers
+    try:  # the tokenizer splits, so that every window gets its special tokens
+        return tokenizer(text, truncation=True, max_length=max_length, return_overflowing_tokens=True)["input_ids"]
+    finally:
+        tokenizer.truncation_side = side
+
+
 def _tokenize(tokenizer, texts: list[str], max_length: int, windows: bool) -> tuple[list[list[int]], list[int], int]:
     "Token lists, the text each belongs to, and how many texts were cut."
-    lists, owners, cut = [], [], set()
+    lists, owners, cut = [], [], 0
     for i, text in enumerate(texts):
-        if tokenizer.is_fast:  # the tokenizer splits, so that every window gets its special tokens
-            parts = tokenizer(text, truncation=True, max_length=max_length, return_overflowing_tokens=True)["input_ids"]
-        else:
-            ids = tokenizer(text)["input_ids"]
-            parts = [ids[s : s + max_length] for s in range(0, len(ids), max_length)]
-        parts = [p for p in parts if len(p)]
+        parts = [p for p in _split_text(tokenizer, text, max_length) if len(p)]
         if len(parts) > 1 and not windows:
-            cut.add(i)
-            parts = parts[:1]
+            cut, parts = cut + 1, parts[:1]
         lists += parts
         owners += [i] * len(parts)
     if not lists:
         raise ValueError("texts tokenise to nothing: not one token is left. Give texts with words in them.")
+    if max(map(len, lists)) > max_length:
+        raise ValueError(f"max_length={max_length} leaves no room for words beside the special tokens that the tokenizer adds; give more.")
     empty = len(texts) - len(set(owners))
     if empty:
         warnings.warn(f"{empty} of {len(texts)} texts tokenise to nothing and are left out.", stacklevel=3)
-    return lists, owners, len(cut)
+    return lists, owners, cut
 
 
 def _longest(model: nn.Module, tokenizer, max_length: int) -> int:
@@ -203,7 +212,11 @@ def _longest(model: nn.Module, tokenizer, max_length: int) -> int:
     if not isinstance(max_length, int) or max_length < 1:
         raise ValueError(f"max_length={max_length!r} is not accepted; give a whole number of tokens, at least 1.")
     config = model.config.get_text_config() if hasattr(getattr(model, "config", None), "get_text_config") else None
-    return min(max_length, getattr(tokenizer, "model_max_length", max_length), getattr(config, "max_position_embeddings", None) or max_length)
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    for name, m in model.named_modules():  # RoBERTa begins to count behind the padding index
+        if isinstance(m, nn.Embedding) and "position" in name and m.padding_idx is not None:
+            limits.append(m.num_embeddings - m.padding_idx - 1)
+    return min(max_length, getattr(tokenizer, "model_max_length", max_length), *(n for n in limits if isinstance(n, int) and n > 0))
 
 # %% ../nbs/02_activations.ipynb #cff69619
 class _AllRead(Exception):
@@ -298,7 +311,9 @@ class _Reader:
         def look(i: int, x: torch.Tensor) -> None:
             if x.shape[-1] != self.sites[i].width:
                 raise ValueError(f"site: {self.sites[i].name} gave {x.shape[-1]} values a token, expected {self.sites[i].width}.")
-            x = x.detach().reshape(len(lists), longest, -1)  # some models flatten texts and positions before the MLP
+            if x.shape[:-1] not in ((len(lists), longest), (len(lists) * longest,)):  # some models flatten texts and positions before the MLP
+                raise NotImplementedError(f"site: {self.sites[i].name} sees activations of shape {tuple(x.shape)}; expected (texts, positions, units) = {(len(lists), longest, x.shape[-1])}.")
+            x = x.detach().reshape(len(lists), longest, -1)
             if x.device.type == "cpu":
                 put(i, x)
             else:

@@ -11,7 +11,7 @@ import os
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 # %% ../nbs/00_files.ipynb #7c567402
 @contextmanager
@@ -88,8 +88,9 @@ def save_tensors(
 def read_header(
     path: str | os.PathLike,  # a file written by `save_tensors`
     kind: str,  # what the caller expects it to hold
+    needs: Sequence[str] = (),  # names of tensors and entries that must be there
 ) -> dict:
-    "Return the description stored in `path` without reading its tensors. Raises FileNotFoundError, or ValueError if the file is damaged, foreign or of another kind."
+    "Return the description stored in `path` without reading its tensors. Raises FileNotFoundError, or ValueError if the file is damaged, foreign, of another kind or incomplete."
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -97,7 +98,7 @@ def read_header(
         raise FileNotFoundError(f"path={str(path)!r}: there is no such file; expected a saved {kind} of llmfact_nb.")
     try:
         with safe_open(path, framework="pt") as f:
-            text = (f.metadata() or {}).get(HEADER)
+            text, names = (f.metadata() or {}).get(HEADER), set(f.keys())
     except (SafetensorError, OSError) as e:
         raise ValueError(f"path={str(path)!r} is damaged or no safetensors file ({e}); expected a saved {kind} of llmfact_nb.") from e
     try:
@@ -107,15 +108,19 @@ def read_header(
         raise ValueError(f"path={str(path)!r} is a safetensors file of another program; expected a saved {kind} of llmfact_nb.") from e
     if found != kind:
         raise ValueError(f"path={str(path)!r} holds a saved {found}; expected a saved {kind}.")
+    missing = [name for name in needs if name not in names and name not in meta]
+    if missing:
+        raise ValueError(f"path={str(path)!r} is an incomplete saved {kind}: it lacks {', '.join(missing)}. Make it again.")
     return meta
 
 
 def load_tensors(
     path: str | os.PathLike,  # a file written by `save_tensors`
     kind: str,  # what the caller expects it to hold
+    needs: Sequence[str] = (),  # names of tensors and entries that must be there
 ) -> tuple[dict, dict]:
     "Return (tensors by name, on the CPU; the description). Raises as `read_header` does."
     from safetensors.torch import load_file
 
-    meta = read_header(path, kind)
+    meta = read_header(path, kind, needs)
     return load_file(path), meta

@@ -25,7 +25,10 @@ def text_list(
         texts = texts[column]
     if isinstance(texts, str):
         raise TypeError(f"{column}s must be a list of strings, got one string of {len(texts)} characters. Put it in a list.")
-    texts = list(texts)
+    try:
+        texts = list(texts)
+    except TypeError as e:
+        raise TypeError(f"{column}s must be a list of strings or a Dataset, got {type(texts).__name__}.") from e
     if not texts:
         raise ValueError(f"{column}s is empty; give at least one {column}.")
     for i, text in enumerate(texts):

@@ -207,7 +207,7 @@ class NeuronMask:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "NeuronMask":  # file written by `save`
         "Return the mask stored in `path`. Raises FileNotFoundError, or ValueError if the file is damaged or holds something else."
-        tensors, meta = load_tensors(path, "mask")
+        tensors, meta = load_tensors(path, "mask", ("flat", "widths", "site", "depths"))
         return cls.from_flat(tensors["flat"], meta["widths"], meta["site"], meta["depths"])
 
     def matched_random(

@@ -7,14 +7,16 @@ __all__ = ['ARMS', 'MapMatch', 'match_maps', 'SplitHalf', 'split_half', 'Suggest
 
 # %% ../nbs/05_reproducibility.ipynb #0cc86959
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from .activations import Activations
-from .ica import CentredX, choose_solver, whiten
+from .ica import CentredX, ConvergenceWarning, choose_solver, whiten
 from .networks import FunctionalNetworks
 
 if TYPE_CHECKING:
@@ -113,14 +115,28 @@ def _halves(acts: Activations, n_splits: int, seed: int) -> list[tuple[torch.Ten
     return out
 
 
-def _arms(a: _Reduced, b: _Reduced, k: int, seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    "Maps of both halves, by arm."
+def _arms(a: _Reduced, b: _Reduced, k: int, seed: int) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], bool]:
+    "(maps of both halves by arm, whether both fits converged)."
     fits = a.fit(k), b.fit(k)
     maps = {"ica": (a.maps(fits[0]), b.maps(fits[1]))}
     for arm in ("pca", "rotation"):
         maps[arm] = tuple(h.maps(f.alternative(arm, seed=2 * seed + i)) for i, (h, f) in enumerate(zip((a, b), fits)))
     order = torch.randperm(maps["ica"][1].shape[1], generator=torch.Generator().manual_seed(seed))
-    return maps | {"shuffled": (maps["ica"][0], maps["ica"][1][:, order])}
+    return maps | {"shuffled": (maps["ica"][0], maps["ica"][1][:, order])}, all(f.converged_ for f in fits)
+
+
+@contextmanager
+def _one_convergence_warning() -> Iterator[None]:
+    "Many fits, one warning: how many have not converged. Other warnings pass as they are."
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield
+    for w in seen:
+        if not issubclass(w.category, ConvergenceWarning):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    n = sum(issubclass(w.category, ConvergenceWarning) for w in seen)
+    if n:
+        warnings.warn(f"{n} fits have not converged (column `converged`): their components are less certain than they could be. Raise max_iter, or use more tokens or fewer components.", ConvergenceWarning, stacklevel=4)
 
 
 def _rows(arms: dict, names: torch.Tensor | None, **columns) -> list[dict]:
@@ -143,7 +159,7 @@ def _rows(arms: dict, names: torch.Tensor | None, **columns) -> list[dict]:
 class SplitHalf:
     "How far components come back in other texts."
 
-    frame: "pandas.DataFrame"  # one row per split, arm and pair: split, arm, component, r, named
+    frame: "pandas.DataFrame"  # one row per split, arm and pair: split, converged (both halves' fits), arm, component, r, named
     networks: FunctionalNetworks  # the fit on all texts, whose order the components have
 
     def by_component(self) -> "pandas.DataFrame":
@@ -175,11 +191,13 @@ def split_half(
     "Fit random halves of the texts and match their maps, beside three nulls. Raises ValueError for fewer than two texts, or for more components than half of them can carry."
     import pandas
 
-    full = FunctionalNetworks(n_components, kind, standardize, exclude, **ica).fit(activations)
-    rows = []
-    for split, halves in enumerate(_halves(activations, n_splits, seed)):
-        a, b = (_reduce(activations, h & full.rows_, n_components, kind, standardize, seed, ica) for h in halves)
-        rows += _rows(_arms(a, b, n_components, seed * 1_000_003 + split), full.mixing_, split=split)
+    halves, rows = _halves(activations, n_splits, seed), []
+    with _one_convergence_warning():
+        full = FunctionalNetworks(n_components, kind, standardize, exclude, **ica).fit(activations)
+        for split, pair in enumerate(halves):
+            a, b = (_reduce(activations, h & full.rows_, n_components, kind, standardize, seed, ica) for h in pair)
+            arms, converged = _arms(a, b, n_components, seed * 1_000_003 + split)
+            rows += _rows(arms, full.mixing_, split=split, converged=converged)
     return SplitHalf(pandas.DataFrame(rows), full)
 
 # %% ../nbs/05_reproducibility.ipynb #46f9721a
@@ -210,8 +228,9 @@ def suggest_k(
 ) -> SuggestedK:
     """Measure how certain components are at each k. The data are whitened once per half at the largest k.
 
-    The frame has one row per k: `variance` (share explained), `stability` and `stability_10` (median and 10th percentile over components), `stable` (share at or above the threshold), `r`, `r_10` and `found_again` (the same
-    over pairs of halves; the share is the median over splits), `r_pca` and `r_rotation` (medians of the nulls), `converged`. Raises ValueError as `split_half` does."""
+    The frame has one row per k: `variance` (share explained), `stability` and `stability_10` (median and 10th percentile over components), `stable` (share at or above the threshold), `r` and `r_10` (the same over pairs of
+    halves), `found_again` (share of pairs at or above the threshold and above `null_95`, median over splits), `r_pca` and `r_rotation` (medians of the nulls), `null_95` (95th percentile of the rotation null), `converged`
+    (all fits at this k). Raises ValueError as `split_half` does."""
     import pandas
 
     ks = sorted(set(ks))
@@ -227,18 +246,26 @@ def suggest_k(
     whole = _reduce(activations, used, max(ks), kind, standardize, seed, ica | {"n_init": n_init})
     halves = [[_reduce(activations, h & used, max(ks), kind, standardize, seed, ica) for h in pair] for pair in _halves(activations, n_splits, seed)]
     rows = []
-    for k in ks:
-        fit = whole.fit(k)
-        stability = fit.stability_.double()
-        pairs = pandas.DataFrame([row for split, (a, b) in enumerate(halves) for row in _rows(_arms(a, b, k, seed * 1_000_003 + split), None, split=split)])
-        r = pairs[pairs.arm == "ica"]
-        again = r.groupby("split").r.agg(lambda r: (r >= threshold).mean()).median()
-        of_arm = pairs.groupby("arm").r.median()
-        rows.append(
-            {"k": k, "variance": whole.share(k), "stability": float(stability.median()), "stability_10": float(stability.quantile(0.1)), "stable": float((stability >= threshold).double().mean())}
-            | {"r": r.r.median(), "r_10": r.r.quantile(0.1), "found_again": again, "r_pca": of_arm["pca"], "r_rotation": of_arm["rotation"], "converged": fit.converged_}
-        )
+    with _one_convergence_warning():
+        for k in ks:
+            fit, pairs, converged = whole.fit(k), [], []
+            for split, (a, b) in enumerate(halves):
+                arms, done = _arms(a, b, k, seed * 1_000_003 + split)
+                pairs += _rows(arms, None, split=split)
+                converged.append(done)
+            stability, pairs = fit.stability_.double(), pandas.DataFrame(pairs)
+            of_arm = pairs.groupby("arm").r
+            r, null = pairs[pairs.arm == "ica"], of_arm.quantile(0.95)["rotation"]
+            again = r.groupby("split").r.agg(lambda r: ((r >= threshold) & (r > null)).mean()).median()
+            rows.append(
+                {"k": k, "variance": whole.share(k), "stability": float(stability.median()), "stability_10": float(stability.quantile(0.1)), "stable": float((stability >= threshold).double().mean())}
+                | {"r": r.r.median(), "r_10": r.r.quantile(0.1), "found_again": again, "r_pca": of_arm.median()["pca"], "r_rotation": of_arm.median()["rotation"], "null_95": null}
+                | {"converged": fit.converged_ and all(converged)}
+            )
     frame = pandas.DataFrame(rows)
     passed = frame[(frame.stable >= share) & (frame.found_again >= share)].k
-    rule = f"the largest of {ks} at which at least {share:.0%} of the components are stable over restarts (>= {threshold:g}) and found again in other texts (|r| >= {threshold:g})"
-    return SuggestedK(int(passed.max()) if len(passed) else None, rule if len(passed) else f"no k is {rule}", frame)
+    rule = (
+        ("the largest" if len(passed) else "none") + f" of {ks} at which at least {share:.0%} of the components are stable over restarts (>= {threshold:g}) and at least as many are found again in other texts "
+        f"(|r| >= {threshold:g} and above the 95th percentile of random rotations)"
+    )
+    return SuggestedK(int(passed.max()) if len(passed) else None, rule, frame)

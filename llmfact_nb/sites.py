@@ -96,6 +96,7 @@ def _linear_maps(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
             yield from _linear_maps(child, path)
 
 # %% ../nbs/01_sites.ipynb #e3f3c637
+_POSITIONS_FIRST = ("xlnet",)  # (positions, texts, width): a square batch could not be told from the usual order
 _OTHER_TOWERS = ("vision", "visual", "audio", "image")  # towers that come with a language model but are not it
 
 
@@ -123,6 +124,8 @@ def blocks(
     "Return the name and the list of the model's transformer blocks. Raises NotImplementedError if it is not unique."
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a PyTorch model such as load_model() gives.")
+    if _model_type(model) in _POSITIONS_FIRST:
+        raise NotImplementedError(f"model type {_model_type(model)!r} keeps positions before texts inside its blocks; this is not supported.")
     config, found = _text_config(model), list(_lists(model))
     n_layers = getattr(config, "num_hidden_layers", None)
     fitting = [(name, m) for name, m in found if n_layers is None or len(m) == n_layers]

@@ -12,7 +12,8 @@ from families import D, FAMILIES, LAYERS, VARIED
 from torch import nn
 
 import llmfact_nb.activations as activations
-from llmfact_nb.activations import Activations, capture, evaluation_mode, sink_tokens, text_list
+from llmfact_nb.activations import Activations, capture, sink_tokens
+from llmfact_nb.forward import evaluation_mode, length_batches, text_list
 
 SITES = ("mlp_out", "mlp_hidden")
 TEXTS = [families.words(n, n) for n in (9, 3, 14, 1, 7)]
@@ -601,7 +602,7 @@ def test_batches_hold_every_text_once_and_no_more_than_allowed():
     for n in (1, 2, 50):
         lengths = rng.integers(1, 400, n).tolist()
         for batch_size in (1, 3, "auto"):
-            groups = activations._batches(lengths, batch_size, 1000, True)
+            groups = length_batches(lengths, batch_size, 2048)
             assert sorted(sum(groups, [])) == list(range(n))
             if batch_size == "auto":
                 assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 2048 for g in groups)
