@@ -8,6 +8,7 @@ __all__ = ['MaskedModel']
 # %% ../nbs/06_masked_model.ipynb #526d0ad9
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -70,6 +71,8 @@ def _first_tokens(signature: inspect.Signature, args: tuple, kwargs: dict) -> to
 def _split(mask: NeuronMask, value: float | torch.Tensor, name: str) -> float | list[torch.Tensor]:
     "A number as it is, or (N,) values as one row per layer."
     if not isinstance(value, torch.Tensor):
+        if not math.isfinite(value):
+            raise ValueError(f"{name}={value!r} is not accepted; give a finite number, or a tensor of one value per neuron.")
         return float(value)
     if value.shape != (mask.n_neurons,) or not torch.isfinite(value).all():
         raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {mask.n_neurons} finite numbers, one for each neuron of the mask.")
@@ -140,7 +143,6 @@ class MaskedModel:
             neuron_sites(model, self.site)  # an unknown site is refused now
         self.means: torch.Tensor | None = None
         self._means_of = None
-        self._open = 0
 
     def __call__(self, *args, **kwargs):
         return self.model(*args, **kwargs)
@@ -150,7 +152,7 @@ class MaskedModel:
         return self.model.generate(*args, **kwargs)
 
     def __repr__(self):
-        return f"MaskedModel({type(self.model).__name__}, site {self.site or 'of the mask'}, {self._open} masks active)"
+        return f"MaskedModel({type(self.model).__name__}, site {self.site or 'of the mask'})"
 
     def sites(
         self,
@@ -239,14 +241,15 @@ class MaskedModel:
         "Return a copy of the model with the ablation in its weights and no hooks. Raises ValueError for what weights cannot express."
         if positions != "all":
             raise ValueError(f"positions={positions!r} cannot be baked: weights do not know a token's position. Use the context manager `ablate`.")
-        if self._open:
-            raise ValueError("a masking block is open on this model; bake outside of it.")
         refuse_compiled(self.model)
         values, sites = self._replacement(mask, replace), self.sites(mask)
         if self.legacy_late_binding:
             mask = _late_bound(mask)
         _refuse_unbakeable(sites, mask, needs_bias=values is not None)
         baked = copy.deepcopy(self.model)
+        for m in baked.modules():  # a block that is open on the original, or anybody's hook, has no business in the copy
+            m._forward_hooks.clear()
+            m._forward_pre_hooks.clear()
         with torch.no_grad():
             for i, s in enumerate(sites):
                 _bake_layer(baked.get_submodule(s.name), mask.layers[i], None if values is None else values[i], s.where)
@@ -293,6 +296,4 @@ class MaskedModel:
             if positions == "after-first":
                 stack.enter_context(_watch_first_tokens(_backbone(self.model, sites), first))
             stack.enter_context(attach([sites[i] for i in used], mask_layer))
-            self._open += 1
-            stack.callback(lambda: setattr(self, "_open", self._open - 1))
             yield mask.counts

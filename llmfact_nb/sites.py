@@ -127,8 +127,10 @@ def blocks(
     if _model_type(model) in _POSITIONS_FIRST:
         raise NotImplementedError(f"model type {_model_type(model)!r} keeps positions before texts inside its blocks; this is not supported.")
     config, found = _text_config(model), list(_lists(model))
-    n_layers = getattr(config, "num_hidden_layers", None)
-    fitting = [(name, m) for name, m in found if n_layers is None or len(m) == n_layers]
+    if config is None:
+        raise NotImplementedError(f"model is a {type(model).__name__} without a Hugging Face configuration; unwrap it, or give site= a list of module names.")
+    n_layers = config.num_hidden_layers
+    fitting = [(name, m) for name, m in found if len(m) == n_layers]
     if getattr(config, "is_encoder_decoder", False) or len(fitting) != 1:
         what = "an encoder-decoder has two stacks of blocks" if len(fitting) > 1 else f"no single list of {n_layers} blocks"
         raise NotImplementedError(
@@ -143,7 +145,7 @@ def _model_type(model: nn.Module) -> str:
 
 # %% ../nbs/01_sites.ipynb #b15c0e0c
 _MIXERS = ("attn", "attention", "mixer", "mamba", "ssm", "linear_attn", "temporal_block")  # parts of a block that are not its MLP
-_DOWN_NAMES = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "lin2", "wo", "w2", "output.dense", "ff_out", "value")
+_DOWN_NAMES = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "lin2", "wo", "w2", "output.dense", "ff_out", "value", "Wo")
 
 
 def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str, nn.Module]:
@@ -185,6 +187,8 @@ def neuron_sites(
             path, module = _down_projection(model, block, f"{list_name}.{i}")
             where = "input" if site == "mlp_hidden" else "output"
             sites.append(NeuronSite(i, f"{list_name}.{i}.{path}", module, linear_shape(module)[where == "output"], where))
+        if len({s.module for s in sites}) < len(sites):
+            raise NotImplementedError(f"model type {_model_type(model)!r}: some layers share one down projection, so their neurons cannot be told apart.")
         return NeuronSites(sites, site)
     names = tuple(site)
     modules = [(n, m) for n, m in model.named_modules() if n in set(names)]

@@ -611,10 +611,32 @@ def test_batches_hold_every_text_once_and_no_more_than_allowed():
 
 
 def test_disk_capture_holds_one_batch(tmp_path, monkeypatch):
-    "The largest tensor made on the way is one batch, whatever the number of texts."
+    "Whatever the number of texts: no matrix larger than a batch is made, and none while another is still held."
+    import weakref
+
     model, t = families.build("llama"), families.tokenizer()
-    made, empty = [], torch.empty
-    monkeypatch.setattr(activations.torch, "empty", lambda *shape, **kw: made.append(int(np.prod(shape))) or empty(*shape, **kw))
-    texts = [families.words(10, i) for i in range(40)]
-    a = capture(model, t, texts, batch_size=2, path=tmp_path / "a.safetensors", **OPTIONS)
-    assert a.n_tokens == 400 and max(n for n in made if n != 400) == 2 * 10 * a.n_neurons
+    empty, made, alive, most = torch.empty, [], [], []
+
+    def counted(*shape, dtype=torch.float32):
+        if len(shape) == 1:
+            return empty(*shape, dtype=dtype)
+        array = np.empty(shape, np.float32)  # lives as long as any tensor that looks at it
+        made.append(shape), alive.append(weakref.ref(array))
+        most.append(sum(r() is not None for r in alive))
+        return torch.from_numpy(array)
+
+    monkeypatch.setattr(activations.torch, "empty", counted)
+    a = capture(model, t, [families.words(10, i) for i in range(40)], batch_size=2, path=tmp_path / "a.safetensors", **OPTIONS)
+    assert a.n_tokens == 400 and set(made) == {(2 * 10, a.n_neurons)} and max(most) == 1
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_long_texts_are_cut_where_the_tokenizer_cuts_them(side, special):
+    "Also when words are long, when there are none, and around the length at which a text counts as cut."
+    model, t = families.build("llama"), families.tokenizer(special=special, truncation_side=side)
+    texts = [families.words(n, n) for n in (5, 6, 7, 8, 9, 10, 400)] + [" " * 5000 + "w5 w6 " * 9, "w7" + " " * 9000 + "w8", "w9" * 4000 + " w10", "w5 " + "x" * 5000]
+    a = capture(model, t, texts, "mlp_out", max_length=8, **OPTIONS)
+    expected = [t(x, truncation=True, max_length=8)["input_ids"] for x in texts]
+    assert [a.token_ids[a.text_ids == i].tolist() for i in range(len(texts))] == expected
+    assert a.n_cut == sum(len(t(x)["input_ids"]) > 8 for x in texts)
