@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from table import in_turns, publish
+from table import in_turns, publish, within
 
+from llmfact_nb import activations
 from llmfact_nb.activations import capture
 from llmfact_nb.resources import load_model, load_texts
 from llmfact_nb.sites import neuron_sites
@@ -60,8 +61,9 @@ def compare(args) -> list[dict]:
             read = lambda path=None: capture(model, tokenizer, texts, site, max_length=args.length, path=path, progress=False)
             batches = batches_of(model, read)
             n_tokens = sum(int(b["attention_mask"].sum()) for b in batches)
-            found = in_turns(lambda: bare(model, batches, last), {f"{site} to memory": read, f"{site} to disk": lambda: read(file)}, args.repeats)
-            rows += [dict(what=name, tokens=n_tokens, batches=len(batches), **numbers) for name, numbers in found.items()]
+            every = {f"{site} to memory": read, f"{site} to disk": lambda: read(file)}
+            for name, numbers in in_turns(lambda: bare(model, batches, last), every, args.repeats).items():
+                rows.append(dict(what=name, tokens=n_tokens, batches=len(batches), within=within(activations, model, every[name]), **numbers))
     return rows
 
 
@@ -110,11 +112,11 @@ if __name__ == "__main__":
         raise SystemExit
     times, peaks = compare(args), memory(args)
     rows = [
-        [f"time, {r['what']}", f"{r['tokens']:,}", f"{r['plain_s']:.2f} s", f"{r['arm_s']:.2f} s", f"{r['ratio']:.3f}", f"{r['cpu_ratio']:.3f}", "1.10"] for r in times
+        [f"time, {r['what']}", f"{r['tokens']:,}", f"{r['plain_s']:.2f} s", f"{r['arm_s']:.2f} s", f"{r['ratio']:.3f}", f"{r['cpu_ratio']:.3f}", f"{r['within']:.3f}", "1.10" if "memory" in r["what"] else ""] for r in times
     ]
-    rows += [[f"memory, {r['what']}", f"{r['tokens']:,}", f"{r['matrix_mb']:,.0f} MB", f"{r['peak_mb']:,.0f} MB", f"{r['peak_mb'] / r['matrix_mb']:.2f}", "", ""] for r in peaks]
+    rows += [[f"memory, {r['what']}", f"{r['tokens']:,}", f"{r['matrix_mb']:,.0f} MB", f"{r['peak_mb']:,.0f} MB", f"{r['peak_mb'] / r['matrix_mb']:.2f}", "", "", ""] for r in peaks]
     note = (
         f"smollm2-135m, {args.texts} articles of {args.length} tokens. Time: bare forward pass, and capture with everything it does, medians of {args.repeats} repetitions in turns. "
         "Memory: the whole matrix, and the growth of peak memory in a fresh process (one batch is at most 2,048 tokens, 360 MB at this site)."
     )
-    publish("capture", ["what", "tokens", "without", "with", "ratio", "of processor time", "bar"], rows, note, {"arguments": vars(args), "times": times, "memory": peaks})
+    publish("capture", ["what", "tokens", "without", "with", "ratio", "of processor time", "within one run", "bar"], rows, note, {"arguments": vars(args), "times": times, "memory": peaks})

@@ -1,5 +1,6 @@
 """How a benchmark's times are taken, and where its numbers go: a table in README.md and a file of results."""
 
+import functools
 import json
 import os
 import platform
@@ -39,6 +40,37 @@ def in_turns(plain: Callable, arms: dict[str, Callable], repeats: int) -> dict[s
         }
         print(f"{name}: ratios {[round(r, 3) for r in found[name]['ratios']]}, of processor time {[round(r, 3) for r in found[name]['cpu_ratios']]}", flush=True)
     return found
+
+
+def within(room, model, arm: Callable, repeats: int = 5) -> float:
+    """Median over runs of: all of `arm()`, over the part of the same run that is the model's own forward pass.
+
+    A run is compared with itself, so no change of the machine's speed between two runs can enter. `room` is the module whose `attach` sets the hooks."""
+    hooks, forward, found = [0.0], [0.0], []
+    attach, model_forward = room.attach, model.forward
+
+    def clocked(spent, function):
+        @functools.wraps(function)  # also its signature, which `capture` reads
+        def run(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[0] += time.perf_counter() - start
+
+        return run
+
+    room.attach = lambda sites, function: attach(sites, clocked(hooks, function))
+    model.forward = clocked(forward, model_forward)
+    try:
+        for _ in range(repeats):
+            hooks[0] = forward[0] = 0.0
+            wall, _ = seconds(arm)
+            found.append(wall / (forward[0] - hooks[0]))
+    finally:
+        room.attach = attach
+        del model.forward  # the class's own again
+    return statistics.median(found)
 
 
 def publish(name: str, head: list[str], rows: list[list], note: str, results: dict) -> None:

@@ -182,10 +182,15 @@ def _split_text(tokenizer, text: str, max_length: int) -> list[list[int]]:
         ids = tokenizer(text)["input_ids"]
         return [ids[s : s + max_length] for s in range(0, len(ids), max_length)]
     side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # windows from the left end on, whatever the tokenizer prefers
+    before = tokenizer.backend_tokenizer.truncation
     try:  # the tokenizer splits, so that every window gets its special tokens
         return tokenizer(text, truncation=True, max_length=max_length, return_overflowing_tokens=True)["input_ids"]
     finally:
         tokenizer.truncation_side = side
+        if before is None:
+            tokenizer.backend_tokenizer.no_truncation()
+        else:
+            tokenizer.backend_tokenizer.enable_truncation(**before)
 
 
 def _tokenize(tokenizer, texts: list[str], max_length: int, windows: bool) -> tuple[list[list[int]], list[int], int]:
@@ -243,16 +248,21 @@ def capture(
     whose neurons cannot be placed. (Paper, section 2: activations of all MLP outputs over all positions.)"""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype={dtype} is not accepted; accepted: torch.float32, torch.bfloat16 (float16 overflows on real activations).")
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected the model's tokenizer, e.g. the second thing that load_model() gives.")
     refuse_compiled(model)
     sites = neuron_sites(model, site).at(layers)
     lists, owners, n_cut = _tokenize(tokenizer, text_list(texts), _longest(model, tokenizer, max_length), windows)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if max(map(max, lists)) >= vocabulary:
+        raise ValueError(f"tokenizer gives token {max(map(max, lists)):,}, and the model knows {vocabulary:,}: they do not belong together. Load both by one name.")
     lengths = [len(x) for x in lists]
     starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
     positions = torch.cat([torch.arange(n) for n in lengths])
     columns = dict(
         text_ids=torch.tensor(owners).repeat_interleave(torch.tensor(lengths)), positions=positions, token_ids=torch.tensor([t for x in lists for t in x])
     )
-    about = dict(widths=sites.widths, depths=sites.depths, site=sites.site, model=getattr(getattr(model, "config", None), "_name_or_path", ""), n_cut=n_cut)
+    about = dict(widths=sites.widths, depths=sites.depths, site=sites.site, model=str(getattr(model, "name_or_path", "")), n_cut=n_cut)
     squares = torch.empty(starts[-1])
     reader = _Reader(model, tokenizer, sites, dtype)
 

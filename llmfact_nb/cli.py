@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'settings_from', 'HeldOut', 'held_out_courses', 'reading_rule', 'network_table', 'summary', 'draw_figures',
-           'manifest', 'run_settings', 'options', 'run', 'fetch', 'info', 'main']
+           'manifest', 'loaded_facts', 'run_settings', 'options', 'run', 'fetch', 'info', 'main']
 
 # %% ../nbs/12_cli.ipynb #881cb870
 import dataclasses
@@ -38,6 +38,8 @@ def settings_from(
     given = {k: v for k, v in options.items() if v is not None}
     if "alpha" in given and "fraction" in given:
         raise ValueError("alpha and fraction are two rules for the same thing; give one of them.")
+    if "tail" in given and "alpha" not in given and ("fraction" in given or PRESETS[preset].alpha is None):
+        raise ValueError(f"tail={given['tail']!r} belongs to alpha; the key neurons here are a fraction, the largest |z| of either sign. Give alpha too.")
     if "alpha" in given:
         given["fraction"] = None
     elif "fraction" in given:
@@ -119,7 +121,7 @@ def summary(
     says = [
         f"{f['tokens used']:,} of {f['tokens']:,} tokens of {f['texts']} texts, {f['neurons']:,} units at {settings.site}; "
         f"{settings.n_components} networks, ICA {'converged' if f['converged'] else 'did NOT converge'} in {f['steps']} steps.",
-        f"{f['sink tokens']} sink tokens hold {f['variance share of the sink tokens']:.0%} of the variance; {'they are left out' if settings.exclude else 'they take part'}.",
+        f"{f['sink tokens']} sink tokens hold {f['variance share of the sink tokens']:.0%} of the variance; {'they are left out' if settings.exclude == 'sinks' else 'the first tokens are left out' if settings.exclude else 'they take part'}.",
         f"Union of the networks at alpha {f['null alpha']:g} ({f['null tail']}): {f['observed union']:.1%} of the units; Gaussian maps would give {f['expected union of Gaussian maps']:.1%}.",
     ]
     match = f["match of the controls"]
@@ -154,7 +156,7 @@ def draw_figures(
     networks, masks = found.networks, found.networks.masks(*reading_rule(found, settings))
     alpha, _ = reading_rule(found, settings)
     arms = {"key": networks.key_neurons(**settings.key_rule), "PCA": networks.alternative("pca").key_neurons(**settings.key_rule)}
-    active = [i for i, m in enumerate(masks) if m.n]
+    active = [i for i, m in enumerate(masks) if m.n and bool(held_out.means[:, i].isfinite().all()) and float(held_out.means[:, i].std()) > 0]
     what = f"{settings.model}, {settings.site}, {settings.kind} ICA with k = {settings.n_components}, seed {settings.ica_seed}"
     drawn = {
         "maps": (
@@ -198,24 +200,34 @@ def draw_figures(
 def manifest(
     found: "Found",  # with its facts
     settings: "Settings",  # of the run
-    device: str | None,  # where the model ran
+    loaded: dict,  # what `loaded_facts` took down when the model was loaded
 ) -> dict:
     "Return everything needed to run this again, ready for JSON."
-    import platform
-    from importlib.metadata import version
-
     from llmfact_nb import __version__
     from llmfact_nb.resources import resource_record
 
     return {
         "llmfact_nb": __version__,
-        "model": resource_record(settings.model),
         "texts": resource_record(settings.texts),
         "settings": dataclasses.asdict(settings),
         "seeds": {"ica": settings.ica_seed, "controls": list(range(settings.control_seeds))},
         "found": found.facts,
+    } | loaded
+
+
+def loaded_facts(
+    model,  # as it was loaded
+) -> dict:
+    "Return which model this is, and on what software and machine it runs."
+    import platform
+    from importlib.metadata import version
+
+    from llmfact_nb.resources import resource_record
+
+    return {
+        "model": resource_record(model),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers", "scikit-learn", "numpy", "scipy", "pandas", "safetensors")},
-        "machine": {"platform": platform.platform(), "processor": platform.machine(), "device": device or "cpu", "threads": found.facts["threads"]},
+        "machine": {"platform": platform.platform(), "processor": platform.machine(), "device": str(model.device)},
     }
 
 # %% ../nbs/12_cli.ipynb #bb2158c2
@@ -230,31 +242,40 @@ def run_settings(
 
     Finished parts are found again, so the same call after an interruption goes on where it stopped. Raises ValueError if the folder belongs to other settings."""
     from llmfact_nb.experiments import run_experiment
-    from llmfact_nb.files import write_json, write_text
+    from llmfact_nb.files import read_json, write_json, write_text
     from llmfact_nb.report import results_table, write_report
-    from llmfact_nb.resources import load_model, load_texts
+    from llmfact_nb.resources import RESOURCES, load_model, load_texts
 
     say = functools.partial(print, flush=True) if progress else lambda *_, **__: None
     folder = Path(out)
+    loaded_at = folder / "parts" / "loaded.json"
 
     @functools.cache
     def load():
         say(f"loading {settings.model} ...")
-        return load_model(settings.model, device=device, **load_options)
+        model, tokenizer = load_model(settings.model, device=device, **load_options)
+        if not loaded_at.exists():
+            write_json(loaded_at, loaded_facts(model))
+        return model, tokenizer
 
-    texts = functools.cache(lambda split: load_texts(settings.texts, split))
-    found, results = run_experiment(settings, folder, load, texts, progress)
+    @functools.cache
+    def texts(split: str):
+        here = settings.texts in RESOURCES or Path(settings.texts).expanduser().exists()
+        enough = settings.eval_texts if split == "eval" else settings.fit_tokens  # a text has at least one token; hub data sets are not read whole
+        return load_texts(settings.texts, split, n=None if here else enough)
+
+    found, results = run_experiment(settings, folder, load, texts, progress, {"device": device} | load_options)
     held_out = held_out_courses(found, settings, folder, load, texts)
     table = network_table(found, settings, held_out)
     says = summary(found, results, settings)
     write_text(folder / "results.csv", results.to_csv(index=False))
     write_text(folder / "networks.csv", table.to_csv(index=False))
-    facts = manifest(found, settings, device)
+    facts = manifest(found, settings, read_json(loaded_at))
     write_json(folder / "manifest.json", facts)
-    say("drawing figures ...")
+    say("", results_table(results), "", *(f"- {s}" for s in says), "", "drawing figures ...", sep="\n")
     pictures = draw_figures(found, results, settings, held_out, folder / "figures")
     report = write_report(folder / "report.html", f"Functional networks of {settings.model}", says, results, pictures, facts, table)
-    say("", results_table(results), "", *(f"- {s}" for s in says), "", f"report: {report}", f"table, networks, manifest, figures: {folder}", sep="\n")
+    say(f"report: {report}", f"table, networks, manifest, figures: {folder}", sep="\n")
     return report
 
 # %% ../nbs/12_cli.ipynb #786a36c8
@@ -270,9 +291,10 @@ def _plain_errors(command: Callable) -> Callable:
 
     @functools.wraps(command)
     def run(*args, **kwargs):
-        warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {message}", err=True)
         try:
-            return command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: typer.echo(f"note: {message}", err=True)
+                return command(*args, **kwargs)
         except KeyboardInterrupt:
             typer.echo("\ninterrupted; finished parts are kept, the same command goes on from there", err=True)
             raise typer.Exit(130) from None

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Settings', 'condition_name', 'Arm', 'key_arms', 'ablation_study', 'Found', 'enough_texts', 'first_texts',
-           'find_networks', 'claim_folder', 'run_experiment', 'match_facts']
+           'find_networks', 'claim_folder', 'file_marks', 'run_experiment', 'match_facts']
 
 # %% ../nbs/09_experiments.ipynb #fac7be8b
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from . import __version__
 from .activations import Activations, capture
 from .evaluate import EvalSet, Perplexity, paired_difference, perplexity
 from .files import load_tensors, read_json, save_tensors, write_json
@@ -57,9 +59,12 @@ class Settings:
         for name, accepted in (("site", SITES), ("kind", ("temporal", "spatial")), ("exclude", (None, "first", "sinks")), ("tail", TAILS)):
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; accepted: {', '.join(map(repr, accepted))}.")
-        for name in ("n_components", "n_init", "control_seeds", "fit_tokens", "fit_length", "eval_texts", "eval_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; give at least 1.")
+        least = {"ica_seed": 0, "eval_length": 2} | dict.fromkeys(("n_components", "n_init", "control_seeds", "fit_tokens", "fit_length", "eval_texts"), 1)
+        for name, n in least.items():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < n:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not accepted; give a whole number of at least {n}.")
+        if self.n_components > self.fit_tokens:
+            raise ValueError(f"n_components={self.n_components} is above fit_tokens={self.fit_tokens}: there cannot be more networks than tokens.")
         if (self.alpha is None) == (self.fraction is None):
             raise ValueError(f"alpha={self.alpha!r}, fraction={self.fraction!r}: give exactly one of them.")
         if self.alpha is not None and not self.alpha > 0:
@@ -114,6 +119,8 @@ def key_arms(
 ) -> list[Arm]:
     "Return the key neurons' arm with all its controls: layer-matched, layer- and variance-matched (disjoint from the key neurons, and from all), top variance, PCA, keep, all off."
     key = networks.key_neurons(**settings.key_rule)
+    if key.n == 0:
+        raise ValueError(f"alpha={settings.alpha} is passed by no unit: the largest |z| is {float(networks.maps_.abs().max()):.2f}. Give a smaller alpha, or a fraction.")
     seeds = range(settings.control_seeds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the draws would say of their match, `match_facts` measures
@@ -133,16 +140,18 @@ def key_arms(
     ]
 
 # %% ../nbs/09_experiments.ipynb #da0ef73c
-def _store(path: Path, result: Perplexity) -> None:
+def _store(path: Path, result: Perplexity, digest: str) -> None:
     tensors = {f.name: getattr(result, f.name) for f in fields(result) if isinstance(getattr(result, f.name), torch.Tensor)}
     plain = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in tensors}
     finite = {k: v if v == v and abs(v) != float("inf") else str(v) for k, v in plain.items() if isinstance(v, float)}  # JSON knows no infinity
     plain["ci"] = [str(v) for v in result.ci]
-    save_tensors(path, tensors, "losses", {"result": plain | finite})
+    save_tensors(path, tensors, "losses", {"result": plain | finite, "digest": digest})
 
 
-def _restore(path: Path) -> Perplexity:
-    tensors, meta = load_tensors(path, "losses")
+def _restore(path: Path, digest: str) -> Perplexity | None:
+    tensors, meta = load_tensors(path, "losses", ("result", "token_nats", "digest"))
+    if meta["digest"] != digest:
+        return None  # of another mask, model or text
     plain = meta["result"]
     plain |= {k: float(plain[k]) for k in ("value", "nats")} | {"ci": tuple(map(float, plain["ci"]))}
     return Perplexity(**plain, **tensors)
@@ -155,6 +164,7 @@ def ablation_study(
     conditions: Sequence[tuple[str, str]] = (("zero", "all"),),  # (replace, positions): "mean" or "zero", "after-first" or "all"
     means: torch.Tensor | None = None,  # (N,) the neurons' means, for replace "mean"
     folder: str | os.PathLike | None = None,  # keep finished arms here and take them from here
+    identity: str = "",  # whatever else the losses depend on, such as model and texts; a finished arm of another identity is measured again
     progress: bool = True,  # show a progress bar
 ) -> "pd.DataFrame":
     """Measure every arm under every condition; return one row per arm, condition and seed.
@@ -168,14 +178,29 @@ def ablation_study(
         raise ValueError(f"arms has {len(arms)} entries and conditions {len(conditions)}; both need at least one.")
     if means is None and any(c[0] == "mean" for c in conditions):
         raise ValueError("conditions ask for replace='mean', so means= is needed: one value per neuron, e.g. activations.moments()[0].")
+    names = [(a.name, a.seed) for a in arms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"arms holds the same name and seed twice: {sorted({n for n in names if names.count(n) > 1}, key=str)}.")
+    if isinstance(model, nn.Module) and not isinstance(texts, EvalSet):
+        raise TypeError(f"texts is a {type(texts).__name__}; expected an EvalSet, e.g. EvalSet(tokenizer, list_of_texts).")
     loaded = (model, texts) if isinstance(model, nn.Module) else None
     folder = None if folder is None else Path(folder)
+    identity += texts.fingerprint if isinstance(texts, EvalSet) else ""
+
+    def digest(arm: Arm | None, replace: str, positions: str) -> str:
+        "Of everything that decides an arm's losses, so that a stale part is never taken for this one."
+        h = hashlib.sha256(repr((identity, replace, positions)).encode())
+        if arm is not None:
+            h.update(repr((arm.masked.widths, arm.masked.depths, arm.masked.site)).encode() + arm.masked.bits)
+            h.update(means.float().numpy().tobytes() if replace == "mean" else b"")
+        return h.hexdigest()
 
     def measure(name: str, arm: Arm | None = None, replace: str = "zero", positions: str = "all") -> Perplexity:
         nonlocal loaded
         path = None if folder is None else folder / f"{name}.safetensors"
-        if path is not None and path.exists():
-            return _restore(path)
+        mark = digest(arm, replace, positions)
+        if path is not None and path.exists() and (finished := _restore(path, mark)) is not None:
+            return finished
         loaded = loaded or model()
         net, scored = loaded
         if arm is None:
@@ -184,7 +209,7 @@ def ablation_study(
             with MaskedModel(net).ablate(arm.masked, means if replace == "mean" else replace, positions):
                 result = perplexity(net, None, scored, progress=False)
         if path is not None:
-            _store(path, result)
+            _store(path, result, mark)
         return result
 
     rows = []
@@ -265,8 +290,9 @@ def find_networks(
     chosen = enough_texts(tokenizer, texts, settings.fit_tokens, settings.fit_length)
     acts = capture(model, tokenizer, chosen, settings.site, max_length=settings.fit_length, progress=progress)
     networks = FunctionalNetworks(
-        settings.n_components, settings.kind, settings.standardize, settings.exclude, n_init=settings.n_init, random_state=settings.ica_seed
-    ).fit(acts)
+        settings.n_components, settings.kind, settings.standardize, settings.exclude, n_init=settings.n_init, random_state=settings.ica_seed,
+        device=str(model.device) if model.device.type == "cuda" else None,
+    ).fit(acts)  # fmt: skip
     mean, _ = acts.moments()
     _, variance = acts.moments(networks.rows_)
     about = {"model type": getattr(model.config, "model_type", type(model).__name__), "parameters": sum(p.numel() for p in model.parameters())}
@@ -299,12 +325,14 @@ def _facts(acts: Activations, networks: FunctionalNetworks, settings: Settings, 
 def claim_folder(
     folder: str | os.PathLike,  # output folder of a run
     settings: Settings,  # what is to run there
+    beside: dict | None = None,  # what else must be the same: device, revision ...
 ) -> Path:
     "Make the folder this run's, or resume it. Raises ValueError with the difference if it belongs to other settings, OSError if it cannot be written."
     folder = Path(folder)
-    ours = {k: list(map(list, v)) if k == "conditions" else v for k, v in asdict(settings).items()}
+    ours = {k: list(map(list, v)) if k == "conditions" else v for k, v in asdict(settings).items()} | (beside or {})
+    ours |= {"llmfact_nb": __version__, "model files": file_marks(settings.model), "text files": file_marks(settings.texts)}
     path = folder / "settings.json"
-    if path.exists():
+    if path.exists() and (folder / "parts" / "facts.json").exists():
         theirs = read_json(path)
         different = [f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in sorted({*ours, *theirs}) if theirs.get(k) != ours.get(k)]
         if different:
@@ -314,18 +342,28 @@ def claim_folder(
     return folder
 
 
+def file_marks(
+    name: str,  # a model or text: a path, or a name that is none
+) -> dict[str, list[int]]:
+    "Return size (bytes) and time (ns) of the files behind a path, {} for a name."
+    path = Path(name).expanduser()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    return {str(p.relative_to(path.parent)): [p.stat().st_size, p.stat().st_mtime_ns] for p in files}
+
+
 def run_experiment(
     settings: Settings,  # what to run
     folder: str | os.PathLike,  # where results go, and where finished parts are found again
     load: Callable[[], tuple],  # gives (model, tokenizer); called only if something is missing
     texts: Callable[[str], Sequence[str]],  # gives the texts of the split "fit" or "eval"
     progress: bool = True,  # show progress bars
+    beside: dict | None = None,  # what else decides the numbers, for the folder to remember: device, revision ...
 ) -> tuple[Found, "pd.DataFrame"]:
     "Find the networks and measure all arms; return what was found and the table of `ablation_study`. Finished parts are kept in `folder`."
-    parts = claim_folder(folder, settings) / "parts"
+    parts = claim_folder(folder, settings, beside) / "parts"
     found_at, facts_at = Path(folder) / "networks.safetensors", parts / "facts.json"
     if found_at.exists() and facts_at.exists():
-        statistics, _ = load_tensors(parts / "statistics.safetensors", "statistics")
+        statistics, _ = load_tensors(parts / "statistics.safetensors", "statistics", ("mean", "variance"))
         found = Found(FunctionalNetworks.load(found_at), statistics["mean"], statistics["variance"], read_json(facts_at))
     else:
         fit_texts = texts("fit")  # an unknown text set is refused before the model is loaded
@@ -340,7 +378,7 @@ def run_experiment(
         return model, EvalSet(tokenizer, first_texts(texts("eval"), settings.eval_texts), max_length=settings.eval_length)
 
     arms = key_arms(found.networks, found.variance, settings)
-    results = ablation_study(model_and_texts, None, arms, settings.conditions, found.mean, parts / "arms", progress)
+    results = ablation_study(model_and_texts, None, arms, settings.conditions, found.mean, parts / "arms", (Path(folder) / "settings.json").read_text(), progress)
     return replace(found, facts=found.facts | {"match of the controls": match_facts(arms, found.variance)}), results
 
 

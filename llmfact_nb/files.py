@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Iterator, Sequence
 
 # %% ../nbs/00_files.ipynb #7c567402
+_UMASK = os.umask(0)  # it can only be read by setting it, so once
+os.umask(_UMASK)
+
+
 @contextmanager
 def write_atomic(
     path: str | os.PathLike,  # where the finished file shall stand; missing parent folders are made
@@ -31,9 +35,7 @@ def write_atomic(
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a result is an ordinary file
+        temporary.chmod(0o666 & ~_UMASK)  # mkstemp makes private files; a result is an ordinary file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

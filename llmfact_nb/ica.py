@@ -179,7 +179,7 @@ def leading_directions(
     start: torch.Tensor,  # (d, n) float64; n is k plus some spare columns
     k: int,  # how many directions are wanted
     n_iter: int | None = None,  # applications of A; None: until the k variances change by less than `tol` on average
-    tol: float = 0.05,  # mean relative change of the k variances at which to stop
+    tol: float = 0.01,  # mean relative change of the k variances at which to stop
     max_iter: int = 12,  # and never more applications than that
 ) -> tuple[torch.Tensor, int, float]:
     "Block Krylov iteration. Returns (orthonormal (d, n) that contains the k leading eigenvectors of A, applications made, last mean relative change)."
@@ -236,19 +236,12 @@ class Whitened(NamedTuple):
         return a * root, b * (self.singular / root).to(b)
 
 
-def _singular(A):
-    "Singular values of a tall matrix, largest first, and the rotation that sorts its columns by them."
-    values, R = torch.linalg.eigh(sum(a.T @ a for a in (part.double() for part in A.split(2**16))))
-    return values.flip(0).clamp_min(0).sqrt(), R.flip(1)
-
-
-def _rank(singular, k, data):
+def _refuse_rank(singular, k, data):
     rank = int((singular > 100 * torch.finfo(data.dtype).eps * singular[0]).sum())
     if rank < k:
         name = str(data.dtype).removeprefix("torch.")
         remedy = "." if rank == 0 else f". Use n_components <= {rank}" + (", or dtype=torch.float64." if name == "float32" else ".")
         raise ValueError(f"n_components={k} is above the numerical rank of X in {name}, {rank} ({data.T:,} tokens x {data.N:,} neurons){remedy}")
-    return rank
 
 # %% ../nbs/03_ica.ipynb #a96f0353
 def whiten(
@@ -272,17 +265,13 @@ def whiten(
             start = torch.randn(data.short, n, generator=generator, dtype=torch.float64).to(G)
             U, _, change = leading_directions(lambda Q: G @ Q, start, k, tol=1e-6, max_iter=50)
             report = f"leading eigenvectors, to a mean change of {change:.0e}"
-    invariant = solver != "randomized" or data.walk == "tokens"
-    P, Y = there_and_back(data, U, back=not invariant)
-    singular, R = _singular(P)
-    rank = _rank(singular, k, data)
-    singular, R = singular[:rank], R[:, :rank]
-    long, short = P @ (R / singular).to(P), U @ R if invariant else Y @ (R / singular)
-    if not invariant:
-        singular, R = _singular(short)
-        short, long = short @ (R / singular), long @ R.to(P)
+    P, _ = there_and_back(data, U, back=False)
+    values, R = torch.linalg.eigh(sum(p.T @ p for p in (part.double() for part in P.split(2**16))))
+    singular, R = values.flip(0).clamp_min(0).sqrt(), R.flip(1)[:, :k]
+    _refuse_rank(singular, k, data)
+    short, long = (U @ R).to(data.dtype), P @ (R / singular[:k]).to(P)
     time, neurons = (short, long) if data.walk == "neurons" else (long, short)
-    return Whitened(time[:, :k].to(data.dtype), singular[:k], neurons[:, :k].to(data.dtype), report)
+    return Whitened(time, singular[:k], neurons, report)
 
 # %% ../nbs/03_ica.ipynb #41829391
 def _logcosh(Y):
@@ -534,7 +523,7 @@ class ICA:
         dtype: torch.dtype | str = torch.float32,  # arithmetic, float32 or float64
         w_init: np.ndarray | torch.Tensor | None = None,  # (k, k) first start, made orthogonal first; None: as scikit-learn draws it
         n_oversamples: int | None = None,  # spare directions while whitening; None: k / 4, at least 16
-        n_power_iter: int | None = None,  # walks of the randomized solver; None: until the k variances change by less than 5 %
+        n_power_iter: int | None = None,  # walks of the randomized solver; None: until the k variances change by less than 1 %
         verbose: bool = False,  # print what was chosen and how it went
     ):
         values = locals()

@@ -79,6 +79,20 @@ def _split(mask: NeuronMask, value: float | torch.Tensor, name: str) -> float | 
     return list(value.detach().split(mask.widths))
 
 
+class _Row:
+    "One value per unit of a layer, carried once to each device and type where it is needed."
+
+    def __init__(self, values: torch.Tensor):
+        self.values, self.placed = values, {}
+
+    def __call__(self, x: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+        "The values of these units, like x."
+        key = (x.device, x.dtype)
+        if key not in self.placed:
+            self.placed[key] = self.values.to(x)[units]
+        return self.placed[key]
+
+
 def _late_bound(mask: NeuronMask) -> NeuronMask:
     "The last layer's row in every layer."
     if len(set(mask.widths)) > 1:
@@ -181,7 +195,10 @@ class MaskedModel:
         "Remember each neuron's mean over the tokens that are no sinks, for replace='mean'; return self."
         if self.site is not None and activations.site != self.site:
             raise ValueError(f"activations belong to site {activations.site!r}, this MaskedModel to {self.site!r}.")
-        self.means, _ = activations.moments()
+        means, _ = activations.moments()
+        if not torch.isfinite(means).all():
+            raise ValueError(f"activations hold values that are nan or infinite in {int((~torch.isfinite(means)).sum())} neurons; their mean cannot replace anything.")
+        self.means = means
         self._means_of = (activations.site, activations.widths, activations.depths)
         return self
 
@@ -195,10 +212,10 @@ class MaskedModel:
         values = self._replacement(mask, replace)
 
         def change(layer: int):
-            def put(x, units):
-                return values[layer].to(x)[units].expand_as(x)
-
-            return put if values is not None else lambda x, units: torch.zeros_like(x)
+            if values is None:
+                return lambda x, units: torch.zeros_like(x)
+            row = _Row(values[layer])
+            return lambda x, units: row(x, units).expand_as(x)
 
         return self._masked(mask, change, positions)
 
@@ -224,8 +241,10 @@ class MaskedModel:
         gain, add = (_split(mask, v, name) for v, name in ((gain, "gain"), (add, "add")))
 
         def change(layer: int):
+            rows = [v if isinstance(v, float) else _Row(v[layer]) for v in (gain, add)]
+
             def scale(x, units):
-                g, a = (v if isinstance(v, float) else v[layer].to(x)[units] for v in (gain, add))
+                g, a = (r if isinstance(r, float) else r(x, units) for r in rows)
                 return x * g + a
 
             return scale
@@ -243,6 +262,8 @@ class MaskedModel:
             raise ValueError(f"positions={positions!r} cannot be baked: weights do not know a token's position. Use the context manager `ablate`.")
         refuse_compiled(self.model)
         values, sites = self._replacement(mask, replace), self.sites(mask)
+        if mask.n == 0:
+            warnings.warn("no unit is masked: the copy is the model as it is.", stacklevel=2)
         if self.legacy_late_binding:
             mask = _late_bound(mask)
         _refuse_unbakeable(sites, mask, needs_bias=values is not None)
@@ -280,7 +301,7 @@ class MaskedModel:
         if self.legacy_late_binding:
             mask = _late_bound(mask)
         if mask.n == 0:
-            warnings.warn("mask is empty: nothing is masked.", stacklevel=3)
+            warnings.warn("no unit is masked: the mask leaves the model as it is.", stacklevel=4)
         used = [i for i, n in enumerate(mask.counts) if n]
         columns = [_Columns(mask.layers[i], change(i)) for i in used]
         first: list[torch.Tensor | None] = [None]  # of the forward pass that is going on

@@ -7,6 +7,7 @@ __all__ = ['TAILS', 'z_scores', 'gaussian_union', 'FunctionalNetworks', 'iou', '
 
 # %% ../nbs/05_networks.ipynb #58a6f595
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from .activations import Activations
 from .files import load_tensors, save_tensors
 from .ica import ICA
-from .masks import NeuronMask
+from .masks import NeuronMask, common_site
 
 # %% ../nbs/05_networks.ipynb #3bcbe0bb
 TAILS = ("positive", "both", "raw")
@@ -32,7 +33,7 @@ def z_scores(
 
 
 def _check_alpha(alpha: float, tail: str) -> None:
-    if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
+    if not (isinstance(alpha, numbers.Real) and not isinstance(alpha, bool) and math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha={alpha!r} is not accepted; give a positive number of standard deviations, such as 1.96.")
     if tail not in TAILS:
         raise ValueError(f"tail={tail!r} is not accepted; accepted: {', '.join(map(repr, TAILS))}.")
@@ -189,6 +190,8 @@ class FunctionalNetworks:
         other.maps_, other.sign_, other.rotation_ = z_scores(other.mixing_), sign.float(), (sign[:, None] * turn @ self.rotation_.double()).float()
         other.time_courses_ = (self.time_courses_.double() @ turn.T * sign).float()
         other.stability_ = torch.full((k,), float("nan"))
+        held = lambda f: f.time_courses_.double().square().sum(0) * f.mixing_.double().square().sum(1)
+        other.explained_variance_ratio_ = held(other) * (self.explained_variance_ratio_.sum() / held(self).sum())  # of the same total
         return other
 
     def stable(
@@ -201,7 +204,7 @@ class FunctionalNetworks:
         return (self.stability_ >= threshold).nonzero()[:, 0].tolist()
 
     def _top(self, fraction: float) -> torch.Tensor:
-        if not (isinstance(fraction, (int, float)) and 0 < fraction <= 1):
+        if not (isinstance(fraction, numbers.Real) and not isinstance(fraction, bool) and 0 < fraction <= 1):
             raise ValueError(f"fraction={fraction!r} is not accepted; give a share of all units, above 0 and up to 1.")
         largest = self._fitted().maps_.abs().amax(0)
         return largest.topk(max(1, round(fraction * len(largest)))).indices
@@ -216,20 +219,22 @@ class FunctionalNetworks:
             return f"FunctionalNetworks(k={self.n_components}, {self.kind}, not fitted)"
         return (
             f"FunctionalNetworks({self.method_}, {self.kind}, k={len(self.maps_)}, {sum(self.widths):,} neurons, site {self.site}, "
-            f"{int(self.rows_.sum()):,} of {len(self.rows_):,} tokens, {'converged' if self.converged_ else 'NOT converged'} in {self.n_iter_} steps)"
+            f"{int(self.rows_.sum()):,} of {len(self.rows_):,} tokens"
+            + (f", {'converged' if self.converged_ else 'NOT converged'} in {self.n_iter_} steps)" if self.method_ == "ica" else ")")
         )
 
     def save(self, path: str | os.PathLike) -> Path:
         "Write the fitted networks to one safetensors file, atomically, and return its path."
         self._fitted()
-        settings = {k: getattr(self, k) for k in ("n_components", "kind", "standardize", "exclude")}
+        settings = {k: getattr(self, k) for k in ("n_components", "kind", "standardize", "exclude")} | {k: v for k, v in self.ica.items() if k != "w_init"}
+        settings = {k: v.item() if hasattr(v, "item") else str(v).removeprefix("torch.") if isinstance(v, (torch.dtype, torch.device)) else v for k, v in settings.items()}
         learned = {k: getattr(self, k) for k in _PLAIN}
-        return save_tensors(path, {k: getattr(self, k) for k in _TENSORS}, "networks", {"settings": settings | self.ica, "learned": learned})
+        return save_tensors(path, {k: getattr(self, k) for k in _TENSORS}, "networks", {"settings": settings, "learned": learned})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FunctionalNetworks":
         "Return the networks stored in `path`. Raises as `files.load_tensors` does."
-        tensors, meta = load_tensors(path, "networks")
+        tensors, meta = load_tensors(path, "networks", (*_TENSORS, "settings", "learned"))
         networks = cls(**meta["settings"])
         networks.__dict__.update(tensors | meta["learned"])
         networks.widths, networks.depths = tuple(networks.widths), tuple(networks.depths)
@@ -279,7 +284,7 @@ def match_networks(
         raise ValueError(f"a has {len(a)} masks and b {len(b)}; both need at least one.")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold!r} is not accepted; give an IoU between 0 and 1.")
-    a[0] | b[0]  # refuses masks of different models or sites
+    common_site([*a, *b])  # refuses masks of different models or sites
     x, y = (torch.stack([m.flat for m in masks]).float() for masks in (a, b))
     both = x @ y.T
     union = x.sum(1)[:, None] + y.sum(1) - both

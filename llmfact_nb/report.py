@@ -294,7 +294,7 @@ def write_report(
     """
     note = (
         '<p class="note">Damage is the paired difference in mean token loss between a masked and the unmasked model on the same held-out text. Where an arm was drawn with several seeds, the interval reaches from the '
-        "lowest to the highest end of their 95 % bootstrap intervals over documents. “Broken” means a perplexity above the vocabulary size: worse than guessing, and how much worse says nothing.</p>"
+        "lowest to the highest end of their 95 % bootstrap intervals over documents. With a dozen documents such intervals are somewhat too narrow. “Broken” means a perplexity above the vocabulary size: worse than guessing, and how much worse says nothing.</p>"
     )
     sections = {
         "Summary": f"<ul>{''.join(f'<li>{_text(s)}</li>' for s in summary)}</ul>" if summary else "",

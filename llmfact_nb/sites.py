@@ -190,6 +190,8 @@ def neuron_sites(
         if len({s.module for s in sites}) < len(sites):
             raise NotImplementedError(f"model type {_model_type(model)!r}: some layers share one down projection, so their neurons cannot be told apart.")
         return NeuronSites(sites, site)
+    if not isinstance(site, Sequence) or not all(isinstance(n, str) for n in site):
+        raise TypeError(f"site={site!r} is not accepted; accepted: {', '.join(map(repr, SITES))} or a list of module names.")
     names = tuple(site)
     modules = [(n, m) for n, m in model.named_modules() if n in set(names)]
     missing = set(names) - {n for n, _ in modules}
@@ -247,3 +249,5 @@ def refuse_compiled(
     "Raise ValueError if `model`, or a part of it, went through torch.compile: hooks attached afterwards are silently ignored there."
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError("model is compiled, and a compiled model ignores hooks. Capture or mask it before torch.compile, or bake the mask into a copy and compile that.")
+    if any("_compiled_call" in vars(m) for m in model.modules()):
+        raise ValueError("model was compiled by an earlier generate() with a static cache, and would ignore hooks. `del model._compiled_call` first, or generate with disable_compile=True.")

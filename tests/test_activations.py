@@ -632,11 +632,11 @@ def test_disk_capture_holds_one_batch(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_long_texts_are_cut_where_the_tokenizer_cuts_them(side, special):
-    "Also when words are long, when there are none, and around the length at which a text counts as cut."
-    model, t = families.build("llama"), families.tokenizer(special=special, truncation_side=side)
+def test_long_texts_are_cut_at_their_end(side, special):
+    "The beginning stays, whatever side the tokenizer prefers; also where words are long, where there are none, and around the length at which a text counts as cut."
+    model, t, plain = families.build("llama"), families.tokenizer(special=special, truncation_side=side), families.tokenizer(special=special)
     texts = [families.words(n, n) for n in (5, 6, 7, 8, 9, 10, 400)] + [" " * 5000 + "w5 w6 " * 9, "w7" + " " * 9000 + "w8", "w9" * 4000 + " w10", "w5 " + "x" * 5000]
     a = capture(model, t, texts, "mlp_out", max_length=8, **OPTIONS)
-    expected = [t(x, truncation=True, max_length=8)["input_ids"] for x in texts]
+    expected = [plain(x, truncation=True, max_length=8)["input_ids"] for x in texts]
     assert [a.token_ids[a.text_ids == i].tolist() for i in range(len(texts))] == expected
-    assert a.n_cut == sum(len(t(x)["input_ids"]) > 8 for x in texts)
+    assert a.n_cut == sum(len(plain(x)["input_ids"]) > 8 for x in texts)

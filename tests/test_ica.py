@@ -253,7 +253,7 @@ def test_leading_directions_of_a_known_matrix():
     V = torch.linalg.qr(torch.randn(300, 300, generator=g, dtype=torch.float64))[0]
     values = torch.arange(1, 301, dtype=torch.float64) ** -1.5
     U, n_iter, change = leading_directions(lambda Q: (V * values) @ (V.T @ Q), torch.randn(300, 20, generator=g, dtype=torch.float64), k=10)
-    assert n_iter <= 6 and change < 0.05 and torch.linalg.svdvals(V[:, :10].T @ U).min() > 0.999
+    assert n_iter <= 6 and change < 0.01 and torch.linalg.svdvals(V[:, :10].T @ U).min() > 0.999
     U, n_iter, _ = leading_directions(lambda Q: (V * values) @ (V.T @ Q), torch.randn(300, 200, generator=g, dtype=torch.float64), k=10, n_iter=3)
     assert n_iter == 3 and torch.linalg.svdvals(V[:, :10].T @ U).min() > 0.999  # no room for a second block
 
