@@ -9,40 +9,40 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: run test slow lab readme bench clean
 
 run: .venv/installed  ## find functional networks of the default model, ablate them, write a report to $(OUT)
-	llmfact run --out $(OUT) $(ARGS)
+	$(BIN)/llmfact run --out $(OUT) $(ARGS)
 
 test: .venv/installed-dev  ## check that notebooks, library and README are in step; run notebooks and tests
-	llmfact fetch smollm2-135m wiki
-	timeout 600 nbdev_test --n_workers 1
-	python -m pytest -q tests -m "not slow"
+	$(BIN)/llmfact fetch smollm2-135m wiki
+	$(BIN)/nbdev_test --n_workers 1
+	$(BIN)/python -m pytest -q tests -m "not slow"
 
 slow: .venv/installed-dev  ## the long cells and tests that `make test` leaves out
-	llmfact fetch smollm2-135m wiki
-	nbdev_test --n_workers 1 --flags slow
-	python -m pytest -q tests -m slow
+	$(BIN)/llmfact fetch smollm2-135m wiki
+	$(BIN)/nbdev_test --n_workers 1 --flags slow
+	$(BIN)/python -m pytest -q tests -m slow
 
 lab: .venv/installed-lab  ## read and run the notebooks in JupyterLab
-	jupyter lab nbs
+	$(BIN)/jupyter lab nbs
 
 readme: .venv/installed-dev  ## write README.md from nbs/index.ipynb
-	python docs/readme.py
+	$(BIN)/python docs/readme.py
 
 bench: .venv/installed-bench  ## the benchmarks of benchmarks/README.md; give them a quiet machine
-	python benchmarks/capture.py
-	python benchmarks/masking.py
-	python benchmarks/startup.py
-	python benchmarks/ica.py
+	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/masking.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/ica.py
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed; this is ' + sys.version if sys.version_info < (3, 11) else 0)"
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python settings.ini setup.py constraints.txt
-	python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	@touch $@
 
 .venv/installed-%: .venv/installed
-	python -m pip install -q -c constraints.txt -e ".[$*]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$*]"
 	@touch $@
 
 clean:  ## remove what make made, but not the fetched models and texts in the user's cache

@@ -10,10 +10,13 @@ _NAMES = {
     "activations": "Activations capture",
     "ica": "ICA",
     "masks": "NeuronMask apply_mask_and_average apply_mask_any",
+    "group": "GroupICA dual_regression text_shards",
     "networks": "FunctionalNetworks iou match_networks",
+    "reproducibility": "split_half suggest_k match_maps",
     "masked_model": "MaskedModel",
     "connectivity": "network_time_courses functional_connectivity",
-    "evaluate": "perplexity paired_difference label_accuracy cloze_accuracy",
+    "evaluate": "EvalSet perplexity paired_difference label_accuracy cloze_accuracy",
+    "experiments": "ablation_study key_arms Settings PRESETS",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]

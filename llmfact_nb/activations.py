@@ -280,6 +280,7 @@ def capture(
                     squares[starts[i] : starts[i + 1]] = torch.linalg.vector_norm(r, dim=1, dtype=torch.float32) ** 2
                     if path is not None:
                         store.write(starts[i], r)
+                del rows, r  # before the next batch's are made
                 bar.update(sum(lengths[i] for i in group))
 
     if path is None:

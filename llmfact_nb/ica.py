@@ -42,7 +42,13 @@ class CentredX:
         self.deferred = center_tokens and walk == "neurons"
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        "Yield (place on the long side, block (short, width)). A block lives until the next one is asked for."
+        return self.blocks()
+
+    def blocks(
+        self,
+        centred: bool = True,  # False: columns may keep their means, for a caller who knows that they cancel; cheaper
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        "Yield (place on the long side, block (short, width)). A block lives until the next one is asked for, and must not be written to."
         first = not self.measured
         if first and self.walk == "tokens":
             self._measure_rows()
@@ -50,7 +56,7 @@ class CentredX:
         buffer = torch.empty(shape, dtype=self.dtype, device=self.device)
         for a in range(0, self.long, self.width):
             s = slice(a, min(a + self.width, self.long))
-            block = self._columns(s, buffer, first) if self.walk == "neurons" else self._rows(s, buffer)
+            block = self._columns(s, buffer, first, centred) if self.walk == "neurons" else self._rows(s, buffer)
             if first:
                 self.total += torch.linalg.vector_norm(block, dim=1).double().square().sum().item()
             yield s, block if self.walk == "neurons" else block.T
@@ -64,17 +70,19 @@ class CentredX:
             block = self.X[a:b] if self.rows is None else self.X[self.rows[a:b]]
         return block.to(self.device)
 
-    def _columns(self, s, buffer, first):
-        raw = self.raw(s.start, s.stop)
+    def _columns(self, s, buffer, first, centred):
+        raw, buffer = self.raw(s.start, s.stop), buffer[:, : s.stop - s.start]
+        if not first and not centred:
+            return torch.div(raw, self.scale[s], out=buffer) if self.standardize else raw.to(self.dtype)
         if first:
             self.mean[s] = raw.mean(0, dtype=self.dtype)
             if not torch.isfinite(self.mean[s]).all():
                 refuse_non_finite(self)
-        block = torch.sub(raw, self.mean[s], out=buffer[:, : s.stop - s.start])
+        block = torch.sub(raw, self.mean[s], out=buffer)
         if first and self.standardize:
             self._set_scale(s, block.square().mean(0))
         if self.standardize:
-            block.mul_(1 / self.scale[s])
+            block.div_(self.scale[s])
         if first and self.deferred:
             self.token_sum += block.sum(1).double()
         return block
@@ -82,7 +90,7 @@ class CentredX:
     def _rows(self, s, buffer):
         block = torch.sub(self.raw(s.start, s.stop), self.mean, out=buffer[: s.stop - s.start])
         if self.standardize:
-            block.mul_(1 / self.scale)
+            block.div_(self.scale)
         return block.sub_(block.mean(1, keepdim=True)) if self.center_tokens else block
 
     def _measure_rows(self):
@@ -146,12 +154,14 @@ def there_and_back(
     back: bool = True,  # False: only the first half of the work; the second result is then 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "In one walk, the long side seen from U, (long, n), and that seen from the short side again, (short, n) float64: the Gram matrix times U."
-    P = torch.empty(data.long, U.shape[1], dtype=data.dtype, device=data.device)
-    Y, u = torch.zeros(data.short, U.shape[1], dtype=torch.float64, device=data.device), U.to(data.dtype)
-    for s, block in data:
+    over_tokens = data.walk == "neurons"
+    P, Y = torch.empty(data.long, U.shape[1], dtype=data.dtype, device=data.device), torch.zeros_like(U, dtype=torch.float64)
+    u = (U - U.mean(0) if over_tokens else U).to(data.dtype)
+    for s, block in data.blocks(centred=not over_tokens):
         torch.mm(block.T, u, out=P[s])
         if back:
             Y += block @ P[s]
+    Y = Y - Y.mean(0) if over_tokens else Y
     if data.deferred:
         mean = data.token_sum @ U / data.N
         P, Y = P - mean.to(P), Y - data.token_sum.outer(mean)
@@ -237,7 +247,8 @@ class Whitened(NamedTuple):
 
 
 def _refuse_rank(singular, k, data):
-    rank = int((singular > 100 * torch.finfo(data.dtype).eps * singular[0]).sum())
+    offset = torch.linalg.vector_norm(data.mean / data.scale).double() * math.sqrt(data.T)  # what the means leave behind when they cancel
+    rank = int((singular > torch.finfo(data.dtype).eps * torch.maximum(100 * singular[0], 10 * offset)).sum())
     if rank < k:
         name = str(data.dtype).removeprefix("torch.")
         remedy = "." if rank == 0 else f". Use n_components <= {rank}" + (", or dtype=torch.float64." if name == "float32" else ".")

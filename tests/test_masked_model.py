@@ -184,7 +184,7 @@ def test_late_binding_with_a_full_last_row_keeps_everything():
     model = families.build("gpt2")
     mask = NeuronMask.from_layers([torch.arange(D) < 2, torch.arange(D) < 3, torch.ones(D, dtype=torch.bool)], "mlp_out")
     plain = answer(model)
-    with pytest.warns(UserWarning, match="nothing is masked"):
+    with pytest.warns(UserWarning, match="no unit is masked"):
         with MaskedModel(model, legacy_late_binding=True).keep(mask):
             assert torch.equal(answer(model), plain)
     with MaskedModel(model).keep(mask):
@@ -726,7 +726,7 @@ def test_an_empty_mask_does_nothing_and_says_so():
     model = families.build("llama")
     empty, plain = NeuronMask.empty([HIDDEN] * LAYERS, "mlp_hidden"), answer(model)
     for arm in (lambda mm: mm.ablate(empty), lambda mm: mm.amplify(empty, gain=9.0), lambda mm: mm.keep(~empty)):
-        with pytest.warns(UserWarning, match="empty"):
+        with pytest.warns(UserWarning, match="no unit is masked"):
             with arm(MaskedModel(model)) as counts:
                 assert torch.equal(answer(model), plain) and counts == (0, 0, 0)
     with warnings.catch_warnings():

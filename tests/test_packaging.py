@@ -57,7 +57,8 @@ def test_wheel_holds_the_package_and_its_metadata(wheel):
         metadata = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert {n.split("/")[0] for n in names if n.endswith(".py")} == {"llmfact_nb"}
     assert any(n.endswith("LICENSE") for n in names)
-    for line in ("License: Apache-2.0", "Requires-Python: >=3.11", "Requires-Dist: torch>=2.6", "Description-Content-Type: text/markdown"):
+    assert "License: Apache-2.0" in metadata or "License-Expression: Apache-2.0" in metadata  # setuptools changed its spelling
+    for line in ("Requires-Python: >=3.11", "Requires-Dist: torch>=2.6", "Description-Content-Type: text/markdown"):
         assert line in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert not any(tool in line for tool in ("nbdev", "fastcore", "pytest") for line in required)
