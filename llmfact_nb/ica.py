@@ -39,6 +39,7 @@ class CentredX:
         self.scale, self.constant = torch.ones_like(self.mean), torch.zeros_like(self.mean, dtype=torch.bool)
         self.token_sum = torch.zeros(self.T, dtype=torch.float64, device=self.device)
         self.total, self.measured = 0.0, False  # sum of squares of all blocks, known after the first walk
+        self.own_mean = False  # whether `mean` was measured here; a caller may set mean, scale and measured instead
         self.deferred = center_tokens and walk == "neurons"
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -60,7 +61,7 @@ class CentredX:
             if first:
                 self.total += torch.linalg.vector_norm(block, dim=1).double().square().sum().item()
             yield s, block if self.walk == "neurons" else block.T
-        self.measured = True
+        self.measured, self.own_mean = True, self.own_mean or first
 
     def raw(self, a: int, b: int) -> torch.Tensor:
         "Columns a to b, or rows a to b when walking over tokens, as X holds them, on the device."
@@ -154,14 +155,14 @@ def there_and_back(
     back: bool = True,  # False: only the first half of the work; the second result is then 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "In one walk, the long side seen from U, (long, n), and that seen from the short side again, (short, n) float64: the Gram matrix times U."
-    over_tokens = data.walk == "neurons"
+    cancels = data.walk == "neurons" and (data.own_mean or not data.measured)
     P, Y = torch.empty(data.long, U.shape[1], dtype=data.dtype, device=data.device), torch.zeros_like(U, dtype=torch.float64)
-    u = (U - U.mean(0) if over_tokens else U).to(data.dtype)
-    for s, block in data.blocks(centred=not over_tokens):
+    u = (U - U.mean(0) if cancels else U).to(data.dtype)
+    for s, block in data.blocks(centred=not cancels):
         torch.mm(block.T, u, out=P[s])
         if back:
             Y += block @ P[s]
-    Y = Y - Y.mean(0) if over_tokens else Y
+    Y = Y - Y.mean(0) if cancels else Y
     if data.deferred:
         mean = data.token_sum @ U / data.N
         P, Y = P - mean.to(P), Y - data.token_sum.outer(mean)

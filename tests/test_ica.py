@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from llmfact_nb.ica import ICA, CentredX, ConvergenceWarning, _newton_schulz, choose_solver, consensus, decorrelate, fastica, gram, leading_directions, negentropy
+from llmfact_nb.ica import ICA, CentredX, ConvergenceWarning, _newton_schulz, choose_solver, consensus, decorrelate, fastica, gram, leading_directions, negentropy, there_and_back
 
 SHAPES = {"wide": (500, 1600), "tall": (1800, 240)}
 
@@ -398,6 +398,25 @@ def test_the_blocks_put_together_are_the_centred_matrix():
             np.testing.assert_allclose(whole if walk == "neurons" else whole.T, want, atol=1e-6)
             np.testing.assert_allclose(data.total, want.square().sum(), rtol=1e-6)
             np.testing.assert_allclose(gram(data), whole @ whole.T, atol=1e-6)
+
+
+def test_means_and_scales_may_be_given():
+    X = torch.randn(40, 60, generator=torch.Generator().manual_seed(0)) + 3
+    U = torch.randn(40, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for mean, scale in ((torch.zeros(60), torch.ones(60)), (torch.ones(60), torch.full((60,), 2.0))):
+        data = CentredX(X, standardize=True)
+        data.mean, data.scale, data.measured = mean, scale, True
+        want = (X.double() - mean) / scale
+        P, Y = there_and_back(data, U)
+        np.testing.assert_allclose(P, want.T @ U, atol=1e-3)
+        np.testing.assert_allclose(Y, want @ want.T @ U, atol=1e-2)
+        np.testing.assert_allclose(gram(data), want @ want.T, atol=1e-3)
+    measured = CentredX(X)
+    want = X.double() - X.double().mean(0)
+    for _ in range(2):  # the second walk reads X where it lies
+        P, Y = there_and_back(measured, U)
+        np.testing.assert_allclose(P, want.T @ (U - U.mean(0)), atol=1e-3)
+        np.testing.assert_allclose(Y, want @ want.T @ U, atol=1e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
