@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from . import __version__
-from .activations import Activations, capture
+from .activations import Activations, capture, longest_input
 from .evaluate import EvalSet, Perplexity, paired_difference, perplexity
 from .files import load_tensors, read_json, save_tensors, write_json
 from .forward import text_list
@@ -67,7 +67,10 @@ class Settings:
             raise ValueError(f"n_components={self.n_components} is above fit_tokens={self.fit_tokens}: there cannot be more networks than tokens.")
         if (self.alpha is None) == (self.fraction is None):
             raise ValueError(f"alpha={self.alpha!r}, fraction={self.fraction!r}: give exactly one of them.")
-        if self.alpha is not None and not self.alpha > 0:
+        accepted = [(r, p) for r in ("mean", "zero") for p in ("after-first", "all")]
+        if not self.conditions or any(c not in accepted for c in self.conditions):
+            raise ValueError(f"conditions={self.conditions!r} is not accepted; give pairs of 'mean' or 'zero' with 'after-first' or 'all'.")
+        if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha={self.alpha!r} is not accepted; give a positive number of standard deviations, such as 1.96.")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ValueError(f"fraction={self.fraction!r} is not accepted; give a share of all units, above 0 and up to 1.")
@@ -109,7 +112,7 @@ class Arm:
         return ~self.mask if self.keep else self.mask
 
 
-_BINS = 100  # variance bins per layer for the matched controls
+_BINS, _UNITS_A_BIN = 100, 15  # variance bins per layer for the matched controls; fewer in narrow layers, so that a draw remains a draw
 
 
 def key_arms(
@@ -121,11 +124,11 @@ def key_arms(
     key = networks.key_neurons(**settings.key_rule)
     if key.n == 0:
         raise ValueError(f"alpha={settings.alpha} is passed by no unit: the largest |z| is {float(networks.maps_.abs().max()):.2f}. Give a smaller alpha, or a fraction.")
-    seeds = range(settings.control_seeds)
+    seeds, bins = range(settings.control_seeds), max(1, min(_BINS, min(key.widths) // _UNITS_A_BIN))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the draws would say of their match, `match_facts` measures
         matched = [
-            Arm(name, key.matched_random(s, score=variance, bins=_BINS, disjoint=name == "matched random"), s) for name in ("matched random", "matched shuffle") for s in seeds
+            Arm(name, key.matched_random(s, score=variance, bins=bins, disjoint=name == "matched random"), s) for name in ("matched random", "matched shuffle") for s in seeds
         ]
     random = [key.matched_random(s) for s in seeds]
     return [
@@ -287,7 +290,7 @@ def find_networks(
     progress: bool = True,  # show a progress bar
 ) -> Found:
     "Capture, fit, and take down what the manifest needs."
-    chosen = enough_texts(tokenizer, texts, settings.fit_tokens, settings.fit_length)
+    chosen = enough_texts(tokenizer, texts, settings.fit_tokens, longest_input(model, tokenizer, settings.fit_length))
     acts = capture(model, tokenizer, chosen, settings.site, max_length=settings.fit_length, progress=progress)
     networks = FunctionalNetworks(
         settings.n_components, settings.kind, settings.standardize, settings.exclude, n_init=settings.n_init, random_state=settings.ica_seed,
@@ -338,6 +341,7 @@ def claim_folder(
         if different:
             raise ValueError(f"out={str(folder)!r} holds a run with other settings ({'; '.join(different)}). Choose another folder, or delete this one.")
     else:
+        (folder / "parts" / "facts.json").unlink(missing_ok=True)  # parts without settings could be anybody's
         write_json(path, ours)
     return folder
 

@@ -173,7 +173,8 @@ class NeuronMask:
     def _combine(self, other, operation) -> "NeuronMask":
         if not isinstance(other, NeuronMask):
             return NotImplemented
-        return self._with(operation(self._array(), other._array()), common_site([self, other]))
+        site = common_site([self, other])  # refuses what does not belong together
+        return self._with(operation(self._array(), other._array()), site)
 
     def __or__(self, other):
         return self._combine(other, np.logical_or)

@@ -120,7 +120,7 @@ class FunctionalNetworks:
         courses, start = torch.zeros(activations.n_tokens, len(self.mixing_)), 0
         for width, layer in zip(self.widths, self.depths):
             part = slice(start, start + width)
-            courses += (activations.layer(layer).float() - self.mean_[part]) / self.scale_[part] @ unmixing[part]
+            courses += (activations.layer(layer).float() - self.mean_[part].float()) / self.scale_[part].float() @ unmixing[part]
             start += width
         return courses
 
@@ -147,7 +147,7 @@ class FunctionalNetworks:
             return NeuronMask.from_flat(chosen, self.widths, self.site, self.depths)
         if alpha is not None:
             raise ValueError("give alpha or fraction, not both.")
-        chosen = torch.zeros(sum(self.widths), dtype=torch.bool)
+        chosen = torch.zeros(sum(self._fitted().widths), dtype=torch.bool)
         chosen[self._top(fraction)] = True
         return NeuronMask.from_flat(chosen, self.widths, self.site, self.depths)
 
@@ -156,7 +156,7 @@ class FunctionalNetworks:
         fraction: float,  # share of all units, above 0 and up to 1
     ) -> float:
         "Return the smallest |z| among the key neurons of this fraction."
-        return float(self.maps_.abs().amax(0)[self._top(fraction)].min())
+        return float(self._fitted().maps_.abs().amax(0)[self._top(fraction)].min())
 
     def expected_null(
         self,

@@ -90,10 +90,10 @@ def found():
     rng = np.random.RandomState(0)
     N = sum(WIDTHS)
     maps = (rng.rand(4, N) < 0.08) * (1 + rng.exponential(size=(4, N)))
-    values = torch.tensor(rng.laplace(size=(500, 4)) @ maps + rng.randn(500, N) * rng.uniform(0.2, 1.5, N), dtype=torch.float32)
+    values = torch.tensor((rng.laplace(size=(500, 4)) @ maps + rng.randn(500, N)) * rng.lognormal(size=N), dtype=torch.float32)  # loud and quiet members alike
     positions = torch.arange(500) % 100
     acts = Activations(values, torch.arange(500) // 100, positions, positions, positions == 0, WIDTHS, DEPTHS, "mlp_hidden")
-    nets = FunctionalNetworks(4, exclude="sinks").fit(acts)
+    nets = FunctionalNetworks(4, standardize=True, exclude="sinks").fit(acts)
     return nets, acts.moments(nets.rows_)[1]
 
 

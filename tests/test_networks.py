@@ -119,16 +119,19 @@ def test_tails_and_the_threshold_itself(fitted):
 def test_raw_is_what_scikit_learn_gives():
     from sklearn.decomposition import FastICA
 
-    for seed in range(5):
+    for seed in range(8):
         acts, _ = planted(seed=seed)
-        nets = FunctionalNetworks(4, tol=1e-6).fit(acts)
-        maps = FastICA(4, whiten="unit-variance", random_state=0, tol=1e-6, max_iter=200).fit(acts.values.numpy()).mixing_.T
+        nets = FunctionalNetworks(4, dtype=torch.float64).fit(acts)
+        sk = FastICA(4, whiten="unit-variance", random_state=0, tol=1e-4, max_iter=200).fit(acts.values.double().numpy())
+        if sk.n_iter_ != nets.n_iter_:
+            continue  # FastICA turns signs round at every step, so only after as many steps are they comparable
+        maps = sk.mixing_.T
         theirs = [NeuronMask.from_flat(z >= 1.96, WIDTHS, "mlp_hidden") for z in (maps - maps.mean(1, keepdims=True)) / maps.std(1, keepdims=True)]
         assert len(match_networks(nets.masks(tail="raw"), theirs, 0.9).pairs) == 4
         if 0 < (nets.sign_ < 0).sum() < 4:
             assert len(match_networks(nets.masks(tail="positive"), theirs, 0.9).pairs) < 4
             return
-    raise AssertionError("no seed gave a negative sign, so this test has tested nothing")
+    raise AssertionError("no seed gave both signs, so this test has tested nothing")
 
 
 @pytest.mark.parametrize("tail", ["positive", "both", "raw"])
