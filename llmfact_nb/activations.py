@@ -197,7 +197,11 @@ def _tokenize(tokenizer, texts: list[str], max_length: int, windows: bool) -> tu
     "Token lists, the text each belongs to, and how many texts were cut."
     lists, owners, cut = [], [], 0
     for i, text in enumerate(texts):
-        parts = [p for p in _split_text(tokenizer, text, max_length) if len(p)]
+        start = text if windows else text[: 32 * max_length]  # articles are far longer than what is read of them, and tokenising is slow
+        parts = _split_text(tokenizer, start, max_length)
+        if len(start) < len(text) and sum(map(len, parts)) < 2 * max_length:  # long words: the cut through the text may lie within reach
+            parts = _split_text(tokenizer, text, max_length)
+        parts = [p for p in parts if len(p)]
         if len(parts) > 1 and not windows:
             cut, parts = cut + 1, parts[:1]
         lists += parts
