@@ -341,7 +341,8 @@ def claim_folder(
         if different:
             raise ValueError(f"out={str(folder)!r} holds a run with other settings ({'; '.join(different)}). Choose another folder, or delete this one.")
     else:
-        (folder / "parts" / "facts.json").unlink(missing_ok=True)  # parts without settings could be anybody's
+        if (folder / "parts" / "facts.json").exists():
+            (folder / "parts" / "facts.json").unlink()  # parts without settings could be anybody's
         write_json(path, ours)
     return folder
 
