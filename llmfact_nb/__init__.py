@@ -17,6 +17,7 @@ _NAMES = {
     "connectivity": "network_time_courses functional_connectivity",
     "evaluate": "EvalSet perplexity paired_difference label_accuracy cloze_accuracy",
     "experiments": "ablation_study key_arms Settings PRESETS",
+    "finetune": "neuron_parameters",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]
