@@ -32,6 +32,7 @@ bench: .venv/installed-bench  ## the benchmarks of benchmarks/README.md; give th
 	$(BIN)/python benchmarks/masking.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/ica.py
+	$(BIN)/python benchmarks/finetune.py
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed; this is ' + sys.version if sys.version_info < (3, 11) else 0)"

@@ -1,0 +1,465 @@
+"""Pins selective fine-tuning: what is frozen stays bit for bit under every optimizer, what trains trains as it would densely, and a model comes back plain; one test for each trap of training parts of a tensor."""
+
+import copy
+import gc
+import warnings
+import weakref
+
+import families
+import pytest
+import torch
+
+from llmfact_nb.activations import capture
+from llmfact_nb.finetune import NeuronTuningConfig, get_neuron_model, merge_and_unload, neuron_parameters, neuron_training
+from llmfact_nb.masked_model import MaskedModel
+from llmfact_nb.masks import NeuronMask
+from llmfact_nb.sites import neuron_sites
+
+TUNABLE = ["gpt2", "llama", "mistral", "qwen2", "gemma3_text", "gpt_neox", "opt", "phi3"]
+OPTIMIZERS = {
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
+    "Adam L2": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1),
+}
+
+
+def draw(model, share=0.3, seed=0, layers=None):
+    widths, generator = neuron_sites(model, "mlp_hidden").widths, torch.Generator().manual_seed(seed)
+    rows = [torch.rand(w, generator=generator) < share * (layers is None or i in layers) for i, w in enumerate(widths)]
+    return NeuronMask.from_layers(rows, site="mlp_hidden")
+
+
+def tokens(seed=0, rows=2, length=9):
+    return torch.randint(4, families.VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".neurons." not in n}
+
+
+def train(model, optimizer, steps=3, first=0):
+    for step in range(first, first + steps):
+        ids = tokens(step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def inside(model, mask):
+    "Which entries of which parameter belong to the mask's neurons."
+    entries = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+    for part in neuron_parameters(model, mask):
+        entries[part.name].index_fill_(part.axis, part.index, True)
+    return entries
+
+
+@pytest.mark.parametrize("family", TUNABLE)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("mode", ["selected", "rest"])
+def test_frozen_weights_do_not_move_by_a_bit(family, optimizer, mode):
+    model = families.build(family)
+    mask, before = draw(model), weights(model)
+    entries = inside(model, mask)
+    get_neuron_model(model, NeuronTuningConfig(mode, mask), verbose=False)
+    train(model, OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad]), 50 if family == "llama" else 8)
+    merge_and_unload(model)
+    for n, p in model.named_parameters():
+        frozen = ~entries[n] if mode == "selected" else entries[n]
+        assert torch.equal(p[frozen], before[n][frozen]), n
+        if entries[n].any():  # and the neurons' own weights did learn, or the others did
+            assert not torch.equal(p, before[n]), n
+
+
+def dense_reference(model, mask, make, steps):
+    "Training in which only the mask's entries may move, with everything else put back by hand."
+    entries, before = inside(model, mask), weights(model)
+    optimizer = make(list(model.parameters()))
+    for step in range(steps):
+        ids = tokens(step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        for n, p in model.named_parameters():
+            p.grad.masked_fill_(~entries[n], 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                p.copy_(torch.where(entries[n], p, before[n]))
+    return model
+
+
+@pytest.mark.parametrize("family", TUNABLE)
+@pytest.mark.parametrize("optimizer", ["AdamW foreach", "SGD momentum"])
+def test_selected_trains_as_a_dense_model_would(family, optimizer):
+    make = lambda p: {"AdamW foreach": torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1), "SGD momentum": torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=0.1)}[optimizer]
+    expected = dense_reference(families.build(family), draw(families.build(family)), make, 10)
+    model = get_neuron_model(families.build(family), NeuronTuningConfig("selected", draw(families.build(family))), verbose=False)
+    train(model, make([p for p in model.parameters() if p.requires_grad]), 10)
+    merge_and_unload(model)
+    for (n, p), (_, q) in zip(model.named_parameters(), expected.named_parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6, msg=lambda m: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", TUNABLE)
+def test_starts_where_the_model_was_and_merges_where_it_went(family):
+    model, ids = families.build(family), tokens(99)
+    untuned, names, flags = model(ids).logits, set(model.state_dict()), families.state(model)
+    get_neuron_model(model, NeuronTuningConfig(masks=draw(model)), verbose=False)
+    assert torch.equal(model(ids).logits, untuned)
+    assert names <= set(model.state_dict())  # the base's names are as they were, so checkpoints load
+    train(model, torch.optim.AdamW(model.neuron_tuning.param_groups(lr=1e-2)), 3)
+    tuned = model(ids).logits
+    assert not torch.allclose(tuned, untuned, atol=1e-3)
+    assert merge_and_unload(model) is model and not hasattr(model, "neuron_tuning")
+    torch.testing.assert_close(model(ids).logits, tuned, rtol=1e-4, atol=1e-4)
+    assert set(model.state_dict()) == names and families.state(model) == flags
+    assert all("forward" not in vars(m) for m in model.modules())
+
+
+def test_several_networks_are_one_training_until_they_are_switched():
+    one, many = families.build("llama"), families.build("llama")
+    a, b = draw(one, seed=1), draw(one, seed=2)
+    get_neuron_model(one, NeuronTuningConfig(masks=a | b), verbose=False)
+    with pytest.warns(UserWarning, match="more than one network"):
+        get_neuron_model(many, NeuronTuningConfig(masks=[a, b]), verbose=False)
+    assert list(many.neuron_tuning.networks) == ["network 0", "network 1"]
+    assert many.neuron_tuning.networks["network 0"] == a and many.neuron_tuning.networks["network 1"] == b - a
+    for m in (one, many):
+        train(m, torch.optim.AdamW(m.neuron_tuning.param_groups(lr=1e-3, weight_decay=0.1)), 5)
+        merge_and_unload(m)
+    for p, q in zip(one.parameters(), many.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_silent_network_has_no_gradient_no_state_and_a_fresh_start(optimizer):
+    model = families.build("llama")
+    a, b = draw(model, seed=1), draw(model, seed=2)
+    get_neuron_model(model, NeuronTuningConfig(masks={"a": a, "b": b - a}), verbose=False)
+    tuning = model.neuron_tuning
+    made = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+    late = {id(p): p.detach().clone() for p in tuning.parameters_of("b")}
+    tuning.set_active(["a"])
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(not p.grad.any() for p in tuning.parameters_of("b"))  # counts in no norm
+    assert any(p.grad.any() for p in tuning.parameters_of("a"))
+    model.zero_grad()
+    train(model, made, 4)
+    assert all(torch.equal(p, late[id(p)]) and not made.state.get(p) for p in tuning.parameters_of("b"))
+    tuning.set_active(["a", "b"])
+    train(model, made, 1, first=4)
+    assert all(not torch.equal(p, late[id(p)]) for p in tuning.parameters_of("b"))
+    if optimizer.startswith("AdamW"):
+        assert {int(made.state[p]["step"]) for p in tuning.parameters_of("b")} == {1}
+        # a first step of Adam is the learning rate: one shared with older rows would take several times that
+        decayed = {id(p): late[id(p)] * (1 - 1e-2 * 0.1) for p in tuning.parameters_of("b")}
+        assert max(float((p.detach() - decayed[id(p)]).abs().max()) for p in tuning.parameters_of("b")) < 1.001e-2
+
+
+def test_gradients_of_the_frozen_part_are_gone_before_anybody_clips():
+    model, mask = families.build("gpt2"), draw(families.build("gpt2"))
+    entries, ids = inside(model, mask), tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    expected = torch.stack([p.grad.masked_fill(entries[n], 0).square().sum() for n, p in model.named_parameters()]).sum().sqrt()
+    model.zero_grad()
+    with neuron_training(model, mask, "rest", verbose=False):
+        for _ in range(2):  # accumulated over two backward passes
+            (model(input_ids=ids, labels=ids).loss / 2).backward()
+        assert all(not p.grad[entries[n]].any() for n, p in model.named_parameters() if entries[n].any())
+        torch.testing.assert_close(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3), expected)
+
+
+def test_an_infinite_gradient_freezes_all_the_same():
+    model, mask = families.build("llama"), draw(families.build("llama"))
+    with neuron_training(model, mask, "rest", verbose=False) as tuning:
+        for f in tuning.frozen:
+            f.parameter.grad = torch.full_like(f.parameter, torch.inf)
+            f.clear(f.parameter)
+            assert not f.parameter.grad.index_select(f.axis, f.index).any()
+    with neuron_training(model, {"a": mask, "b": ~mask & draw(model, seed=3)}, verbose=False) as tuning:
+        tuning.set_active(["a"])
+        (model(tokens()).logits.sum() * torch.inf).backward()
+        assert all(not p.grad.any() for p in tuning.parameters_of("b"))
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_scaled_gradients_are_scaled_once(passes):
+    model, ids = families.build("gpt2"), tokens()
+    mask = draw(model)
+    entries = inside(model, mask)
+    model(input_ids=ids, labels=ids).loss.backward()
+    expected = {n: torch.where(entries[n], p.grad * 0.25, p.grad) * passes for n, p in model.named_parameters()}
+    model.zero_grad()
+    with neuron_training(model, mask, "rest", grad_scale=0.25, verbose=False):
+        for _ in range(passes):
+            model(input_ids=ids, labels=ids).loss.backward()
+        for n, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, expected[n])
+
+
+def test_scaled_gradients_under_adam_are_called_what_they_are():
+    model = families.build("llama")
+    with neuron_training(model, draw(model), "rest", grad_scale=0.1, verbose=False):
+        with pytest.warns(UserWarning, match="changes next to nothing under AdamW"):
+            train(model, torch.optim.AdamW(model.parameters()), 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(model, torch.optim.SGD(model.parameters(), lr=1e-3), 1)
+
+
+def test_an_optimizer_from_before_is_refused():
+    model = families.build("llama")
+    early = torch.optim.AdamW(model.parameters())
+    other = torch.nn.Linear(2, 2)
+    get_neuron_model(model, NeuronTuningConfig(masks=draw(model)), verbose=False)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()  # somebody else's optimizer is not our business
+    with pytest.raises(RuntimeError, match="built before get_neuron_model"):
+        train(model, early, 1)
+
+
+def test_biases_are_called_biases_and_nothing_is_shared():
+    model = get_neuron_model(families.build("gpt2"), NeuronTuningConfig(masks=draw(families.build("gpt2"))), verbose=False)
+    slices = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert slices and all(n.endswith("bias") == (p.dim() == 1) for n, p in slices.items())
+    assert not [n for n in model.state_dict() if n.endswith(".index")]
+    buffers = [b.data_ptr() for n, b in model.named_buffers() if n.endswith(".index")]
+    assert len(set(buffers)) == len(buffers) > 0
+
+
+def test_decay_goes_to_matrices_alone():
+    model = get_neuron_model(families.build("gpt2"), NeuronTuningConfig("full"), verbose=False)
+    decayed, plain = model.neuron_tuning.param_groups(weight_decay=0.1, lr=0.5)
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0 and decayed["lr"] == plain["lr"] == 0.5
+    assert {p.dim() for p in plain["params"]} == {1} and min(p.dim() for p in decayed["params"]) == 2
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_no_gradient_below_the_lowest_trained_layer():
+    model, ids = families.build("llama"), tokens()
+    get_neuron_model(model, NeuronTuningConfig(masks=draw(model, layers={2})), verbose=False)
+    seen = []
+    handle = model.model.layers[1].register_forward_hook(lambda m, args, out: seen.append((out[0] if isinstance(out, tuple) else out).requires_grad))
+    model(input_ids=ids, labels=ids).loss.backward()
+    handle.remove()
+    assert seen == [False]
+    assert "lowest trained layer: 2" in str(model.neuron_tuning) and f"0 0 {model.neuron_tuning.networks['neurons'].n}" in str(model.neuron_tuning)
+
+
+def test_it_says_what_trains(capsys):
+    model = families.build("llama")
+    mask = draw(model)
+    n = mask.n * 3 * families.D
+    get_neuron_model(model, NeuronTuningConfig(masks=mask))
+    printed = capsys.readouterr().out
+    total = sum(p.numel() for p in families.build("llama").parameters())
+    assert f"{n:,} of {total:,} parameters train" in printed and " ".join(map(str, mask.counts)) in printed
+    merge_and_unload(model)
+    get_neuron_model(model, NeuronTuningConfig("rest", mask))
+    assert f"{total - n:,} of {total:,} parameters train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slices_of_a_coarse_base_are_fine_and_merging_says_what_it_loses(dtype):
+    model, ids = families.build("llama").to(dtype), tokens()
+    before = model(ids).logits
+    get_neuron_model(model, NeuronTuningConfig(masks=draw(model)), verbose=False)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert torch.equal(model(ids).logits, before) and before.dtype == dtype
+    train(model, torch.optim.SGD(model.neuron_tuning.param_groups(lr=1e-5)), 1)
+    moved = [float((s.joined("weight") - s.rows(o.weight, s.index)).abs().max()) for o, s in model.neuron_tuning.slices()]
+    assert min(moved) > 0  # steps far below the base's rounding are kept
+    with pytest.warns(UserWarning, match="lost in the rounding"):
+        merge_and_unload(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_autocast_and_checkpointing_train_the_same_slices():
+    found = []
+    for checkpointing in (False, True):
+        model, ids = families.build("llama").train(), tokens()
+        get_neuron_model(model, NeuronTuningConfig(masks=draw(model)), verbose=False)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys() and all(g is not None and g.any() for g in found[0].values())
+    for n in found[0]:
+        torch.testing.assert_close(found[0][n], found[1][n])
+
+
+def test_other_rooms_see_the_tuned_model(tiny_tokenizer):
+    model, texts = families.build("llama"), [families.words(12, 1), families.words(7, 2)]
+    mask = draw(model)
+    get_neuron_model(model, NeuronTuningConfig(masks=mask), verbose=False)
+    train(model, torch.optim.AdamW(model.neuron_tuning.param_groups(lr=1e-2)), 3)
+    values = capture(model, tiny_tokenizer(), texts, "mlp_hidden", progress=False).values
+    with torch.no_grad(), MaskedModel(model).ablate(mask):
+        ablated = model(tokens()).logits
+    generated = model.generate(tokens(), max_new_tokens=4, do_sample=False)
+    merge_and_unload(model)
+    torch.testing.assert_close(values, capture(model, tiny_tokenizer(), texts, "mlp_hidden", progress=False).values, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), MaskedModel(model).ablate(mask):
+        torch.testing.assert_close(ablated, model(tokens()).logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(generated, model.generate(tokens(), max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("then", ["merge", "revert"])
+@pytest.mark.parametrize("mode", ["selected", "rest", "full"])
+def test_a_loop_ends_merged_or_as_before_also_after_an_error(mode, then):
+    model = families.build("llama")
+    before, flags = weights(model), families.state(model)
+    with pytest.raises(KeyboardInterrupt):
+        with neuron_training(model, draw(model), mode, then=then, verbose=False) as tuning:
+            train(model, torch.optim.AdamW(tuning.param_groups(lr=1e-2)), 2)
+            raise KeyboardInterrupt
+    assert families.state(model) == flags
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()) == (then == "revert")
+
+
+def test_an_abandoned_model_is_not_kept_alive():
+    from torch.optim import optimizer
+
+    model = get_neuron_model(families.build("llama"), NeuronTuningConfig(masks=draw(families.build("llama"))), verbose=False)
+    assert optimizer._global_optimizer_post_hooks
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and not optimizer._global_optimizer_post_hooks and not optimizer._global_optimizer_pre_hooks
+
+
+def test_copies_are_refused_not_left_unprotected():
+    model = families.build("llama")
+    with neuron_training(model, draw(model), "rest", verbose=False):
+        with pytest.raises(TypeError, match="cannot be copied"):
+            copy.deepcopy(model)
+    copy.deepcopy(model)
+
+
+def test_replaced_parameters_are_noticed_in_mode_rest():
+    model = families.build("llama")
+    with neuron_training(model, draw(model), "rest", verbose=False) as tuning:
+        owner = model.get_submodule(tuning.frozen[0].name.rpartition(".")[0])
+        old, owner.weight = owner.weight, torch.nn.Parameter(owner.weight.detach().clone())
+        with pytest.raises(RuntimeError, match="was replaced after get_neuron_model"):
+            model(tokens())
+        owner.weight = old
+
+
+def test_digests_find_the_entry_that_moved():
+    model = families.build("llama")
+    for mode in ("selected", "rest"):
+        with neuron_training(model, draw(model), mode, verbose=False, then="revert") as tuning:
+            before = tuning.frozen_digests()
+            name = tuning.frozen[0].name if mode == "rest" else next(iter(tuning.requires_grad))
+            with torch.no_grad():
+                index = int(tuning.frozen[0].index[0]) if mode == "rest" else 0
+                model.get_parameter(name)[index] += 1e-3
+            after = tuning.frozen_digests()
+            assert [n for n in before if before[n] != after[n]] == [name]
+        if mode == "selected":
+            with torch.no_grad():
+                model.get_parameter(name)[0] -= 1e-3
+
+
+def refused(model, mask=None, mode="selected"):
+    get_neuron_model(model, NeuronTuningConfig(mode, draw(model) if mask is None else mask), verbose=False)
+
+
+def test_what_cannot_be_tuned_is_refused_by_name():
+    model = families.build("llama")
+    wrong = {
+        "select no neuron": NeuronMask.empty((families.HIDDEN,) * 3, site="mlp_hidden"),
+        "select every neuron": ~NeuronMask.empty((families.HIDDEN,) * 3, site="mlp_hidden"),
+        "find networks at site='mlp_hidden'": NeuronMask.from_layers([torch.arange(families.D) < 3] * 3, site="mlp_out"),
+        "units in layer 0, the model 24": NeuronMask.from_layers([torch.arange(7) < 3] * 3, site="mlp_hidden"),
+        "layers": NeuronMask.from_layers([torch.arange(families.HIDDEN) < 3] * 5, site="mlp_hidden"),
+    }
+    before = families.state(model)
+    for message, mask in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            refused(model, mask)
+    for masks, error in (("network 0", TypeError), ([1, 2], TypeError), (None, TypeError), ([], ValueError)):
+        with pytest.raises(error, match="masks"):
+            NeuronTuningConfig(masks=masks)
+    for arguments in (dict(mode="freeze"), dict(mode="selected", grad_scale=0.5), dict(mode="rest", grad_scale=0), dict(mode="rest", grad_scale=-1.0)):
+        with pytest.raises(ValueError, match="mode=|grad_scale="):
+            NeuronTuningConfig(masks=draw(model), **arguments)
+    with pytest.raises(TypeError, match="expected NeuronTuningConfig"):
+        get_neuron_model(model, draw(model))
+    with pytest.raises(ValueError, match="not in neuron tuning"):
+        merge_and_unload(model)
+    with pytest.raises(ValueError, match="then='undo'"):
+        neuron_training(model, draw(model), then="undo").__enter__()
+    assert families.state(model) == before
+
+
+def test_models_that_cannot_be_tuned_are_refused_by_name():
+    model = families.build("llama")
+    refused(model)
+    with pytest.raises(ValueError, match="already in neuron tuning"):
+        refused(model)
+    merge_and_unload(model)
+    compiled = torch.compile(families.build("llama"), backend="eager")
+    with pytest.raises(ValueError, match="compiled"):
+        refused(compiled, draw(families.build("llama")))
+    quantised = families.build("llama")
+    quantised.is_quantized, quantised.quantization_method = True, "bitsandbytes"
+    with pytest.raises(ValueError, match="quantised.*bitsandbytes"):
+        refused(quantised)
+    integers = families.build("llama")
+    up = integers.model.layers[1].mlp.up_proj
+    up.weight = torch.nn.Parameter(up.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight has the dtype torch.int8"):
+        refused(integers)
+    placed = families.build("llama")
+    placed.model.layers[0].mlp.down_proj.forward = placed.model.layers[0].mlp.down_proj.forward
+    with pytest.raises(ValueError, match="layers.0.mlp.down_proj.weight is offloaded, or"):
+        refused(placed)
+    with pytest.raises(NotImplementedError, match="encoder.layer.0.output"):
+        refused(families.build("bert"))
+    peft = pytest.importorskip("peft")
+    with pytest.raises(NotImplementedError, match="merge the adapter first"):
+        refused(peft.get_peft_model(families.build("llama"), peft.LoraConfig(target_modules=["up_proj"])), draw(families.build("llama")))
+
+
+def test_a_refusal_leaves_the_model_alone():
+    model = families.build("llama")
+    model.model.layers[2].mlp.down_proj.forward = model.model.layers[2].mlp.down_proj.forward
+    before, names = families.state(model), list(model.state_dict())
+    with pytest.raises(ValueError):
+        refused(model)
+    assert families.state(model) == before and list(model.state_dict()) == names and not hasattr(model, "neuron_tuning")
+
+
+def test_networks_left_empty_by_an_overlap_are_named():
+    model = families.build("llama")
+    mask = draw(model)
+    with pytest.warns(UserWarning) as seen:
+        get_neuron_model(model, NeuronTuningConfig(masks={"a": mask, "again": mask}), verbose=False)
+    assert any("without a neuron of their own: again" in str(w.message) for w in seen)
+    train(model, torch.optim.AdamW(model.neuron_tuning.param_groups(lr=1e-3)), 1)
+
+
+def test_tied_weights_stay_tied_and_unsliced():
+    model = families.build("llama", tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for mode in ("selected", "rest", "full"):
+        with neuron_training(model, draw(model), mode, verbose=False) as tuning:
+            train(model, torch.optim.AdamW(tuning.param_groups(lr=1e-3)), 1)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("head", ["base", "classification"])
+def test_other_heads_train_too(head):
+    model = families.build("llama", head)
+    before = weights(model)
+    with neuron_training(model, draw(model), verbose=False) as tuning:
+        optimizer = torch.optim.AdamW(tuning.param_groups(lr=1e-2))
+        model(tokens())[0].square().sum().backward()
+        optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved and all(".mlp." in n for n in moved)
