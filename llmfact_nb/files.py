@@ -129,7 +129,7 @@ def load_tensors(
     meta = read_header(path, kind, needs)
     return load_file(path), meta
 
-# %% ../nbs/00_files.ipynb #a907a08a
+# %% ../nbs/00_files.ipynb #9be1604b
 def digest(
     *tensors,  # torch tensors of any shape and dtype, on any device
 ) -> str:
@@ -138,5 +138,6 @@ def digest(
 
     h = hashlib.sha256()
     for t in tensors:
+        t = t.to_local() if hasattr(t, "to_local") else t  # of a tensor that is spread over processes: the part that is here
         h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:16]

@@ -6,11 +6,12 @@
 __all__ = ['Shard', 'leading_rows', 'TextShard', 'text_shards', 'my_share', 'memory_bound', 'GroupICA', 'DualRegression',
            'dual_regression']
 
-# %% ../nbs/05_group.ipynb #2c439c63
+# %% ../nbs/05_group.ipynb #cac01a07
 import hashlib
 import json
 import math
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ import torch
 from torch import nn
 
 from .activations import Activations, capture, text_list
-from .files import load_tensors, save_tensors
-from .ica import ICA, CentredX, choose_solver, gram, leading_directions, sketch, there_and_back
+from .files import digest, load_tensors, save_tensors
+from .ica import ICA, CentredX, choose_solver, differences, gram, leading_directions, sketch, there_and_back
 from .sites import neuron_sites
 
 # %% ../nbs/05_group.ipynb #60083600
@@ -81,7 +82,7 @@ def text_shards(
     texts = text_list(texts)
     return [TextShard(model, tokenizer, tuple(texts[a : a + n_texts]), options) for a in range(0, len(texts), n_texts)]
 
-# %% ../nbs/05_group.ipynb #320aa437
+# %% ../nbs/05_group.ipynb #64055225
 Shard = Activations | TextShard | str | os.PathLike
 
 
@@ -107,13 +108,6 @@ def _name(shard: Shard, i: int) -> str:
     return f"shard {i}" if isinstance(shard, (Activations, TextShard)) else f"shard {i} ({os.fspath(shard)})"
 
 
-def _digest(*tensors: torch.Tensor) -> str:
-    h = hashlib.sha256()
-    for t in tensors:
-        h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return h.hexdigest()[:16]
-
-
 def _identity(shard: Shard, rows: torch.Tensor | None) -> dict:
     "What a saved intermediate result was made from, so that it is never mistaken for another's."
     if isinstance(shard, TextShard):
@@ -122,8 +116,8 @@ def _identity(shard: Shard, rows: torch.Tensor | None) -> dict:
     else:
         a = _open(shard)
         some = torch.tensor([0, a.n_tokens // 2, a.n_tokens - 1])
-        found = {"tokens": _digest(a.token_ids, a.text_ids, a.sinks), "values": _digest(a.values[some])}
-    return _about(shard) | found | {"rows": "all" if rows is None else _digest(rows)}
+        found = {"tokens": digest(a.token_ids, a.text_ids, a.sinks), "values": digest(a.values[some])}
+    return _about(shard) | found | {"rows": "all" if rows is None else digest(rows)}
 
 # %% ../nbs/05_group.ipynb #d53da46e
 def _texts(shard: Shard) -> int:
@@ -230,11 +224,7 @@ def my_share(
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     return list(shards[len(shards) * rank // size : len(shards) * (rank + 1) // size])
 
-# %% ../nbs/05_group.ipynb #3848c45e
-def _differences(old: dict, new: dict, words: str = "{} was {!r} and is now {!r}") -> str:
-    return "; ".join(words.format(k, old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
-
-
+# %% ../nbs/05_group.ipynb #fac2a539
 class _Kept:
     "What a fit keeps between its passes: in memory, or in a folder, where an interrupted fit finds it again."
 
@@ -250,7 +240,7 @@ class _Kept:
             return None
         tensors, meta = load_tensors(path, "group ICA step")
         old = meta["made_from"]
-        changed = _differences(meta["settings"], self.settings) or _differences(old | {"basis": 0}, made_from | {"basis": 0})
+        changed = differences(meta["settings"], self.settings) or differences(old | {"basis": 0}, made_from | {"basis": 0})
         if changed:
             raise ValueError(f"folder={str(self.folder)!r} holds another fit: in {path.name} {changed}. Fit as before to go on with it, or choose another folder.")
         return tensors if old == made_from else None
@@ -323,21 +313,21 @@ class _Fit:
     def reduced(self, w: _Work) -> dict:
         return self.kept.get(f"reduced-{w.number:05d}", w.made_from)
 
-# %% ../nbs/05_group.ipynb #b8cb859c
+# %% ../nbs/05_group.ipynb #2604e180
 def _begin(how, data, rows, folder, distributed) -> _Fit:
     ranks = _Ranks(distributed)
     shards, masks = ranks.together(lambda: _as_shards(data, rows))
     mine = ranks.together(lambda: [[_name(s, i), _texts(s), _about(s), _identity(s, m)] for i, (s, m) in enumerate(zip(shards, masks))])
-    said = ranks.messages({"shards": mine, "settings": how._settings()})
+    said = ranks.messages({"shards": mine, "settings": {k: str(v) for k, v in how.ica.items() if k != "device"} | how._settings()})
     for i, m in enumerate(said):
         if m["settings"] != said[0]["settings"]:
-            raise ValueError(f"rank {i} has other settings than rank 0: {_differences(said[0]['settings'], m['settings'], '{} is {!r} there and {!r} here')}. Give all ranks the same.")
+            raise ValueError(f"rank {i} has other settings than rank 0: {differences(said[0]['settings'], m['settings'], '{} is {!r} there and {!r} here')}. Give all ranks the same.")
     everyone = [[f"rank {i}, {name}" if ranks.size > 1 else name, *rest] for i, m in enumerate(said) for name, *rest in m["shards"]]
     if not everyone:
         raise ValueError("data holds no shard; give at least two texts.")
     for name, _, about, _ in everyone:
         if about != everyone[0][2]:
-            changed = _differences(everyone[0][2], about, "{} is {!r} there and {!r} here")
+            changed = differences(everyone[0][2], about, "{} is {!r} there and {!r} here")
             raise ValueError(f"{name} does not belong to {everyone[0][0]}: {changed}. A group needs the same neurons everywhere: one model, one site, the same layers.")
     n = sum(n for _, n, *_ in everyone) if how.per == "text" else len(everyone)
     if n < 2:
@@ -429,7 +419,7 @@ def _moments(fit: _Fit) -> _Moments:
     scale = torch.where(constant, 1.0, variance.sqrt())
     return _Moments(counts, mean, scale, T * float((variance / scale.square()).sum()))
 
-# %% ../nbs/05_group.ipynb #45cbee0b
+# %% ../nbs/05_group.ipynb #cb47cb71
 def _stack(fit: _Fit, group: _Moments) -> torch.Tensor:
     "This rank's rows, centred and scaled for the group."
     stack = [torch.zeros(0, fit.n_neurons, dtype=fit.how._dtype)]
@@ -462,30 +452,33 @@ def _gathered(fit: _Fit, rows: torch.Tensor) -> torch.Tensor:
     return stack
 
 
+def _leading(fit: _Fit, group: _Moments, rows: torch.Tensor) -> torch.Tensor:
+    k = fit.how.n_components
+    if fit.how.kind == "spatial":
+        rows -= rows.mean(1, keepdim=True)
+    directions = _shorter(fit, rows, k + max(16, k // 4)) if len(rows) else rows
+    if len(directions) < k:
+        raise ValueError(
+            f"n_components={k} is above the numerical rank of the stack, {len(directions)} ({len(rows)} rows from {len(group.counts)} {fit.how.per}s, n_reduced={fit.how._r}). "
+            "Use fewer components, more or longer texts, or a larger n_reduced."
+        )
+    return directions if fit.how.kind == "spatial" else directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
+
+
 def _directions(fit: _Fit, group: _Moments) -> tuple[torch.Tensor, int]:
     "(leading directions of the stack (q, N), orthonormal for the temporal kind and with their lengths for the spatial kind; number of rows of the stack)."
-    k, ranks = fit.how.n_components, fit.ranks
+    ranks = fit.ranks
     everyone = sum(ranks.messages([w.made_from for w in fit.work]), [])
     made_from = {"shards": len(everyone), "tokens": group.n_tokens, "digest": hashlib.sha256(json.dumps(everyone).encode()).hexdigest()[:16]}
     found = ranks.together(lambda: fit.kept.get("directions", made_from) if ranks.rank == 0 else None)
     if not any(ranks.messages(found is not None)):
         rows = _gathered(fit, ranks.together(lambda: _stack(fit, group)))
-        n_rows = len(rows)
-        if fit.how.kind == "spatial":
-            rows -= rows.mean(1, keepdim=True)
-        directions = ranks.together(lambda: _shorter(fit, rows, k + max(16, k // 4)) if n_rows else rows)
-        if len(directions) < k:
-            raise ValueError(
-                f"n_components={k} is above the numerical rank of the stack, {len(directions)} ({n_rows} rows from {len(group.counts)} {fit.how.per}s, n_reduced={fit.how._r}). "
-                "Use fewer components, more or longer texts, or a larger n_reduced."
-            )
-        if fit.how.kind == "temporal":
-            directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
-        found = {"directions": directions, "n_rows": torch.tensor([[n_rows]])}
+        directions = ranks.together(lambda: _leading(fit, group, rows))
+        found = {"directions": directions, "n_rows": torch.tensor([[len(rows)]])}
         ranks.together(lambda: fit.kept.put("directions", found, made_from) if ranks.rank == 0 else None)
     return ranks.of_first(found and found["directions"], fit.n_neurons, fit.how._dtype), int(ranks.of_first(found and found["n_rows"], 1, torch.long))
 
-# %% ../nbs/05_group.ipynb #59ea30c0
+# %% ../nbs/05_group.ipynb #6527cf93
 def _project_shard(fit: _Fit, w: _Work, group: _Moments, basis: torch.Tensor, back: bool) -> dict:
     how, acts = fit.how, _open(w.shard)
     used = _used(acts, how.exclude, w.rows, w.name)
@@ -503,11 +496,11 @@ def _project_shard(fit: _Fit, w: _Work, group: _Moments, basis: torch.Tensor, ba
 def _project(fit: _Fit, group: _Moments, basis: torch.Tensor, back: bool) -> tuple[torch.Tensor, torch.Tensor]:
     "All tokens on the rows of `basis` (q, N): (T, q); with `back` also their products with every neuron, (q, N) float64."
     P, C = [torch.zeros(0, len(basis), dtype=fit.how._dtype)], torch.zeros(len(basis) if back else 0, fit.n_neurons, dtype=torch.float64)
-    digest = _digest(basis)
+    on_basis = digest(basis)
 
     def project():
         for w in fit.work:
-            name, made_from = f"projected-{w.number:05d}", w.made_from | {"basis": digest}
+            name, made_from = f"projected-{w.number:05d}", w.made_from | {"basis": on_basis}
             t = fit.kept.get(name, made_from)
             if t is None:
                 t = fit.kept.put(name, _project_shard(fit, w, group, basis, back), made_from)
@@ -519,9 +512,12 @@ def _project(fit: _Fit, group: _Moments, basis: torch.Tensor, back: bool) -> tup
     fit.ranks.together(project)
     return fit.ranks.gather(torch.cat(P)), fit.ranks.total(C)
 
-# %% ../nbs/05_group.ipynb #9f5e6963
+# %% ../nbs/05_group.ipynb #359c7c3d
 def _unmix(fit: _Fit, samples: torch.Tensor) -> ICA:
-    return ICA(fit.how.n_components, kind="temporal", **fit.how.ica).fit(samples)
+    settings = {"random_state": 0} | fit.how.ica
+    if settings["random_state"] is None:
+        settings["random_state"] = fit.ranks.messages(secrets.randbits(32))[0]
+    return fit.ranks.together(lambda: ICA(fit.how.n_components, kind="temporal", **settings).fit(samples))
 
 
 def _temporal(fit: _Fit, group: _Moments, directions: torch.Tensor):

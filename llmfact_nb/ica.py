@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'CONTRASTS', 'LOGCOSH_OF_A_GAUSSIAN', 'CentredX', 'refuse_non_finite', 'gram', 'there_and_back', 'sketch',
            'leading_directions', 'choose_solver', 'Whitened', 'whiten', 'fixed_point_step', 'decorrelate', 'fastica',
-           'consensus', 'negentropy', 'ConvergenceWarning', 'ICA']
+           'consensus', 'negentropy', 'differences', 'kept_whitening', 'ConvergenceWarning', 'ICA']
 
-# %% ../nbs/03_ica.ipynb #8d21c25d
+# %% ../nbs/03_ica.ipynb #93d03535
 import inspect
 import math
+import os
 import warnings
+from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
+
+from .files import digest, load_tensors, save_tensors
 
 # %% ../nbs/03_ica.ipynb #ae661799
 class CentredX:
@@ -408,6 +412,39 @@ def negentropy(
         mean += (a + torch.log1p(torch.exp(-2 * a)) - math.log(2)).sum(1).double()  # log cosh without overflow
     return (mean / S.shape[1] - LOGCOSH_OF_A_GAUSSIAN).square()
 
+# %% ../nbs/03_ica.ipynb #020623f2
+def differences(
+    old: dict,
+    new: dict,
+    words: str = "{} was {!r} and is now {!r}",  # name, old value, new value
+) -> str:
+    "Return in words what differs; an empty text if nothing does."
+    return "; ".join(words.format(k, old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+
+
+def kept_whitening(
+    path: str | os.PathLike,  # safetensors file, read if it is there and written if not
+    data: CentredX,  # gets the means and scales of the file
+    made_from: dict,  # settings and data, ready for JSON
+    whitening: Callable[[], Whitened],  # the work, where there is no file
+) -> Whitened:
+    "Return the whitened data that `path` holds, or make and keep them. Raises ValueError, naming the difference, if the file was made from something else."
+    measured = ("mean", "scale", "constant", "token_sum")
+    if not Path(path).exists():
+        made = whitening()
+        kept = made._asdict() | {name: getattr(data, name) for name in measured}
+        save_tensors(path, {k: v for k, v in kept.items() if k != "report"}, "whitened data", {"made_from": made_from, "report": made.report, "total": data.total})
+        return made
+    tensors, meta = load_tensors(path, "whitened data", ("time", "singular", "neurons", *measured, "made_from", "report", "total"))
+    changed = differences(meta["made_from"], made_from)
+    if changed:
+        raise ValueError(f"path={os.fspath(path)!r} holds the whitened data of another fit: {changed}. Fit as before to go on from them, or choose another path.")
+    tensors = {k: v.to(data.device) for k, v in tensors.items()}
+    for name in measured:
+        setattr(data, name, tensors.pop(name))
+    data.total = meta["total"]
+    return Whitened(**tensors, report=f"{meta['report']}; read from {os.fspath(path)}")
+
 # %% ../nbs/03_ica.ipynb #92f20d31
 class ConvergenceWarning(UserWarning):
     "FastICA stopped at max_iter while components were still moving."
@@ -450,9 +487,9 @@ def _starts(k, n_init, seed, w_init):
         starts[0] = own.numpy()
     return starts
 
-# %% ../nbs/03_ica.ipynb #b0c2d034
+# %% ../nbs/03_ica.ipynb #90049ad2
 def _check_settings(ica):
-    for name, accepted in (("kind", ("temporal", "spatial")), ("whiten_solver", SOLVERS), ("fun", tuple(CONTRASTS)), ("backend", ("torch", "sklearn"))):
+    for name, accepted in (("kind", ("temporal", "spatial")), ("whiten_solver", SOLVERS), ("fun", tuple(CONTRASTS)), ("backend", ("torch", "sklearn")), ("standardize", (False, True))):
         if getattr(ica, name) not in accepted:
             raise ValueError(f"{name}={getattr(ica, name)!r}; expected one of {', '.join(map(repr, accepted))}.")
     for name, least in (("n_components", 1), ("n_init", 1), ("max_iter", 1), ("n_oversamples", 0), ("n_power_iter", 1), ("random_state", 0)):
@@ -504,7 +541,7 @@ def _sklearn(data, kind, starts, fun, max_iter, tol):
     whitened = Whitened(time, singular, neurons, "full singular value decomposition by scikit-learn")
     return whitened, decorrelate(torch.from_numpy(np.stack(W)).to(data.dtype)), torch.tensor(n_iter)
 
-# %% ../nbs/03_ica.ipynb #f0219d2f
+# %% ../nbs/03_ica.ipynb #18888ea4
 class ICA:
     """Independent components of activations X (T tokens, N neurons).
 
@@ -567,18 +604,22 @@ class ICA:
         self,
         X: torch.Tensor | np.ndarray,  # (T, N) activations, also bfloat16 or memory-mapped; read in blocks, never copied or changed
         rows: torch.Tensor | np.ndarray | None = None,  # bool (T,): the tokens to use, e.g. ~activations.sinks; None: all
+        path: str | os.PathLike | None = None,  # keep the whitened data in this safetensors file; the same call goes on from them after an interruption
     ) -> "ICA":
-        "Find the components; returns self. Raises ValueError on bad settings, on values that are not finite, and when X has fewer than k directions."
+        "Find the components; returns self. Raises ValueError on bad settings, on values that are not finite, when X has fewer than k directions, and when `path` holds the whitened data of another fit."
         dtype, X = _check_settings(self), _as_matrix(X)
         seed = int(np.random.SeedSequence().generate_state(1)[0]) if self.random_state is None else int(self.random_state)
         k, starts, rows = self.n_components, _starts(self.n_components, self.n_init, seed, self.w_init), _as_rows(rows, X)
         spare = max(16, k // 4) if self.n_oversamples is None else int(self.n_oversamples)
         data, solver, why = self._plan(X, rows, k + spare, dtype)
+        if self.backend == "sklearn" and path is not None:
+            raise ValueError(f"path={os.fspath(path)!r}: backend='sklearn' whitens inside scikit-learn, where nothing can be kept. Use backend='torch', or leave path out.")
         if self.backend == "sklearn":
             whitened, W, n_iter = _sklearn(data, self.kind, starts, self.fun, self.max_iter, self.tol)
             self.converged_, self.convergence_ = bool(n_iter.max() < self.max_iter), torch.empty(0, 4)  # scikit-learn keeps no history and warns by itself
         else:
-            whitened = self._like_sklearn(whiten(data, k, solver, spare, self.n_power_iter, seed))
+            whitening = lambda: whiten(data, k, solver, spare, self.n_power_iter, seed)
+            whitened = self._like_sklearn(whitening() if path is None else kept_whitening(path, data, self._made_from(X, rows, solver, spare), whitening))
             Z = whitened.white(self.kind)[0].T.contiguous()
             W, n_iter, history = fastica(Z, torch.from_numpy(starts).to(Z), self.fun, self.max_iter, self.tol)
             self.converged_ = _warn_unless_converged(history[n_iter - 1, torch.arange(len(n_iter))], self.max_iter, self.tol)
@@ -604,6 +645,12 @@ class ICA:
             solver, why = "svd", "backend='sklearn'"
         walk = {"gram": "neurons", "covariance": "tokens"}.get(solver, "neurons" if T <= N else "tokens")
         return CentredX(X, rows, self.standardize, walk, self.kind == "spatial", dtype, self.device or X.device), solver, why
+
+    def _made_from(self, X, rows, solver, spare):
+        "What the whitened data depend on."
+        whole = {name: None if getattr(self, name) is None else int(getattr(self, name)) for name in ("n_components", "n_power_iter", "random_state")}
+        settings = {"kind": self.kind, "whiten_solver": solver, "n_oversamples": spare, "standardize": bool(self.standardize), "dtype": str(self.dtype).removeprefix("torch.")}
+        return whole | settings | {"shape": list(X.shape), "values": digest(X[[0, len(X) // 2, len(X) - 1]]), "rows": "all" if rows is None else digest(rows)}
 
     def _like_sklearn(self, w):
         "Directions signed as scikit-learn signs them: the first feature (neuron, or token when spatial) is positive."

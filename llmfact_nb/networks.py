@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAILS', 'z_scores', 'gaussian_union', 'FunctionalNetworks', 'iou', 'NetworkMatch', 'match_networks']
 
-# %% ../nbs/05_networks.ipynb #58a6f595
+# %% ../nbs/05_networks.ipynb #76cc288d
 import math
 import numbers
 import os
@@ -17,6 +17,7 @@ import torch
 
 from .activations import Activations
 from .files import load_tensors, save_tensors
+from .group import GroupICA
 from .ica import ICA
 from .masks import NeuronMask, common_site
 
@@ -49,7 +50,7 @@ def gaussian_union(
     one_side = math.erfc(alpha / math.sqrt(2)) / 2
     return 1 - (1 - one_side * (2 if tail == "both" else 1)) ** k
 
-# %% ../nbs/05_networks.ipynb #07adaa42
+# %% ../nbs/05_networks.ipynb #7ba2a33e
 class FunctionalNetworks:
     """Independent components of a model's activations, as z-scored maps over neurons.
 
@@ -73,19 +74,38 @@ class FunctionalNetworks:
     def fit(
         self,
         activations: Activations,  # one text or many: several texts are one group fit, their tokens stacked (paper, section 2)
+        path: str | os.PathLike | None = None,  # keep the whitened data in this file, from which the same call goes on after an interruption, see `ICA.fit`
     ) -> "FunctionalNetworks":
-        "Find the networks; return self. Raises ValueError as `ICA.fit` does (k above rank, nan), and if `exclude` leaves no token."
+        "Find the networks; return self. Raises ValueError as `ICA.fit` does (k above rank, nan, another fit's file), and if `exclude` leaves no token."
         if not isinstance(activations, Activations):
             raise TypeError(f"activations is a {type(activations).__name__}; expected what capture() or Activations.load() gives.")
-        self.rows_ = self.rows_to_use(activations)
+        rows = self.rows_to_use(activations)
         ica = ICA(self.n_components, kind=self.kind, standardize=self.standardize, **self.ica)
-        ica.fit(activations.values, rows=None if self.rows_.all() else self.rows_)
-        self.method_, self.mixing_, self.rotation_, self.sign_ = "ica", ica.maps_, ica.rotation_, ica.sign_
-        self.mean_, self.scale_ = ica.mean_, ica.scale_
-        self.stability_, self.converged_, self.n_iter_, self.convergence_ = ica.stability_, ica.converged_, ica.n_iter_, ica.convergence_
-        self.explained_variance_ratio_, self.whiten_solver_ = ica.explained_variance_ratio_, ica.whiten_solver_
-        self.time_courses_, self.maps_ = ica.time_courses_, z_scores(ica.maps_)
-        self.widths, self.depths, self.site, self.model = activations.widths, activations.depths, activations.site, activations.model
+        ica.fit(activations.values, rows=None if rows.all() else rows, path=path)
+        return self._take(ica, rows, ica.whiten_solver_, activations)
+
+    @classmethod
+    def from_group(
+        cls,
+        group: GroupICA,  # fitted, from whatever shards
+    ) -> "FunctionalNetworks":
+        """Return the networks of a group ICA, with all that networks can do: masks, key neurons, nulls, files.
+
+        The tokens that the group left out are not known here: `rows_` is True for each row of `time_courses_`. Raises ValueError if the group is not fitted."""
+        if not isinstance(group, GroupICA):
+            raise TypeError(f"group is a {type(group).__name__}; expected a fitted GroupICA. For a single capture use FunctionalNetworks(k).fit(activations).")
+        if not hasattr(group, "maps_"):
+            raise ValueError("group has not been fitted; call GroupICA(k).fit(shards) first.")
+        rows = torch.ones(len(group.time_courses_), dtype=torch.bool)
+        return cls(group.n_components, group.kind, group.standardize, group.exclude, **group.ica)._take(group, rows, "group", group)
+
+    def _take(self, ica, rows, solver, about):
+        "What was learned by `ica`, about whose neurons."
+        self.method_, self.mixing_, self.maps_, self.rows_, self.whiten_solver_ = "ica", ica.maps_, z_scores(ica.maps_), rows, solver
+        for name in ("time_courses_", "rotation_", "sign_", "mean_", "scale_", "stability_", "converged_", "n_iter_", "convergence_", "explained_variance_ratio_"):
+            setattr(self, name, getattr(ica, name))
+        for name in ("widths", "depths", "site", "model"):
+            setattr(self, name, getattr(about, name))
         return self
 
     def fit_each(
@@ -116,6 +136,8 @@ class FunctionalNetworks:
         self._fitted()
         if (activations.site, activations.widths, activations.depths) != (self.site, self.widths, self.depths):
             raise ValueError(f"activations have site {activations.site!r} and {activations.n_neurons} neurons; fitted were {self.site!r} and {sum(self.widths)}.")
+        if self.standardize == "text":
+            raise ValueError("these networks come from texts that were z-scored one by one (standardize='text'), so tokens need their text's scale. Use GroupICA.transform or dual_regression.")
         unmixing = torch.linalg.pinv(self.mixing_.double()).float()  # (N, k)
         courses, start = torch.zeros(activations.n_tokens, len(self.mixing_)), 0
         for width, layer in zip(self.widths, self.depths):

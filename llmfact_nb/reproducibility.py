@@ -200,7 +200,7 @@ def split_half(
             rows += _rows(arms, full.mixing_, split=split, converged=converged)
     return SplitHalf(pandas.DataFrame(rows), full)
 
-# %% ../nbs/05_reproducibility.ipynb #46f9721a
+# %% ../nbs/05_reproducibility.ipynb #1da9318d
 @dataclass(frozen=True, eq=False)
 class SuggestedK:
     "A number of components, the rule that chose it, and what it looked at."
@@ -208,9 +208,30 @@ class SuggestedK:
     k: int | None  # None: no k of the list passes the rule
     rule: str
     frame: "pandas.DataFrame"  # one row per k, see `suggest_k`
+    share: float  # of the components, that the rule asks for
 
     def __repr__(self):
         return f"SuggestedK(k={self.k}: {self.rule})"
+
+    def plot(
+        self,
+        ax=None,  # matplotlib Axes to draw on; None: new ones
+    ):
+        "Draw what the rule looks at, the share it asks for, and the median |r| between halves beside its nulls, against k; return the Axes."
+        import matplotlib.pyplot as plt
+
+        f = self.frame
+        ax = plt.subplots(figsize=(7.2, 3), layout="constrained")[1] if ax is None else ax
+        lines = {"stable": "stable over restarts", "found_again": "found again in other texts", "r": "|r| to other texts", "r_pca": "|r|, PCA", "r_rotation": "|r|, random rotation"}
+        for (name, label), style, colour in zip(lines.items(), ("o-", "s-", "s:", "^:", "v:"), ("#0072B2", "#D55E00", "#D55E00", "#E69F00", "#666666")):
+            ax.plot(f.k, f[name], style, color=colour, label=label, markersize=5)
+        ax.axhline(self.share, color="#222222", linewidth=0.8, label="what the rule asks for")
+        if self.k is not None:
+            ax.axvline(self.k, color="#222222", linewidth=0.8, linestyle="--", label=f"suggested, k = {self.k}")
+        ax.set(xscale="log", xticks=f.k, xticklabels=f.k, ylim=(0, 1.03), xlabel="components k", ylabel="share of components, or median |r|", title="How many components are certain?")
+        ax.minorticks_off()
+        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        return ax
 
 
 def suggest_k(
@@ -268,4 +289,4 @@ def suggest_k(
         ("the largest" if len(passed) else "none") + f" of {ks} with at least {share:.0%} of the components stable over restarts (>= {threshold:g}) and at least as many found again in other texts "
         f"(|r| >= {threshold:g} and above the 95th percentile of random rotations)"
     )
-    return SuggestedK(int(passed.max()) if len(passed) else None, rule, frame)
+    return SuggestedK(int(passed.max()) if len(passed) else None, rule, frame, share)

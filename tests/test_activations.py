@@ -452,6 +452,24 @@ def test_models_that_accelerate_placed(name, way, site, tmp_path):
     assert way == "dispatch" or all(p.device.type == "meta" for n, p in model.named_parameters() if ".mlp." in n)
 
 
+@pytest.mark.parametrize("site", SITES)
+def test_a_device_map_that_leaves_layers_on_disk(site, tmp_path):
+    "As users load what is too large for them: from_pretrained with a device map, the last layers on disk."
+    pytest.importorskip("accelerate")
+    from transformers import AutoModelForCausalLM
+
+    model, t = families.build("llama"), families.tokenizer()
+    expected = torch.cat(by_hand("llama", model, lists_of(t), site))
+    model.save_pretrained(tmp_path / "model")
+    last = model.config.num_hidden_layers - 1
+    places = {n: "cpu" for n in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")} | {f"model.layers.{i}": "disk" if i in (1, last) else "cpu" for i in range(last + 1)}
+    placed = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights").eval()
+    assert {p.device.type for p in placed.parameters()} == {"cpu", "meta"}
+    for path in (None, tmp_path / "acts.safetensors"):
+        torch.testing.assert_close(capture(placed, t, TEXTS, site, path=path, **OPTIONS).values, expected, rtol=1e-4, atol=1e-4)
+    assert {n for n, p in placed.named_parameters() if p.device.type == "meta"} == {n for n, _ in model.named_parameters() if n.startswith(("model.layers.1.", f"model.layers.{last}."))}
+
+
 def test_compiled_models_are_refused():
     model, t = families.build("llama"), families.tokenizer()
     with pytest.raises(ValueError, match="compile"):

@@ -366,6 +366,7 @@ import os
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 torch.set_num_threads(1)
 from datetime import timedelta
+from llmfact_nb import group
 from llmfact_nb.group import GroupICA, my_share
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
@@ -381,7 +382,7 @@ def attempt(name, work):
         report[name] = type(e).__name__ + ": " + str(e)
 
 def fit(name, mine, **how):
-    g = GroupICA(4, **{{"n_reduced": 8, "dtype": "float64", "tol": 1e-10, "max_iter": 2000, **how}}).fit(mine, distributed=True, folder=folder / name if "folder" in name else None)
+    g = GroupICA(4, **{{"n_reduced": 8, "dtype": "float64", "tol": 1e-10, "max_iter": 2000, **how}}).fit(mine, distributed=True, folder=folder / "kept" if "folder" in name else None)
     from llmfact_nb.files import save_tensors
     save_tensors(folder / f"{{name}}-{{rank}}.safetensors", {{k: getattr(g, k) for k in ("maps_", "time_courses_", "explained_variance_ratio_", "text_index_")}}, "result")
     return "ok"
@@ -395,11 +396,25 @@ attempt("uneven", lambda: fit("uneven", parts[:3] if rank == 0 else parts[3:]))
 attempt("empty", lambda: fit("empty", parts if rank == 0 else []))
 attempt("spatial", lambda: fit("spatial", my_share(parts), kind="spatial", standardize=True, max_rows=30))
 attempt("folder", lambda: fit("folder", my_share(parts)))
+dist.barrier()
+written = {{p.name: p.stat().st_mtime_ns for p in (folder / "kept").iterdir()}}
 attempt("folder again", lambda: fit("folder again", my_share(parts)))
+dist.barrier()
+report["written again"] = [p.name for p in (folder / "kept").iterdir() if p.stat().st_mtime_ns != written.get(p.name)]
+report["written"] = len(written)
+attempt("seedless", lambda: fit("seedless", my_share(parts), random_state=None))
 attempt("stranger", lambda: fit("stranger", parts[:2] if rank == 0 else [replace(parts[2], model="another model")]))
 attempt("nan", lambda: fit("nan", parts[:2] if rank == 0 else [replace(parts[3], values=nan)]))
 attempt("missing", lambda: fit("missing", parts[:2] if rank == 0 else [folder / "gone.safetensors"]))
 attempt("settings", lambda: fit("settings", my_share(parts), n_reduced=8 + rank))
+attempt("contrast", lambda: fit("contrast", my_share(parts), fun="logcosh" if rank == 0 else "cube"))
+
+def broken(*_, **__):
+    raise MemoryError("no room")
+
+real, group.ICA = group.ICA, broken if rank == 1 else group.ICA
+attempt("unmixing", lambda: fit("unmixing", my_share(parts)))
+group.ICA = real
 attempt("one", lambda: fit("one", [] if rank == 0 else [parts[0].of_text(0)]))
 attempt("none", lambda: fit("none", []))
 attempt("rank", lambda: fit("rank", my_share(parts), n_reduced=1, center_texts=True, exclude="sinks", max_rows=4) and "ok")
@@ -425,7 +440,7 @@ def two_processes(tmp_path_factory):
     return folder, [json.loads((folder / f"report-{r}.json").read_text()) for r in range(2)]
 
 
-@pytest.mark.parametrize("case", ["even", "uneven", "empty", "spatial", "folder", "folder again"])
+@pytest.mark.parametrize("case", ["even", "uneven", "empty", "spatial", "folder", "folder again", "seedless"])
 def test_two_processes_equal_one(two_processes, case):
     from types import SimpleNamespace
 
@@ -442,6 +457,11 @@ def test_two_processes_equal_one(two_processes, case):
     assert torch.equal(results[0].maps_, results[1].maps_)
 
 
+def test_two_processes_do_nothing_twice(two_processes):
+    for report in two_processes[1]:
+        assert report["written"] == 9 and report["written again"] == []  # of each of 4 shards its rows and its projection, and the directions
+
+
 @pytest.mark.parametrize(
     "case, first, second",
     [
@@ -449,6 +469,8 @@ def test_two_processes_equal_one(two_processes, case):
         ("nan", "rank 1 stopped with ValueError: shard 0, text 0: X holds", "X[5, 5]"),
         ("missing", "rank 1 stopped with FileNotFoundError", "gone.safetensors"),
         ("settings", "rank 1 has other settings than rank 0: n_reduced is 8 there and 9 here", "rank 1 has other settings"),
+        ("contrast", "rank 1 has other settings than rank 0: fun is 'logcosh' there and 'cube' here", "rank 1 has other settings"),
+        ("unmixing", "rank 1 stopped with MemoryError: no room", "MemoryError: no room"),
         ("one", "one text only", "one text only"),
         ("none", "no shard", "no shard"),
     ],

@@ -1,13 +1,15 @@
 """Pins the ICA room: planted sources are recovered, every whitening solver finds the float64 subspace, torch and scikit-learn agree from the same start, inputs are only
-read, rows and standardising mean what they say, conventions of order, sign and rotation hold, and bad input is refused by name."""
+read, rows and standardising mean what they say, conventions of order, sign and rotation hold, an interrupted fit goes on from what it whitened, and bad input is refused by name."""
 
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 
+import llmfact_nb.ica as ica_module
 from llmfact_nb.ica import ICA, CentredX, ConvergenceWarning, _newton_schulz, choose_solver, consensus, decorrelate, fastica, gram, leading_directions, negentropy, there_and_back
 
 SHAPES = {"wide": (500, 1600), "tall": (1800, 240)}
@@ -301,6 +303,71 @@ def test_convergence_is_reported_and_the_warning_says_what_to_do(wide):
     assert (ica.convergence_.diff(dim=1) >= 0).all() and ica.convergence_[-1, 3] < 1e-4 < ica.convergence_[-2, 3]
 
 
+@pytest.mark.parametrize("kind", ["temporal", "spatial"])
+@pytest.mark.parametrize("solver", ["gram", "covariance", "randomized"])
+def test_an_interrupted_fit_goes_on_from_the_whitened_data(solver, kind, tmp_path, monkeypatch):
+    "FastICA dies; the same call whitens nothing again and ends with the very numbers of a fit that ran through."
+    X, _ = planted(300, 420, kind=kind)
+    X[:, 7] = 3.0
+    rows, path = np.arange(300) % 9 > 0, tmp_path / "white.safetensors"
+
+    def fit(path=None, **how):
+        with pytest.warns(UserWarning, match="1 of 420 neurons are constant"):
+            return ICA(5, kind=kind, whiten_solver=solver, standardize=True, **how).fit(X, rows, path)
+
+    def stop(*_):
+        raise RuntimeError("the machine went down")
+
+    expected = fit()
+    with monkeypatch.context() as patch:
+        patch.setattr(ica_module, "fastica", stop)
+        with pytest.raises(RuntimeError, match="went down"):
+            ICA(5, kind=kind, whiten_solver=solver, standardize=True).fit(X, rows, path)
+    monkeypatch.setattr(ica_module, "whiten", stop)
+    resumed = fit(path)
+    for name in ("maps_", "time_courses_", "rotation_", "sign_", "mean_", "scale_", "singular_values_", "explained_variance_ratio_", "convergence_"):
+        assert torch.equal(getattr(resumed, name), getattr(expected, name)), name
+    assert torch.equal(resumed.transform(X), expected.transform(X)) and "read from" in resumed.whitening_report_
+    assert matched(fit(path, n_init=3, fun="cube", max_iter=500).maps_, expected.maps_).min() > 0.95  # FastICA's own settings may change
+    assert [p.name for p in tmp_path.iterdir()] == ["white.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"n_components": 6}, "n_components was 5 and is now 6"),
+        ({"kind": "spatial"}, "kind was 'temporal' and is now 'spatial'"),
+        ({"whiten_solver": "randomized"}, "whiten_solver was 'gram' and is now 'randomized'"),
+        ({"standardize": True}, "standardize was False and is now True"),
+        ({"dtype": torch.float64}, "dtype was 'float32' and is now 'float64'"),
+        ({"random_state": 1}, "random_state was 0 and is now 1"),
+        ({"n_oversamples": 20}, "n_oversamples was 16 and is now 20"),
+        ({"backend": "sklearn"}, "backend='sklearn' whitens inside scikit-learn"),
+    ],
+    ids=str,
+)
+def test_whitened_data_of_another_fit_are_refused(how, message, wide, tmp_path):
+    path = tmp_path / "white.safetensors"
+    ICA(5).fit(wide, path=path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        ICA(**{"n_components": 5} | how).fit(wide, path=path)
+    assert path.read_bytes() == before
+
+
+def test_whitened_data_of_another_matrix_are_refused(wide, tmp_path):
+    path, other = tmp_path / "white.safetensors", wide.copy()
+    ICA(5).fit(wide, path=path)
+    ICA(5, whiten_solver="gram").fit(wide, path=path)  # what "auto" chose
+    other[-1, -1] += 1
+    for X, rows, message in ((other, None, "values was"), (wide[:-1], None, "shape was"), (wide, np.arange(len(wide)) > 3, "rows was 'all'")):
+        with pytest.raises(ValueError, match=f"white.safetensors.*another fit: .*{message}"):
+            ICA(5).fit(X, rows, path)
+    save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="another program"):
+        ICA(5).fit(wide, path=tmp_path / "foreign.safetensors")
+
+
 def test_estimator_conventions(wide, capsys):
     from sklearn.base import clone
 
@@ -326,6 +393,7 @@ def test_estimator_conventions(wide, capsys):
         ({"whiten_solver": "svd"}, "whiten_solver='svd'; expected one of 'auto', 'gram'"),
         ({"fun": "tanh"}, "fun='tanh'; expected one of 'logcosh'"),
         ({"backend": "jax"}, "backend='jax'"),
+        ({"standardize": "text"}, "standardize='text'; expected one of False, True"),
         ({"n_init": 0}, "n_init=0"),
         ({"max_iter": 0}, "max_iter=0"),
         ({"tol": 0}, "tol=0"),

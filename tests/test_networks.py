@@ -12,6 +12,7 @@ from scipy.stats import norm
 
 from llmfact_nb.activations import Activations
 from llmfact_nb.files import load_tensors, save_tensors
+from llmfact_nb.group import GroupICA
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.networks import FunctionalNetworks, gaussian_union, iou, match_networks, z_scores
 
@@ -548,3 +549,49 @@ def test_matching_refuses():
 def test_iou_refuses_masks_of_different_models(change):
     with pytest.raises(ValueError, match="do not belong together"):
         iou(mask([0]), mask([0], **change))
+
+
+# groups
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("kind", ["temporal", "spatial"])
+def test_networks_of_a_group_are_those_of_a_fit_on_all_tokens(kind, standardize, tmp_path):
+    "Shards on disk, reduced without loss, give the networks of the whole matrix, their nulls, and masks of the planted units."
+    acts, members = planted(n_texts=3)
+    shards = [subset(acts, acts.text_ids == i).save(tmp_path / f"{i}.safetensors") for i in range(3)]
+    how = dict(kind=kind, standardize=standardize, exclude="first", dtype="float64", tol=1e-10, max_iter=2000)
+    plain, nets = FunctionalNetworks(4, **how).fit(acts), FunctionalNetworks.from_group(GroupICA(4, n_reduced=160, **how).fit(shards))
+    order = torch.corrcoef(torch.cat([plain.maps_, nets.maps_]).double())[:4, 4:].abs().argmax(1)
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
+    torch.testing.assert_close(nets.maps_[order], plain.maps_, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(nets.time_courses_[:, order], plain.time_courses_, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(nets.transform(acts)[acts.positions > 0].double(), nets.time_courses_, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(nets.alternative("pca").maps_.abs(), plain.alternative("pca").maps_.abs(), rtol=1e-2, atol=1e-2)
+    truth = [NeuronMask.from_flat(torch.from_numpy(m), WIDTHS, "mlp_hidden") for m in members]
+    assert match_networks(truth, nets.masks(2)).iou.amax(1).min() > 0.9
+    again = FunctionalNetworks.load(nets.save(tmp_path / "networks.safetensors"))
+    assert again.masks(2) == nets.masks(2) and repr(again) == repr(nets) and "597 of 597 tokens" in repr(nets)
+
+
+def test_a_group_of_z_scored_texts_gives_masks_but_no_time_courses_of_other_tokens(acts, tmp_path):
+    nets = FunctionalNetworks.from_group(GroupICA.canica(4, n_init=2).fit(acts))
+    assert nets.key_neurons(fraction=0.1).n == 16 and nets.stability_.shape == (4,)
+    for networks in (nets, FunctionalNetworks.load(nets.save(tmp_path / "n.safetensors"))):
+        with pytest.raises(ValueError, match="z-scored one by one.*GroupICA.transform"):
+            networks.transform(acts)
+
+
+def test_what_is_no_fitted_group(fitted):
+    with pytest.raises(ValueError, match="call GroupICA"):
+        FunctionalNetworks.from_group(GroupICA(4))
+    with pytest.raises(TypeError, match="FunctionalNetworks; expected a fitted GroupICA"):
+        FunctionalNetworks.from_group(fitted)
+
+
+def test_an_interrupted_fit_goes_on(acts, fitted, tmp_path):
+    path = tmp_path / "white.safetensors"
+    for _ in range(2):
+        assert torch.equal(FunctionalNetworks(4, exclude="sinks", n_init=3).fit(acts, path).maps_, fitted.maps_)
+    with pytest.raises(ValueError, match="rows was"):
+        FunctionalNetworks(4, n_init=3).fit(acts, path)

@@ -4,13 +4,14 @@ import warnings
 from dataclasses import replace
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
 from llmfact_nb.activations import Activations
 from llmfact_nb.ica import ConvergenceWarning
 from llmfact_nb.networks import FunctionalNetworks
-from llmfact_nb.reproducibility import ARMS, _reduce, match_maps, split_half, suggest_k
+from llmfact_nb.reproducibility import ARMS, SuggestedK, _reduce, match_maps, split_half, suggest_k
 
 KINDS = ["temporal", "spatial"]
 
@@ -179,6 +180,21 @@ def test_noise_suggests_nothing():
     acts, _ = planted(n_texts=4)
     choice = suggest_k(replace(acts, values=torch.randn(acts.values.shape, generator=torch.Generator().manual_seed(0))), ks=(2, 4), n_splits=2, n_init=2)
     assert choice.k is None and choice.rule.startswith("none of [2, 4]")
+
+
+@pytest.mark.parametrize("k", [8, None])
+def test_the_curve_shows_what_the_rule_looks_at(k):
+    import matplotlib.pyplot as plt
+
+    frame = pandas.DataFrame({"k": [4, 8, 16], "stable": [1, 0.9, 0.5], "found_again": [1, 0.8, 0.3], "r": [0.9, 0.7, 0.4], "r_pca": [0.6, 0.5, 0.3], "r_rotation": [0.5, 0.4, 0.2]})
+    fig, ax = plt.subplots()
+    assert SuggestedK(k, "by hand", frame, share=0.75).plot(ax) is ax
+    drawn = {line.get_label(): line for line in ax.lines}
+    for name, label in (("stable", "stable over restarts"), ("found_again", "found again in other texts"), ("r", "|r| to other texts"), ("r_pca", "|r|, PCA"), ("r_rotation", "|r|, random rotation")):
+        assert drawn[label].get_xdata().tolist() == [4, 8, 16] and drawn[label].get_ydata().tolist() == frame[name].tolist()
+    assert drawn["what the rule asks for"].get_ydata()[0] == 0.75
+    assert [line.get_xdata()[0] for label, line in drawn.items() if "suggested" in label] == ([] if k is None else [8])
+    plt.close(fig)
 
 
 def test_suggest_k_refuses():
