@@ -110,9 +110,9 @@ def verdict(value: float, bar: float | None) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--share", type=float, default=0.02, help="share of the neurons that train (selected) or are frozen (rest)")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -127,6 +127,11 @@ if __name__ == "__main__":
         step = in_turns(full.step, {arm: t.step for arm, t in arms.items()}, args.repeats)
         both = in_turns(full.forward_backward, {arm: t.forward_backward for arm, t in arms.items()}, args.repeats)
         del full, arms
+        shorter_longer = {}
+        for length in (args.length // 2, 4 * args.length):  # the optimizer's work does not depend on the tokens, so its share of a step does
+            other = {arm: Training(family, arm, args.rows, length, args.share) for arm in ("full", "selected")}
+            shorter_longer[length] = in_turns(other["full"].step, {"selected": other["selected"].step}, args.repeats)["selected"]
+            del other
         peak = {arm: memory(family=family, arm=arm, **shape) for arm in ("full", *ARMS)}
         batch, needs = largest_batch(family, peak["full"]["peak_mb"], **shape)
         rows.append([family, "full", f"{step['selected']['plain_s']:.2f} s", "1", "1", f"{peak['full']['peak_mb']:,.0f} MB", "1", f"{peak['full']['state_mb']:,.0f} MB", f"{args.rows} x {args.length}"])
@@ -136,7 +141,9 @@ if __name__ == "__main__":
             rows.append([family, arm, f"{step[arm]['arm_s']:.2f} s", verdict(step[arm]["ratio"], bars[0]), verdict(both[arm]["ratio"], bars[1]), f"{p['peak_mb']:,.0f} MB", verdict(ratio, bars[2])])
             rows[-1] += [f"{p['state_mb']:,.1f} MB (1/{peak['full']['state_mb'] / p['state_mb']:.0f})", f"{batch} x {args.length} ({needs:,.0f} MB)" if arm == "selected" else ""]
             results.append(dict(family=family, arm=arm, step=step[arm], forward_backward=both[arm], memory=p, full_memory=peak["full"]))
-        results[-len(ARMS)]["largest_rows"] = batch
+        results[-len(ARMS)] |= {"largest_rows": batch, "other_lengths": shorter_longer}
+        for length, r in shorter_longer.items():
+            rows.append([family, f"selected, {args.rows} x {length} tokens", f"{r['arm_s']:.2f} s", f"{r['ratio']:.2f}", *[""] * 5])
     note = (
         f"Random weights, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons of every layer, fused AdamW with clipping; ratios to full fine-tuning, each arm between two full steps, medians of {args.repeats} "
         "repetitions. Memory: growth of a fresh process over three steps, weights included. State: gradients and both moments. Batch: the largest that stays within the memory of full."

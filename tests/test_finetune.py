@@ -268,7 +268,7 @@ def test_slices_of_a_coarse_base_are_fine_and_merging_says_what_it_loses(dtype):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert torch.equal(model(ids).logits, before) and before.dtype == dtype
     train(model, torch.optim.SGD(model.neuron_tuning.param_groups(lr=1e-5)), 1)
-    moved = [float((s.joined("weight") - s.rows(o.weight, s.index)).abs().max()) for o, s in model.neuron_tuning.slices()]
+    moved = [float((s.joined("weight").detach() - s.rows(o.weight, s.index)).abs().max()) for o, s in model.neuron_tuning.slices()]
     assert min(moved) > 0  # steps far below the base's rounding are kept
     with pytest.warns(UserWarning, match="lost in the rounding"):
         merge_and_unload(model)
@@ -463,3 +463,25 @@ def test_other_heads_train_too(head):
         optimizer.step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved and all(".mlp." in n for n in moved)
+
+
+def test_a_new_head_can_train_along():
+    model = families.build("llama", "classification")
+    before = weights(model)
+    get_neuron_model(model, NeuronTuningConfig(masks=draw(model), also=["score"]), verbose=False)
+    assert "also score" in str(model.neuron_tuning)
+    frozen = model.neuron_tuning.frozen_digests()
+    assert "score.weight" not in frozen and len(frozen) == len(before) - 1
+    optimizer = torch.optim.AdamW(model.neuron_tuning.param_groups(lr=1e-2))
+    model(tokens()).logits.square().sum().backward()
+    optimizer.step()
+    assert model.neuron_tuning.frozen_digests() == frozen
+    merge_and_unload(model)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert "score.weight" in moved and all(".mlp." in n for n in moved - {"score.weight"})
+    with pytest.raises(ValueError, match="no module or parameter 'head'"):
+        get_neuron_model(model, NeuronTuningConfig(masks=draw(model), also=["head"]))
+    assert not hasattr(model, "neuron_tuning")
+    for arguments in (dict(mode="rest", also=["score"]), dict(also="score")):
+        with pytest.raises(ValueError, match="also="):
+            NeuronTuningConfig(masks=draw(model), **arguments)
