@@ -1,0 +1,554 @@
+"""Pins the tuning study: what the arms are, which rate wins, equal chances, the same table twice and after an interruption, whose folder it is, and a model that comes back as it was."""
+
+import json
+import sys
+
+import families
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from llmfact_nb import tuning_figures, tuning_study as module
+from llmfact_nb.evaluate import EvalSet, label_accuracy, perplexity
+from llmfact_nb.experiments import Settings
+from llmfact_nb.files import digest
+from llmfact_nb.finetune import neuron_parameters
+from llmfact_nb.masks import NeuronMask
+from llmfact_nb.tuning_study import (
+    ARMS, RATES, CandidateNeurons, Example, TuningSettings, TuningTask, arm_training, batch_nats, check_arms, choose_rate, document_interval, excerpts, gradient_scores, labelled_examples,
+    lora_rank, mlp_maps, orders, read_tuning, score, train_run, tuning_study, window_examples,
+)  # fmt: skip
+
+pytestmark = [pytest.mark.filterwarnings("ignore:FastICA has not converged"), pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
+FIND = Settings(n_components=3, n_init=2, fit_tokens=200, fit_length=40, fraction=0.15)
+SMALL = dict(steps=12, sweep_steps=4, eval_every=4, batch_size=2, max_length=16, gradient_batches=4, patience=5, find=FIND)
+CLOCKS = ["step_seconds", "step_processor_seconds", "seconds"]
+WIDTHS = (families.HIDDEN,) * families.LAYERS
+N = sum(WIDTHS)
+
+
+def planted_task(name="planted"):
+    "The label is w40 if the first word is below w20, else w41: as easy as it gets."
+    tokenizer = families.tokenizer()
+    texts = [families.words(6, seed=i) for i in range(40)]
+    labels = [int(int(t.split()[0][1:]) >= 20) for t in texts]
+    examples = labelled_examples(tokenizer, texts, labels, "{text} w30", ("w40", "w41"), 16)
+    return TuningTask(name, examples[:24], examples[:24], examples[24:], [families.words(40, seed=100 + i) for i in range(8)])
+
+
+ELSEWHERE = window_examples(families.tokenizer(), [families.words(30, seed=200 + i) for i in range(3)], 6, 12)
+
+
+def study(folder=None, arms=("key", "full"), seeds=(0, 1), model=None, task=None, **changes):
+    model = model or families.build("llama")
+    settings = SMALL | {"lrs": {a: (1e-4, 1e-3, 1e-2) for a in ARMS}} | changes
+    return tuning_study((model, families.tokenizer()), task or planted_task(), arms, seeds, folder, ELSEWHERE, progress=False, **settings)
+
+
+def timeless(results):
+    "The tables without what a clock says."
+    return [f.drop(columns=[c for c in CLOCKS if c in f]) for f in (results.runs, results.curves, results.sweep, results.intervals)]
+
+
+def same(a, b):
+    for x, y in zip(timeless(a), timeless(b), strict=True):
+        pd.testing.assert_frame_equal(x, y, check_exact=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    return folder, study(folder)
+
+
+# the whole study
+
+
+def test_two_arms_two_seeds_from_end_to_end(finished):
+    _, results = finished
+    runs = results.runs
+    assert list(runs["arm"]) == ["key", "key", "full", "full"] and list(runs["seed"]) == [0, 1, 0, 1] and set(runs["task"]) == {"planted"}
+    assert (runs["steps"] == 12).all() and (runs["test_loss"] < runs["test_loss_before"] - 0.3).all()
+    assert runs["test_loss_before"].nunique() == 1 and runs["wiki_loss_before"].nunique() == 1 and (runs["wiki_loss"] != runs["wiki_loss_before"]).all()
+    assert runs["test_accuracy"].between(0, 1).all() and runs["test_loss"].nunique() == 4
+    assert runs.loc[runs["arm"] == "key", "frozen_intact"].eq(True).all() and runs.loc[runs["arm"] == "full", "frozen_intact"].isna().all()
+    final = results.curves[results.curves["phase"] == "final"]
+    assert list(final[(final["arm"] == "key") & (final["seed"] == 0)]["step"]) == [0, 4, 8, 12] and len(final) == 16
+    swept = results.curves[results.curves["phase"] == "sweep"]
+    assert swept.groupby("arm")["lr"].nunique().eq(3).all() and set(swept["step"]) == {0, 4}
+    assert results.facts["planted"]["chance"] == 0.5 and 0.5 <= results.facts["planted"]["majority"] < 1
+    assert "networks" in results.facts["planted"] and "learning rates" in repr(results)
+
+
+def test_best_state_is_what_is_tested(finished):
+    _, results = finished
+    for r in results.runs.itertuples():
+        curve = results.curves.query("phase == 'final' and arm == @r.arm and seed == @r.seed")
+        assert r.best_step == curve.loc[curve["val_loss"].idxmin(), "step"]
+
+
+def test_same_call_gives_the_same_table_twice(finished, tmp_path):
+    same(study(tmp_path), finished[1])
+
+
+def test_without_a_folder(finished):
+    same(study(), finished[1])
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 7])
+def test_interrupted_study_goes_on_to_an_equal_table(finished, tmp_path, monkeypatch, interrupted_at):
+    calls, real, model = [], module.train_run, families.build("llama")
+    weights, before = [p.clone() for p in model.parameters()], families.state(model)
+
+    def interrupt(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == interrupted_at:  # in the middle of a run, with trained weights in place
+            for p in args[0].parameters():
+                p.data.add_(1.0) if p.requires_grad else None
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "train_run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, model=model)
+    assert families.state(model) == before and all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
+    done = {p.name: p.read_bytes() for p in (tmp_path / "planted").glob("*-*.json")}
+    assert len(done) == interrupted_at - 1
+    again = study(tmp_path, model=model)
+    assert len(calls) == interrupted_at + 10 - len(done)  # 2 arms x (3 rates + 2 seeds), the finished ones not again
+    assert {name: (tmp_path / "planted" / name).read_bytes() for name in done} == done
+    same(again, finished[1])
+
+
+def test_finished_study_trains_nothing(finished, monkeypatch):
+    folder, results = finished
+    monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
+    same(study(folder), results)
+    same(read_tuning(folder), results)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(steps=13), "steps: 12 there, 13 now"),
+        (dict(batch_size=3), "batch_size: 2 there, 3 now"),
+        (dict(lrs={a: (1e-4, 1e-3, 1e-2 if a != "full" else 2e-2) for a in ARMS}), "lrs full: [0.0001, 0.001, 0.01] there, [0.0001, 0.001, 0.02] now"),
+        (dict(find=Settings(n_components=4, n_init=2, fit_tokens=200, fit_length=40, fraction=0.15)), "find n_components: 3 there, 4 now"),
+    ],
+)
+def test_changed_configuration_is_refused_with_the_difference(finished, change, words):
+    with pytest.raises(ValueError, match="another configuration") as e:
+        study(finished[0], **change)
+    assert f"({words})" in str(e.value) and "Choose another folder" in str(e.value)
+
+
+def test_other_data_and_other_weights_are_refused(finished):
+    task = planted_task()
+    with pytest.raises(ValueError, match="data: "):
+        study(finished[0], task=TuningTask("planted", task.train[1:], task.val, task.test, task.texts))
+    model = families.build("llama")
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    with pytest.raises(ValueError, match="weights: "):
+        study(finished[0], model=model)
+
+
+def test_more_seeds_and_arms_train_only_what_is_new(tmp_path, monkeypatch):
+    first = study(tmp_path, arms=["key"], seeds=[0])
+    trained, real = [], module.train_run
+    monkeypatch.setattr(module, "train_run", lambda *a, **k: trained.append(1) or real(*a, **k))
+    more = study(tmp_path, arms=["key"], seeds=[0, 3])
+    assert len(trained) == 1 and list(more.runs["seed"]) == [0, 3]
+    pd.testing.assert_frame_equal(more.runs.iloc[:1], first.runs)
+
+
+def test_all_seven_arms(tmp_path):
+    model = families.build("llama")
+    before, weights = families.state(model), [p.clone() for p in model.parameters()]
+    results = study(tmp_path, arms=ARMS, seeds=[1], model=model, steps=4)
+    assert families.state(model) == before and all(torch.equal(p, w) for p, w in zip(model.parameters(), weights)) and not hasattr(model, "peft_config")
+    runs = results.runs.set_index("arm")
+    assert list(runs.index) == list(ARMS)
+    key = runs.loc["key"]
+    assert key["neurons"] == round(0.15 * N) == sum(map(int, key["counts"].split()))
+    for matched in ("random", "top variance"):
+        assert runs.loc[matched, "counts"] == key["counts"] and runs.loc[matched, "trained_parameters"] == key["trained_parameters"]
+    assert runs.loc["top gradient", "neurons"] == key["neurons"] and runs.loc["rest", "neurons"] == N - key["neurons"] and runs.loc["full", "neurons"] == N
+    assert runs.loc["full", "trained_parameters"] == sum(p.numel() for p in model.parameters()) == runs.loc["rest", "trained_parameters"] + key["trained_parameters"]
+    assert runs.loc["key", "key_share"] == 1 and runs.loc["random", "key_share"] == 0
+    assert runs["frozen_intact"].drop("full").eq(True).all() and runs["rank"].notna().sum() == 1
+    # AdamW holds two numbers beside each gradient, and a counter for each tensor
+    for arm in ("key", "full", "LoRA"):
+        numbers = 4 * 3 * runs.loc[arm, "trained_parameters"]
+        assert numbers <= runs.loc[arm, "held_bytes"] < numbers + 4 * 200
+    others = results.intervals.query("reference == 'full' and measure == 'test loss'")
+    assert list(others["arm"]) == [a for a in ARMS if a != "full"]
+
+
+def test_a_task_of_windows_has_no_accuracy():
+    examples = window_examples(families.tokenizer(), [families.words(60, seed=i) for i in range(4)], 12, 10)
+    task = TuningTask("windows", examples, examples[:4], examples[4:8], [families.words(40, seed=i) for i in range(8)])
+    results = study(arms=["key"], seeds=[0], task=task)
+    assert results.runs["test_accuracy"].isna().all() and results.facts["windows"]["chance"] is None
+    assert set(results.intervals["measure"]) == {"test loss", "wiki loss"}
+
+
+def test_intervals_are_paired_differences_of_the_stored_items(finished):
+    folder, results = finished
+    read = lambda arm, seed: json.loads((folder / "planted" / f"run-{arm}-seed{seed}.json").read_text())
+    row = results.intervals.query("arm == 'key' and reference == 'full' and measure == 'wiki loss'").iloc[0]
+    differences = [np.array(read("key", s)["wiki"]["nats"]) - np.array(read("full", s)["wiki"]["nats"]) for s in (0, 1)]
+    tokens = np.array([len(e.ids) - 1 for e in ELSEWHERE])
+    values = [d.sum() / tokens.sum() for d in differences]
+    assert row["value"] == pytest.approx(np.mean(values)) and (row["seed_low"], row["seed_high"]) == pytest.approx((min(values), max(values)))
+    assert (row["items"], row["documents"], row["seeds"]) == (6, 3, 2) and row["ci_low"] < row["value"] < row["ci_high"]
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(document_interval(np.mean(differences, axis=0), tokens, [e.document for e in ELSEWHERE]))
+    absolute = results.intervals.query("arm == 'key' and reference == '' and measure == 'test accuracy'").iloc[0]
+    assert absolute["value"] == pytest.approx(results.runs.query("arm == 'key'")["test_accuracy"].mean())
+
+
+def test_interval_draws_documents_not_items():
+    sums, counts = np.tile([0.0, 1.0], 20), np.ones(40)
+    wide, narrow = document_interval(sums, counts, [i % 2 for i in range(40)]), document_interval(sums, counts, range(40))
+    assert wide == (0.0, 1.0) and 0.3 < narrow[0] < 0.5 < narrow[1] < 0.7
+    assert np.isnan(document_interval(sums, counts, [0] * 40)).all()
+
+
+# the learning rate
+
+
+def test_sweep_takes_the_better_rate_and_says_where_it_lies():
+    results = study(arms=["full"], seeds=[0], lrs={"full": (1e-9, 1e-2, 1e2)})
+    assert results.runs["lr"].item() == 1e-2 and results.runs["edge"].item() == ""
+    assert list(results.sweep["chosen"]) == [False, True, False] and results.sweep["val_loss"].iloc[1] < results.sweep["val_loss"].iloc[0]
+
+
+@pytest.mark.parametrize("rates, edge", [((1e-9, 1e-8, 1e-2), "highest"), ((1e-2, 1e2, 1e3), "lowest")])
+def test_edge_of_the_rates_is_reported(rates, edge):
+    results = study(arms=["full"], seeds=[0], lrs={"full": rates})
+    assert results.runs["lr"].item() == 1e-2 and results.runs["edge"].item() == edge == results.sweep.query("chosen")["edge"].item()
+    assert f"full ({edge} rate, 0.01)" in repr(results)
+
+
+def test_choose_rate():
+    assert choose_rate({1e-3: 1.0, 1e-2: 0.5, 1e-1: None}) == (1e-2, "")
+    assert choose_rate({1e-3: 0.2, 1e-2: 0.5}) == (1e-3, "lowest") and choose_rate({1e-3: 0.2}) == (1e-3, "")
+    with pytest.raises(ValueError, match="diverged at every learning rate"):
+        choose_rate({1e-3: None, 1.0: float("inf")})
+
+
+def test_every_arm_gets_the_same_number_of_rates():
+    assert {len(r) for r in RATES.values()} == {3}
+    with pytest.raises(ValueError, match="same number"):
+        check_arms(["key", "full"], [0], TuningSettings(lrs={"key": (1e-3, 1e-2)}))
+
+
+BAD = {"steps": [0, 1.5, True], "batch_size": [0], "max_length": [3], "patience": [0], "n_val": [0], "clip": [0, float("inf")], "weight_decay": [-1], "lrs": [{"keys": [1]}, {"key": []}, {"key": [0.0]}]}
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, values in BAD.items() for v in values])
+def test_bad_settings_are_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        TuningSettings(**{name: value})
+
+
+@pytest.mark.parametrize("arms, seeds, words", [([], [0], "arms="), (["key", "key"], [0], "arms="), (["keys"], [0], "arms="), (["key"], [], "seeds="), (["key"], [0, 0], "seeds="), (["key"], [-1], "seeds=")])
+def test_bad_arms_and_seeds(arms, seeds, words):
+    with pytest.raises(ValueError, match=words):
+        check_arms(arms, seeds, TuningSettings())
+
+
+def test_unknown_task_and_setting():
+    with pytest.raises(ValueError, match="'reviews', 'speeches'"):
+        tuning_study(task="poems")
+    with pytest.raises(TypeError, match="stepps"):
+        tuning_study(stepps=3)
+
+
+def test_lora_without_peft_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"llmfact_nb\[peft\]"):
+        check_arms(["LoRA"], [0], TuningSettings())
+    check_arms(["key", "full"], [0], TuningSettings())
+
+
+# the arms
+
+
+def candidates(model, n=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(N, dtype=torch.bool)
+    chosen[torch.randperm(N, generator=generator)[:n]] = True
+    return CandidateNeurons(NeuronMask.from_flat(chosen, WIDTHS, "mlp_hidden"), torch.rand(N, generator=generator), torch.rand(N, generator=generator))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_gradient_score_finds_planted_neurons(family):
+    "All other neurons have weights of zero on both sides, so no gradient can reach them."
+    model = families.build(family)
+    planted = candidates(model, 7, seed=3).key
+    with torch.no_grad():
+        for part in neuron_parameters(model, ~planted):
+            model.get_parameter(part.name).index_fill_(part.axis, part.index, 0)
+    before = families.state(model)
+    scores = gradient_scores(model, [[(tuple(range(4, 20)), 1)], [(tuple(range(20, 40)), 3)]], planted)
+    assert families.state(model) == before
+    neurons = CandidateNeurons(candidates(model, 7).key, torch.rand(N), scores)
+    assert neurons.mask("top gradient", 0) == planted and (scores[~planted.flat] < 1e-3 * scores[planted.flat].min()).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_gradient_score_is_the_norm_over_a_neurons_own_weights(family):
+    model = families.build(family)
+    rows = [(tuple(range(4, 20)), 1), (tuple(range(20, 40)), 3)]
+    scores = gradient_scores(model, [rows[:1], rows[1:]], NeuronMask.empty(WIDTHS, "mlp_hidden"))
+    (sum(torch.cat(batch_nats(model, [r])).mean() for r in rows) / 2).backward()
+    for neuron in (0, 25, 71):
+        one = torch.zeros(N, dtype=torch.bool)
+        one[neuron] = True
+        own = [model.get_parameter(p.name).grad.index_select(p.axis, p.index).flatten() for p in neuron_parameters(model, NeuronMask.from_flat(one, WIDTHS, "mlp_hidden"))]
+        assert float(torch.cat(own).norm()) == pytest.approx(float(scores[neuron]), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_rank_is_the_nearest(family):
+    model = families.build(family)
+    neurons = candidates(model, 30)
+    maps, size = mlp_maps(model, neurons.key), sum(p.of(model).numel() for p in neuron_parameters(model, neurons.key))
+    with arm_training(model, "LoRA", 0, neurons) as ready:
+        ours = ready.about["trained_parameters"]
+        rank = ready.about["rank"]
+        assert sum(p.numel() for g in ready.groups for p in g["params"]) == ours and rank == lora_rank(model, maps, size)
+    one = ours // rank
+    assert abs(ours - size) == min(abs(r * one - size) for r in range(1, 100)) and lora_rank(model, maps, 1) == 1
+    assert (lora_rank(model, maps, int(2.6 * one)), lora_rank(model, maps, int(2.4 * one))) == (3, 2)
+
+
+def test_random_and_lora_depend_on_the_seed():
+    model, masks, starts = families.build("llama"), [], []
+    neurons = candidates(model)
+    for seed in (0, 1, 0):
+        masks.append(neurons.mask("random", seed))
+        with arm_training(model, "LoRA", seed, neurons) as ready:
+            starts.append(digest(*[p for g in ready.groups for p in g["params"]]))
+    assert masks[0] == masks[2] != masks[1] and starts[0] == starts[2] != starts[1]
+    assert neurons.mask("key", 0) == neurons.mask("key", 1) and masks[0].counts == neurons.key.counts
+
+
+def test_order_depends_on_the_seed_and_visits_everything():
+    take = lambda seed: [i for i, _ in zip(orders(9, seed), range(18))]
+    assert take(0) == take(0) != take(1) and sorted(take(2)[:9]) == sorted(take(2)[9:]) == list(range(9))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arm_starts_from_the_model_and_gives_it_back(arm):
+    model = families.build("gpt2")
+    before, weights, rows = families.state(model), {n: p.clone() for n, p in model.named_parameters()}, [(tuple(range(4, 20)), 1)]
+    alone = torch.cat(batch_nats(model, rows)).detach()
+    with pytest.raises(RuntimeError, match="in the middle"), arm_training(model, arm, 0, candidates(model)) as ready:
+        assert torch.equal(torch.cat(batch_nats(model, rows)), alone)
+        torch.cat(batch_nats(model, rows)).mean().backward()
+        torch.optim.AdamW(ready.groups, lr=0.1).step()
+        assert not torch.equal(torch.cat(batch_nats(model, rows)), alone) and ready.intact() is (None if arm == "full" else True)
+        raise RuntimeError("in the middle")
+    assert families.state(model) == before and all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("arm", ["key", "rest", "LoRA"])
+def test_a_frozen_weight_that_moves_is_noticed(arm):
+    model = families.build("llama")
+    neurons = candidates(model)
+    part = neuron_parameters(model, neurons.key)[0]
+    with arm_training(model, arm, 0, neurons) as ready:
+        weight = dict(model.named_parameters()).get(part.name)
+        weight = model.get_submodule(part.name.removesuffix(".weight")).base_layer.weight if weight is None else weight
+        with torch.no_grad():
+            weight.index_fill_(part.axis, part.index[:1], 7.0)
+        assert ready.intact() is False
+
+
+def test_model_changed_during_the_study_is_noticed(tmp_path, monkeypatch):
+    model, real = families.build("llama"), module.write_json
+
+    def meddle(path, content):
+        if path.name.startswith("sweep-"):
+            model.get_input_embeddings().weight.data[0, 0] += 1
+        return real(path, content)
+
+    monkeypatch.setattr(module, "write_json", meddle)
+    with pytest.raises(RuntimeError, match="embed_tokens.weight changed"):
+        study(tmp_path, model=model)
+
+
+# one run
+
+
+def test_early_stopping_keeps_the_best_state():
+    "Nothing beats a start without any loss: stopped after `patience` validations, and tested as it was."
+    model, task = families.build("llama"), planted_task()
+    settings = TuningSettings(**SMALL | dict(eval_every=1, patience=3))
+    start, perfect = score(model, task.val), module.Scores([0.0], [1], [0], [])
+    for arm in ("key", "full"):
+        with arm_training(model, arm, 0, candidates(model)) as ready:
+            run = train_run(model, ready, task, perfect, 1e-2, 12, 0, settings)
+            assert run["steps"] == 3 and run["best_step"] == 0 and score(model, task.val).nats == start.nats
+            assert [r["step"] for r in run["curve"]] == [0, 1, 2, 3] and all(r["val_loss"] != start.loss for r in run["curve"][1:])
+
+
+def test_diverged_run_ends_at_once():
+    model, task = families.build("llama"), planted_task()
+    with arm_training(model, "full", 0, candidates(model)) as ready:
+        run = train_run(model, ready, task, score(model, task.val), float("1e38"), 12, 0, TuningSettings(**SMALL))
+    assert run["diverged"] and run["steps"] < 12
+
+
+def test_training_is_what_it_says_it_is():
+    "Against a loop written by hand: AdamW, decay of matrices only, clipping, warmup, order of the examples."
+    model, task, settings = families.build("llama"), planted_task(), TuningSettings(**SMALL | dict(weight_decay=0.5, clip=0.1, warmup=2))
+    with arm_training(model, "full", 0, candidates(model), 0.5) as ready:
+        train_run(model, ready, task, module.Scores([1e9], [1], [0], []), 1e-2, 4, 5, settings)
+        ours = [p.detach().clone() for p in model.parameters()]
+    net = families.build("llama").train()
+    groups = [{"params": [p for p in net.parameters() if (p.dim() > 1) == m], "weight_decay": 0.5 * m} for m in (True, False)]
+    optimizer, order = torch.optim.AdamW(groups, lr=1e-2), orders(len(task.train), 5)
+    for factor in (1 / 3, 2 / 3, 1, 1):
+        nats = []
+        for e in (task.train[next(order)] for _ in range(2)):
+            logits = net(torch.tensor([e.ids])).logits[0]
+            nats.append(torch.nn.functional.cross_entropy(logits[e.start - 1 : -1], torch.tensor(e.ids[e.start :]), reduction="none"))
+        for g in optimizer.param_groups:
+            g["lr"] = 1e-2 * factor
+        torch.cat(nats).mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    for p, q in zip(ours, net.parameters()):
+        torch.testing.assert_close(p, q.detach(), rtol=1e-4, atol=1e-5)
+
+
+# losses and examples
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("start", [1, 4])
+def test_losses_do_not_depend_on_the_company(family, start):
+    model = families.build(family)
+    rows = [(tuple(range(4, 20)), start), (tuple(range(30, 38)), start), (tuple(range(30, 37)) + (9,), start)]
+    together = batch_nats(model, rows)
+    for row, nats in zip(rows, together):
+        logits = model(torch.tensor([row[0]])).logits[0].log_softmax(-1)
+        alone = -logits[start - 1 : -1].gather(1, torch.tensor(row[0][start:])[:, None])[:, 0]
+        torch.testing.assert_close(nats, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_gives_all_logits_will_do():
+    model, rows = families.build("llama"), [(tuple(range(4, 20)), 6), (tuple(range(30, 38)), 5)]
+    wanted, forward = batch_nats(model, rows), model.forward
+    model.forward = lambda input_ids, attention_mask, use_cache: forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+    for a, b in zip(batch_nats(model, rows), wanted):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("words", [("w40", "w41"), ("w40 w7", "w41"), ("w40 w7", "w40 w8")])
+def test_label_accuracy_agrees_with_the_one_of_the_evaluation(words):
+    model, tokenizer = families.build("llama"), families.tokenizer()
+    data = [(families.words(3 + i % 4, seed=i), i % 2) for i in range(20)]
+    theirs = label_accuracy(model, tokenizer, data, "{text} w30", words, progress=False)
+    ours = score(model, labelled_examples(tokenizer, *map(list, zip(*data)), "{text} w30", words))
+    assert ours.correct == (theirs.labels == theirs.predictions).tolist() and 0 < ours.accuracy < 1
+    torch.testing.assert_close(torch.tensor(ours.nats), -theirs.log_likelihoods.gather(1, theirs.labels[:, None])[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_window_loss_agrees_with_the_perplexity():
+    model, tokenizer = families.build("llama"), families.tokenizer()
+    texts = [families.words(9, seed=i) for i in range(5)]
+    ours = score(model, [Example(tuple(ids), 1) for ids in EvalSet(tokenizer, texts).ids])
+    assert ours.loss == pytest.approx(perplexity(model, tokenizer, texts, progress=False).nats, rel=1e-5) and ours.accuracy is None
+
+
+def test_label_examples_are_cut_in_the_text_not_in_the_prompt():
+    tokenizer = families.tokenizer()
+    long = labelled_examples(tokenizer, [families.words(50)], [1], "w4 {text} w30", ("w40", "w41"), 12)[0]
+    assert len(long.ids) == 12 and long.ids[0] == 4 and long.ids[-2:] == (30, 41) and long.start == 11 and long.choices == ((40,), (41,))
+    with pytest.raises(ValueError, match="max_length=2 is too short"):
+        labelled_examples(tokenizer, ["w5"], [0], "w4 {text} w30", ("w40", "w41"), 2)
+    with pytest.raises(ValueError, match="label_words="):
+        labelled_examples(tokenizer, ["w5"], [0], "{text} w30", ("w40", "w40"), 12)
+
+
+def test_excerpts_spread_over_documents_and_within():
+    texts = [" ".join(f"{d}.{i}" for i in range(100)) for d in range(3)]
+    found = excerpts(texts, 6, 40)
+    assert [d for d, _ in found] == [0, 1, 2, 0, 1, 2] and len({t for _, t in found}) == 6 and all(t in texts[d] for d, t in found)
+    assert all(t.split()[0] in texts[d].split() for d, t in found)
+    assert [d for d, _ in excerpts(texts, 2, 40)] == [0, 1] and excerpts(["ab"], 1, 40) == [(0, "ab")]
+
+
+# the command line and the figures
+
+
+def test_command_line(finished, tmp_path, monkeypatch, capsys):
+    asked = {}
+    monkeypatch.setattr(module, "tuning_study", lambda *a, **k: asked.update(a=a, k=k) or finished[1])
+    module.main(["--task", "speeches", "--folder", str(tmp_path), "--arms", "key", "top variance", "--seeds", "3", "--steps", "7", "--lr", "key=1e-4,1e-3", "--lr", "top variance=1,2"])
+    assert asked["a"] == ("smollm2-135m", "speeches", ["key", "top variance"], [3], str(tmp_path)) and asked["k"]["steps"] == 7
+    assert asked["k"]["lrs"] == {"key": (1e-4, 1e-3), "top variance": (1.0, 2.0)} and "learning rates" in capsys.readouterr().out
+    assert len(pd.read_csv(tmp_path / "speeches" / "runs.csv")) == 4
+
+
+def test_nothing_finished_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        read_tuning(tmp_path)
+
+
+def test_estimate_is_printed_before_training(tmp_path, capsys):
+    tuning_study((families.build("llama"), families.tokenizer()), planted_task(), ["key"], [0], tmp_path, ELSEWHERE, **SMALL)
+    out = capsys.readouterr().out
+    assert "3 sweep runs of 4 steps and 1 final runs of 12 steps" in out and "minutes" in out and "s a step" in out
+
+
+FIGURES = {
+    "learning": lambda r, **where: tuning_figures.plot_learning(r.curves, **where),
+    "sweep": lambda r, **where: tuning_figures.plot_learning(r.curves, "val_accuracy", phase="sweep", **where),
+    "seconds": lambda r, **where: tuning_figures.plot_learning(r.curves, against="seconds", **where),
+    "outcome": lambda r, **where: tuning_figures.plot_outcome(r.intervals, r.runs, "test accuracy", level=0.5, **where),
+    "difference": lambda r, **where: tuning_figures.plot_outcome(r.intervals, reference="full", **where),
+    "forgetting": lambda r, **where: tuning_figures.plot_forgetting(r.runs, **where),
+    "cost": lambda r, **where: tuning_figures.plot_cost(r.runs, **where),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_draw_on_given_axes_and_from_csv_files(finished, tmp_path, name):
+    results, settings = finished[1], dict(plt.rcParams)
+    results.save(tmp_path)
+    read = module.TuningResults(*(pd.read_csv(tmp_path / f"{n}.csv") for n in ("runs", "curves", "sweep", "intervals")), results.facts)
+    drawn = []
+    for r in (results, read):
+        fig, ax = plt.subplots()
+        assert FIGURES[name](r, ax=ax) is ax and ax.get_title("left") and ax.get_xlabel()
+        fig.canvas.draw()
+        drawn.append(np.asarray(fig.canvas.buffer_rgba()).copy())
+        plt.close(fig)
+    assert np.array_equal(*drawn) and dict(plt.rcParams) == settings
+
+
+def test_whole_figure_and_refusals(finished):
+    r = finished[1]
+    fig = tuning_figures.plot_tuning(r.runs, r.curves, pd.concat([r.intervals, r.intervals.query("reference == 'full'").assign(reference="random")]))
+    assert len(fig.axes) == 6
+    plt.close(fig)
+    two = pd.concat([r.runs, r.runs.assign(task="other")])
+    with pytest.raises(ValueError, match="does not choose one task"):
+        tuning_figures.plot_cost(two)
+    with pytest.raises(ValueError, match="measure='loss'"):
+        tuning_figures.plot_learning(r.curves, "loss")
+    with pytest.raises(ValueError, match="lacks the columns"):
+        tuning_figures.plot_forgetting(r.runs.drop(columns="wiki_loss"))
+    looks = list(tuning_figures.TUNING_LOOKS.values())
+    assert set(tuning_figures.TUNING_LOOKS) == set(ARMS) and len({c for c, _, _ in looks}) == len({m for _, m, _ in looks}) == len(ARMS)
