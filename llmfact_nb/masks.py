@@ -292,7 +292,7 @@ def _ranges(
             parts.append([i])
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
-# %% ../nbs/04_masks.ipynb #f43b5be8
+# %% ../nbs/04_masks.ipynb #6fae8994
 Masks = NeuronMask | Sequence[NeuronMask] | Mapping[str, NeuronMask]
 
 
@@ -307,6 +307,8 @@ def named_masks(
         raise TypeError(f"masks={masks!r} is not accepted; give a NeuronMask, a list of them such as FunctionalNetworks.masks() gives, or a dict of them by name.")
     if not named:
         raise ValueError("masks is empty; give at least one NeuronMask.")
+    if len(set(map(str, named))) < len(named):
+        raise ValueError(f"masks have the names {list(named)!r}, two of which read the same; give each its own.")
     common_site(list(named.values()))
     return {str(name): m for name, m in named.items()}
 

@@ -208,6 +208,22 @@ def test_scaled_gradients_under_adam_are_called_what_they_are():
             train(model, torch.optim.SGD(model.parameters(), lr=1e-3), 1)
 
 
+def test_two_optimizers_may_share_the_work():
+    model = families.build("llama", "classification")
+    with neuron_training(model, draw(model), also=["score"], verbose=False) as tuning:
+        head, slices = torch.optim.SGD(model.score.parameters(), lr=0.1), torch.optim.AdamW([p for p in tuning.parameters_of("neurons")])
+        model(tokens()).logits.square().sum().backward()
+        head.step()
+        slices.step()
+
+
+def test_one_whole_layer_may_train():
+    model = families.build("llama")
+    whole = NeuronMask.full((families.HIDDEN,), "mlp_hidden", (2,))
+    with neuron_training(model, whole, verbose=False) as tuning:
+        train(model, torch.optim.AdamW(tuning.param_groups(lr=1e-3)), 1)
+
+
 def test_an_optimizer_from_before_is_refused():
     model = families.build("llama")
     early = torch.optim.AdamW(model.parameters())
@@ -223,9 +239,111 @@ def test_biases_are_called_biases_and_nothing_is_shared():
     model = get_neuron_model(families.build("gpt2"), NeuronTuningConfig(masks=draw(families.build("gpt2"))), verbose=False)
     slices = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert slices and all(n.endswith("bias") == (p.dim() == 1) for n, p in slices.items())
-    assert not [n for n in model.state_dict() if n.endswith(".index")]
     buffers = [b.data_ptr() for n, b in model.named_buffers() if n.endswith(".index")]
     assert len(set(buffers)) == len(buffers) > 0
+
+
+def test_slices_of_other_neurons_are_not_loaded():
+    model, mask = families.build("llama"), draw(families.build("llama"))
+    get_neuron_model(model, NeuronTuningConfig(masks=mask), verbose=False)
+    train(model, torch.optim.AdamW(model.neuron_tuning.param_groups(lr=1e-2)), 2)
+    same, other = families.build("llama"), families.build("llama")
+    get_neuron_model(same, NeuronTuningConfig(masks=mask), verbose=False).load_state_dict(model.state_dict())
+    assert torch.equal(same(tokens()).logits, model(tokens()).logits)
+    get_neuron_model(other, NeuronTuningConfig(masks=mask.matched_random(1)), verbose=False)
+    with pytest.raises(RuntimeError, match="slices of other neurons than the model's masks choose"):
+        other.load_state_dict(model.state_dict(), strict=False)
+
+
+def test_a_model_that_changes_its_dtype_keeps_its_slices_fine():
+    model = get_neuron_model(families.build("llama"), NeuronTuningConfig(masks=draw(families.build("llama"))), verbose=False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.to(torch.bfloat16)
+    for n, p in model.named_parameters():
+        assert p.dtype == (torch.float32 if n in before else torch.bfloat16)
+        assert n not in before or torch.equal(p, before[n])
+    assert model.to(torch.float64)(tokens()).logits.dtype == torch.float64
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "LBFGS"])
+def test_a_silent_network_stays_still_in_a_step_with_a_closure(optimizer):
+    model = families.build("llama")
+    get_neuron_model(model, NeuronTuningConfig(masks={"a": draw(model, seed=1), "b": draw(model, seed=2) - draw(model, seed=1)}), verbose=False)
+    tuning = model.neuron_tuning
+    made = {"AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1), "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1), "LBFGS": lambda p: torch.optim.LBFGS(p, lr=1e-2, max_iter=3)}[optimizer](
+        [p for p in model.parameters() if p.requires_grad]
+    )
+
+    def closure():
+        made.zero_grad()
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        return loss
+
+    made.step(closure)
+    tuning.set_active(["a"])
+    still, moves = ([p.detach().clone() for p in tuning.parameters_of(name)] for name in "ba")
+    for _ in range(3):
+        made.step(closure)
+    assert all(torch.equal(p, q) for p, q in zip(tuning.parameters_of("b"), still))
+    assert not all(torch.equal(p, q) for p, q in zip(tuning.parameters_of("a"), moves))
+
+
+def test_a_network_that_never_learned_has_no_state_after_closures():
+    model = families.build("llama")
+    get_neuron_model(model, NeuronTuningConfig(masks={"a": draw(model, seed=1), "b": draw(model, seed=2) - draw(model, seed=1)}), verbose=False)
+    model.neuron_tuning.set_active(["a"])
+    optimizer = torch.optim.AdamW(model.neuron_tuning.param_groups(lr=1e-2))
+
+    def closure():
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert all(p not in optimizer.state for p in model.neuron_tuning.parameters_of("b"))
+    assert all(p in optimizer.state for p in model.neuron_tuning.parameters_of("a"))
+
+
+@pytest.mark.parametrize("mode", ["selected", "rest"])
+def test_gradients_from_before_move_nothing(mode):
+    model, ids = families.build("llama"), tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    before = weights(model)
+    entries = inside(model, draw(model))
+    get_neuron_model(model, NeuronTuningConfig(mode, draw(model)), verbose=False)
+    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), 2)  # of all parameters, also the frozen ones
+    merge_and_unload(model)
+    for n, p in model.named_parameters():
+        frozen = ~entries[n] if mode == "selected" else entries[n]
+        assert torch.equal(p[frozen], before[n][frozen]), n
+
+
+def test_what_is_left_of_a_tuning_disturbs_nobody():
+    model = get_neuron_model(families.build("llama"), NeuronTuningConfig(masks=draw(families.build("llama"))), verbose=False)
+    kept = model.neuron_tuning
+    del model
+    gc.collect()
+    other = torch.nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert kept.model is None
+
+
+def test_an_optimizer_with_copies_of_the_weights_is_noticed_and_undone():
+    model, mask = families.build("llama").train(), draw(families.build("llama"))
+    frozen = inside(model, mask)
+    before = weights(model)
+    get_neuron_model(model, NeuronTuningConfig("rest", mask), verbose=False)
+    with torch.no_grad():  # what an optimizer does that is not torch's, or keeps master weights
+        for p in model.parameters():
+            p.mul_(0.99)
+    with pytest.raises(RuntimeError, match="frozen neurons have moved"):
+        model(tokens())
+    merge_and_unload(model)
+    assert all(torch.equal(p[frozen[n]], before[n][frozen[n]]) for n, p in model.named_parameters())
+    assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
 
 
 def test_decay_goes_to_matrices_alone():
@@ -373,7 +491,7 @@ def test_what_cannot_be_tuned_is_refused_by_name():
     model = families.build("llama")
     wrong = {
         "select no neuron": NeuronMask.empty((families.HIDDEN,) * 3, site="mlp_hidden"),
-        "select every neuron": ~NeuronMask.empty((families.HIDDEN,) * 3, site="mlp_hidden"),
+        "masks select every neuron": ~NeuronMask.empty((families.HIDDEN,) * 3, site="mlp_hidden"),
         "find networks at site='mlp_hidden'": NeuronMask.from_layers([torch.arange(families.D) < 3] * 3, site="mlp_out"),
         "units in layer 0, the model 24": NeuronMask.from_layers([torch.arange(7) < 3] * 3, site="mlp_hidden"),
         "layers": NeuronMask.from_layers([torch.arange(families.HIDDEN) < 3] * 5, site="mlp_hidden"),
@@ -479,8 +597,9 @@ def test_a_new_head_can_train_along():
     merge_and_unload(model)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert "score.weight" in moved and all(".mlp." in n for n in moved - {"score.weight"})
-    with pytest.raises(ValueError, match="no module or parameter 'head'"):
-        get_neuron_model(model, NeuronTuningConfig(masks=draw(model), also=["head"]))
+    for also, message in ((["head"], "no module or parameter 'head'"), (["model.layers.0.mlp"], "base of chosen neurons")):
+        with pytest.raises(ValueError, match=message):
+            get_neuron_model(model, NeuronTuningConfig(masks=draw(model), also=also))
     assert not hasattr(model, "neuron_tuning")
     for arguments in (dict(mode="rest", also=["score"]), dict(also="score")):
         with pytest.raises(ValueError, match="also="):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmfact_nb.masks import NeuronMask, apply_mask_and_average, apply_mask_any, common_site, score_match
+from llmfact_nb.masks import NeuronMask, apply_mask_and_average, apply_mask_any, common_site, disjoint, n_shared, named_masks, score_match, union
 
 WIDTHS = (7, 12, 1, 30)
 N = sum(WIDTHS)
@@ -287,3 +287,15 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage):
         save_tensors(path, {"flat": torch.ones(4)}, "activations")
     with pytest.raises(FileNotFoundError if damage == "missing" else ValueError, match="m.safetensors"):
         NeuronMask.load(path)
+
+
+def test_several_masks_by_name():
+    a, b, c = random_mask(1), random_mask(2), random_mask(3)
+    assert named_masks(a) == {"neurons": a} and list(named_masks([a, b])) == ["network 0", "network 1"] and named_masks({"x": a, 7: b}) == {"x": a, "7": b}
+    own = disjoint({"a": a, "b": b, "c": c})
+    assert own["a"] == a and own["b"] == b - a and own["c"] == c - (a | b)
+    assert union([a, b, c]) == a | b | c == union(own.values())
+    assert n_shared({"a": a, "b": b, "c": c}) == ((a & b) | (a & c) | (b & c)).n > 0 == n_shared(own)
+    for wrong, error in (("network 0", TypeError), ([1], TypeError), (None, TypeError), ([], ValueError), ({}, ValueError), ({1: a, "1": b}, ValueError), ([a, random_mask(1, (50,))], ValueError)):
+        with pytest.raises(error, match="mask"):
+            named_masks(wrong)
