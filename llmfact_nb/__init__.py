@@ -17,7 +17,12 @@ _NAMES = {
     "connectivity": "network_time_courses functional_connectivity",
     "evaluate": "EvalSet perplexity paired_difference label_accuracy cloze_accuracy",
     "experiments": "ablation_study key_arms Settings PRESETS",
-    "finetune": "neuron_parameters",
+    "finetune": "NeuronTuningConfig get_neuron_model merge_and_unload neuron_training neuron_parameters",
+    "schedules": "NetworkUnfreezeCallback NetworkActivateCallback FrozenGuardCallback",
+    "sharing": "save_neurons load_neurons to_peft_lora",
+    "gates": "NeuronGate",
+    "pruning": "prune pruned_training save_pruned load_pruned",
+    "tuning_study": "tuning_study read_tuning",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]

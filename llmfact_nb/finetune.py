@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'NeuronParameters', 'neuron_parameters', 'NeuronTuningConfig', 'NeuronSlices', 'NeuronTuning', 'param_groups',
-           'get_neuron_model', 'merge_and_unload', 'neuron_training']
+           'refuse_unplain', 'get_neuron_model', 'merge_and_unload', 'neuron_training']
 
 # %% ../nbs/10_finetune.ipynb #6fff2d56
 import types
@@ -217,7 +217,7 @@ class _FrozenSlice:
             self._follow()
             self.parameter.index_copy_(self.axis, self.index, self.kept)
 
-# %% ../nbs/10_finetune.ipynb #db27bd7a
+# %% ../nbs/10_finetune.ipynb #fb8236d3
 class NeuronTuning:
     "How a model is being tuned; `model.neuron_tuning` after `get_neuron_model`. Attributes: config, networks (name -> NeuronMask, disjoint), active (names that learn now)."
 
@@ -228,7 +228,9 @@ class NeuronTuning:
         self._model, self.modules, self.frozen, self._handles, self._still = weakref.ref(model), [], [], [], []
         by_network = [neuron_parameters(model, m) for m in self.networks.values()] if config.mode != "full" else []
         names = {p.name for parts in by_network for p in parts}
-        _refuse(model, sorted(names))
+        if hasattr(model, "neuron_tuning"):
+            raise ValueError("model is already in neuron tuning; merge_and_unload(model) first.")
+        refuse_unplain(model, sorted(names))
         if config.mode == "selected" and union(self.networks.values()).n == neuron_sites(model, "mlp_hidden").n_neurons:
             raise ValueError("masks select every neuron; mode='selected' would keep a second copy of every MLP. Use mode='full', or a smaller mask.")
         self.also = _named(model, config.also, names)
@@ -403,10 +405,11 @@ def _named(model: nn.Module, names: Sequence[str], sliced: set[str]) -> frozense
     return found
 
 
-def _refuse(model: nn.Module, names: Sequence[str]) -> None:
-    "Raise, naming the module, where slices cannot be trained."
-    if hasattr(model, "neuron_tuning"):
-        raise ValueError("model is already in neuron tuning; merge_and_unload(model) first.")
+def refuse_unplain(
+    model: nn.Module,  # any model
+    names: Sequence[str],  # of the parameters that are about to be changed
+) -> None:
+    "Raise ValueError, naming it, if the model is compiled or quantised, or one of the weights offloaded."
     refuse_compiled(model)
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
         raise ValueError(f"model is quantised ({getattr(model, 'quantization_method', 'unknown method')}); its weights have no neuron slices. Load it unquantised.")
@@ -415,7 +418,7 @@ def _refuse(model: nn.Module, names: Sequence[str]) -> None:
         if not weight.is_floating_point():
             raise ValueError(f"{name} has the dtype {weight.dtype}; the base is quantised. Load it unquantised.")
         if weight.device.type == "meta" or "forward" in vars(owner):
-            raise ValueError(f"{name} is offloaded, or its module's forward has been replaced (a device map?). Load the model without device_map for training.")
+            raise ValueError(f"{name} is offloaded, or its module's forward has been replaced (a device map?). Load the model plain, without device_map.")
 
 # %% ../nbs/10_finetune.ipynb #6d5a35d2
 def get_neuron_model(
