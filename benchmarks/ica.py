@@ -214,6 +214,47 @@ def growth(args, folder: Path) -> tuple[list, dict]:
     return rows, {"points": [dict(T=t, N=n, **f) for (t, n), f in found.items()], "exponents": slopes}
 
 
+def crossover(folder: Path) -> None:
+    "Whitening by both solvers over tokens and components: where do they meet?"
+    from llmfact_nb.ica import CentredX, choose_solver, whiten
+
+    X, rows, results = torch.from_numpy(np.load(folder / "mlp_hidden.npy")), [], []
+    for T in (256, 512, 1024, 2048):
+        for k in (32, 64, 128):
+            times = {}
+            for solver in ("gram", "randomized"):
+                run = lambda: whiten(CentredX(X[:T]), k, solver, max(16, k // 4))
+                run()
+                times[solver] = min(seconds(run)[0] for _ in range(3))
+            auto = choose_solver(T, X.shape[1], k + max(16, k // 4))[0]
+            rows.append([f"{T:,}", k, f"{times['gram']:.2f} s", f"{times['randomized']:.2f} s", auto, f"{times[auto] / min(times.values()):.2f}"])
+            results.append(dict(T=T, k=k, auto=auto, **times))
+            print(*rows[-1], flush=True)
+    publish("ica-crossover", ["tokens", "k", "gram", "randomized", "auto takes", "over the faster"], rows, f"Whitening alone, mlp_hidden, {X.shape[1]:,} neurons; the best of three.", {"points": results})
+
+
+def group(T: int, N: int, k: int, device: str) -> None:
+    "One fit of a matrix as a large model gives it: a steep spectrum of heavy-tailed courses, with noise. Prints seconds and memory."
+    g = torch.Generator(device).manual_seed(0)
+    rank = 2 * k
+    courses = torch.empty(T, rank, device=device).exponential_(generator=g) * torch.arange(1, rank + 1, device=device) ** -1.0
+    X = torch.empty(T, N, device=device)
+    for a in range(0, N, 8192):
+        block = X[:, a : a + 8192]
+        block.copy_(courses @ torch.randn(rank, block.shape[1], generator=g, device=device) + 0.01 * torch.randn(block.shape, generator=g, device=device))
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+
+    def fit():
+        found = ICA(k, max_iter=50).fit(X)
+        wait()
+        return found
+
+    wall, _ = seconds(fit)
+    name, peak = (torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20) if device.startswith("cuda") else ("CPU", peak_megabytes())
+    print(f"{T:,} x {N:,}, k {k}, {name}: {wall:.2f} s, peak {peak:,.0f} MB, X itself {X.numel() * 4 / 2**20:,.0f} MB")
+
+
 def plot_growth(found, along_N, along_T, slopes) -> None:
     import matplotlib
 
@@ -236,19 +277,24 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=3, help="rounds of all fits, in turns; medians are reported")
     parser.add_argument("--only", nargs="+", help="only tasks whose name contains one of these; printed, not published")
     parser.add_argument("--neurons", type=int, default=352_256, help="the widest matrix of the growth table; 4,096 tokens of it go to disk")
-    parser.add_argument("--skip", choices=["compare", "growth"], help="leave one of the two tables as it is")
+    parser.add_argument("--group", nargs=3, type=int, metavar=("T", "N", "K"), help="only fit one synthetic matrix of that size, on --device")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--skip", nargs="+", choices=["compare", "growth", "crossover"], default=[], help="leave these tables as they are")
     parser.add_argument("--data", type=Path, help="folder that keeps the activations between runs; default: a temporary one")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.child, args.data)
         raise SystemExit
+    if args.group:
+        group(*args.group, args.device)
+        raise SystemExit
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.data or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "mlp_out.npy").exists():
             write_activations(folder)
-        if args.skip != "compare":
+        if "compare" not in args.skip:
             rows, results = compare(args, folder)
             head = ["work", "matrix", "time", "extra memory", "faster than baseline", "by processor time", "memory of baseline", "maps, r with baseline", "against exact", "bar"]
             note = (
@@ -259,7 +305,9 @@ if __name__ == "__main__":
                 print(*(" | ".join(row) for row in [head, *rows]), sep="\n")
             else:
                 publish("ica", head, rows, note, {"arguments": {**vars(args), "data": None}, "tasks": results})
-        if args.skip != "growth":
+        if "crossover" not in args.skip and not args.only:
+            crossover(folder)
+        if "growth" not in args.skip:
             rows, results = growth(args, folder)
             note = f"Time grows as N^{results['exponents']['N']:.2f} and T^{results['exponents']['T']:.2f}. X on disk as float32, k = 64, 50 FastICA iterations at most; memory includes the pages of X that the system keeps at hand."
             publish("ica-growth", ["tokens", "neurons", "time", "extra memory", "whitening"], rows, note, results)

@@ -22,7 +22,7 @@ _NAMES = {
     "sharing": "save_neurons load_neurons to_peft_lora",
     "gates": "NeuronGate",
     "pruning": "prune pruned_training save_pruned load_pruned",
-    "tuning_study": "tuning_study read_tuning",
+    "tuning_study": "read_tuning",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'write_atomic', 'write_text', 'write_json', 'read_json', 'save_tensors', 'read_header', 'load_tensors',
-           'digest']
+           'refuse_unwritable', 'digest']
 
 # %% ../nbs/00_files.ipynb #7df94ece
 import hashlib
@@ -128,6 +128,20 @@ def load_tensors(
 
     meta = read_header(path, kind, needs)
     return load_file(path), meta
+
+# %% ../nbs/00_files.ipynb #3d641717
+def refuse_unwritable(
+    path: str | os.PathLike,  # file that shall be written later; missing parent folders are made
+) -> None:
+    "Raise OSError now if a file could not be written there."
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"path={str(path)!r} is a folder; name a file in it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as e:
+        raise OSError(f"path={str(path)!r} cannot be written: {e.strerror}. Choose a folder you may write to.") from e
 
 # %% ../nbs/00_files.ipynb #9be1604b
 def digest(

@@ -82,7 +82,7 @@ def text_shards(
     texts = text_list(texts)
     return [TextShard(model, tokenizer, tuple(texts[a : a + n_texts]), options) for a in range(0, len(texts), n_texts)]
 
-# %% ../nbs/05_group.ipynb #64055225
+# %% ../nbs/05_group.ipynb #4fa0c190
 Shard = Activations | TextShard | str | os.PathLike
 
 
@@ -108,14 +108,19 @@ def _name(shard: Shard, i: int) -> str:
     return f"shard {i}" if isinstance(shard, (Activations, TextShard)) else f"shard {i} ({os.fspath(shard)})"
 
 
-def _identity(shard: Shard, rows: torch.Tensor | None) -> dict:
+def _weights(model: nn.Module) -> str:
+    "A checksum of all weights: a tuned or masked copy has the name of the model it came from. Parts that are offloaded are passed over."
+    return digest(*(p for p in model.parameters() if p.device.type != "meta"))
+
+
+def _identity(shard: Shard, rows: torch.Tensor | None, weights: str | None) -> dict:
     "What a saved intermediate result was made from, so that it is never mistaken for another's."
     if isinstance(shard, TextShard):
         texts = hashlib.sha256(json.dumps(shard.texts).encode()).hexdigest()[:16]
-        found = {"texts": texts, "options": {k: str(v) for k, v in sorted(shard.options.items())}}
+        found = {"texts": texts, "options": {k: str(v) for k, v in sorted(shard.options.items())}, "weights": weights}
     else:
         a = _open(shard)
-        some = torch.tensor([0, a.n_tokens // 2, a.n_tokens - 1])
+        some = torch.linspace(0, a.n_tokens - 1, min(a.n_tokens, 256)).long()
         found = {"tokens": digest(a.token_ids, a.text_ids, a.sinks), "values": digest(a.values[some])}
     return _about(shard) | found | {"rows": "all" if rows is None else digest(rows)}
 
@@ -313,12 +318,16 @@ class _Fit:
     def reduced(self, w: _Work) -> dict:
         return self.kept.get(f"reduced-{w.number:05d}", w.made_from)
 
-# %% ../nbs/05_group.ipynb #2604e180
+# %% ../nbs/05_group.ipynb #46a32168
 def _begin(how, data, rows, folder, distributed) -> _Fit:
     ranks = _Ranks(distributed)
     shards, masks = ranks.together(lambda: _as_shards(data, rows))
-    mine = ranks.together(lambda: [[_name(s, i), _texts(s), _about(s), _identity(s, m)] for i, (s, m) in enumerate(zip(shards, masks))])
-    said = ranks.messages({"shards": mine, "settings": {k: str(v) for k, v in how.ica.items() if k != "device"} | how._settings()})
+    models = {id(s.model): s.model for s in shards if isinstance(s, TextShard)} if folder is not None else {}  # without a folder nothing is taken up again
+    weights = ranks.together(lambda: {key: _weights(model) for key, model in models.items()})
+    known = lambda s: weights.get(id(getattr(s, "model", None)))
+    mine = ranks.together(lambda: [[_name(s, i), _texts(s), _about(s), _identity(s, m, known(s))] for i, (s, m) in enumerate(zip(shards, masks))])
+    ica = {k: digest(torch.as_tensor(v)) if k == "w_init" and v is not None else str(v) for k, v in how.ica.items() if k != "device"}
+    said = ranks.messages({"shards": mine, "settings": ica | how._settings()})
     for i, m in enumerate(said):
         if m["settings"] != said[0]["settings"]:
             raise ValueError(f"rank {i} has other settings than rank 0: {differences(said[0]['settings'], m['settings'], '{} is {!r} there and {!r} here')}. Give all ranks the same.")

@@ -7,7 +7,7 @@ __all__ = ['SOLVERS', 'CONTRASTS', 'LOGCOSH_OF_A_GAUSSIAN', 'CentredX', 'refuse_
            'leading_directions', 'choose_solver', 'Whitened', 'whiten', 'fixed_point_step', 'decorrelate', 'fastica',
            'consensus', 'negentropy', 'differences', 'kept_whitening', 'ConvergenceWarning', 'ICA']
 
-# %% ../nbs/03_ica.ipynb #93d03535
+# %% ../nbs/03_ica.ipynb #5b021129
 import inspect
 import math
 import os
@@ -18,7 +18,7 @@ from typing import Callable, Iterator, NamedTuple
 import numpy as np
 import torch
 
-from .files import digest, load_tensors, save_tensors
+from .files import digest, load_tensors, refuse_unwritable, save_tensors
 
 # %% ../nbs/03_ica.ipynb #ae661799
 class CentredX:
@@ -412,7 +412,7 @@ def negentropy(
         mean += (a + torch.log1p(torch.exp(-2 * a)) - math.log(2)).sum(1).double()  # log cosh without overflow
     return (mean / S.shape[1] - LOGCOSH_OF_A_GAUSSIAN).square()
 
-# %% ../nbs/03_ica.ipynb #020623f2
+# %% ../nbs/03_ica.ipynb #bc3a365c
 def differences(
     old: dict,
     new: dict,
@@ -430,7 +430,8 @@ def kept_whitening(
 ) -> Whitened:
     "Return the whitened data that `path` holds, or make and keep them. Raises ValueError, naming the difference, if the file was made from something else."
     measured = ("mean", "scale", "constant", "token_sum")
-    if not Path(path).exists():
+    if not Path(path).is_file():
+        refuse_unwritable(path)
         made = whitening()
         kept = made._asdict() | {name: getattr(data, name) for name in measured}
         save_tensors(path, {k: v for k, v in kept.items() if k != "report"}, "whitened data", {"made_from": made_from, "report": made.report, "total": data.total})
@@ -541,7 +542,7 @@ def _sklearn(data, kind, starts, fun, max_iter, tol):
     whitened = Whitened(time, singular, neurons, "full singular value decomposition by scikit-learn")
     return whitened, decorrelate(torch.from_numpy(np.stack(W)).to(data.dtype)), torch.tensor(n_iter)
 
-# %% ../nbs/03_ica.ipynb #18888ea4
+# %% ../nbs/03_ica.ipynb #f19e677c
 class ICA:
     """Independent components of activations X (T tokens, N neurons).
 
@@ -650,7 +651,8 @@ class ICA:
         "What the whitened data depend on."
         whole = {name: None if getattr(self, name) is None else int(getattr(self, name)) for name in ("n_components", "n_power_iter", "random_state")}
         settings = {"kind": self.kind, "whiten_solver": solver, "n_oversamples": spare, "standardize": bool(self.standardize), "dtype": str(self.dtype).removeprefix("torch.")}
-        return whole | settings | {"shape": list(X.shape), "values": digest(X[[0, len(X) // 2, len(X) - 1]]), "rows": "all" if rows is None else digest(rows)}
+        used = X.split(256) if rows is None else (X.index_select(0, some) for some in rows.split(256))
+        return whole | settings | {"shape": list(X.shape), "values": digest(*used), "rows": "all" if rows is None else digest(rows)}
 
     def _like_sklearn(self, w):
         "Directions signed as scikit-learn signs them: the first feature (neuron, or token when spatial) is positive."

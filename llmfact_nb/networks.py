@@ -50,7 +50,7 @@ def gaussian_union(
     one_side = math.erfc(alpha / math.sqrt(2)) / 2
     return 1 - (1 - one_side * (2 if tail == "both" else 1)) ** k
 
-# %% ../nbs/05_networks.ipynb #7ba2a33e
+# %% ../nbs/05_networks.ipynb #c986ac6f
 class FunctionalNetworks:
     """Independent components of a model's activations, as z-scored maps over neurons.
 
@@ -97,7 +97,7 @@ class FunctionalNetworks:
         if not hasattr(group, "maps_"):
             raise ValueError("group has not been fitted; call GroupICA(k).fit(shards) first.")
         rows = torch.ones(len(group.time_courses_), dtype=torch.bool)
-        return cls(group.n_components, group.kind, group.standardize, group.exclude, **group.ica)._take(group, rows, "group", group)
+        return cls(group.n_components, group.kind, group.standardize, group.exclude, **group.ica)._take(group, rows, _CENTRED if group.center_texts else "group", group)
 
     def _take(self, ica, rows, solver, about):
         "What was learned by `ica`, about whose neurons."
@@ -136,8 +136,8 @@ class FunctionalNetworks:
         self._fitted()
         if (activations.site, activations.widths, activations.depths) != (self.site, self.widths, self.depths):
             raise ValueError(f"activations have site {activations.site!r} and {activations.n_neurons} neurons; fitted were {self.site!r} and {sum(self.widths)}.")
-        if self.standardize == "text":
-            raise ValueError("these networks come from texts that were z-scored one by one (standardize='text'), so tokens need their text's scale. Use GroupICA.transform or dual_regression.")
+        if self.whiten_solver_ == _CENTRED:
+            raise ValueError("these networks come from texts that were centred, or z-scored, one by one, so tokens need their text's own mean. Use GroupICA.transform or dual_regression.")
         unmixing = torch.linalg.pinv(self.mixing_.double()).float()  # (N, k)
         courses, start = torch.zeros(activations.n_tokens, len(self.mixing_)), 0
         for width, layer in zip(self.widths, self.depths):
@@ -268,6 +268,7 @@ class FunctionalNetworks:
 _TENSORS = (
     "mixing_", "rotation_", "sign_", "mean_", "scale_", "stability_", "time_courses_", "rows_", "convergence_", "explained_variance_ratio_",
 )  # fmt: skip
+_CENTRED = "group, texts centred"
 _PLAIN = ("method_", "converged_", "n_iter_", "whiten_solver_", "widths", "depths", "site", "model")
 
 # %% ../nbs/05_networks.ipynb #455deee6

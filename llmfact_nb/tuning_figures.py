@@ -14,14 +14,15 @@ import numpy as np
 
 from .figures import ARM_COLOURS, FAINT, OKABE_ITO, style
 
-# %% ../nbs/11_tuning_figures.ipynb #b60da59d
+# %% ../nbs/11_tuning_figures.ipynb #b386eb9e
 TUNING_LOOKS = {  # arm -> (colour, marker, line style)
     "key": (ARM_COLOURS["key"], "o", "-"), "random": (ARM_COLOURS["random"], "s", "--"), "top variance": (ARM_COLOURS["top variance"], "^", "-."),
     "top gradient": (OKABE_ITO["reddish purple"], "v", ":"), "rest": (OKABE_ITO["bluish green"], "D", "--"), "full": (OKABE_ITO["black"], "P", "-"),
     "LoRA": (OKABE_ITO["blue"], "X", "-."),
 }  # fmt: skip
 MEASURES = {
-    "val_loss": "validation loss, nats per token", "val_accuracy": "validation accuracy", "train_loss": "training loss, nats per token", "test_loss": "test loss, nats per token",
+    "val_loss": "validation loss, nats per token", "val_choice_loss": "validation choice loss, nats", "test choice loss": "test choice loss, nats",
+    "val_accuracy": "validation accuracy", "train_loss": "training loss, nats per token", "test_loss": "test loss, nats per token",
     "test loss": "test loss, nats per token", "test accuracy": "test accuracy", "wiki loss": "Wikipedia loss, nats per token", "held_bytes": "gradients and optimizer state, MB",
     "step_seconds": "seconds of a step, wall clock", "step_processor_seconds": "seconds of a step, processor", "trained_parameters": "trained parameters, millions",
 }  # fmt: skip
@@ -67,24 +68,31 @@ def _check(measure: str, accepted: Sequence[str]) -> None:
         raise ValueError(f"measure={measure!r} is not accepted; accepted: {', '.join(map(repr, accepted))}.")
 
 
+def _chooses(frame, choice: str, loss: str) -> str:
+    "The name of the choice loss where the frame has one (a task of labels), else that of the loss."
+    return choice if choice in frame and frame[choice].notna().any() else loss
+
+
 def _n(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
-# %% ../nbs/11_tuning_figures.ipynb #0cc1c585
+# %% ../nbs/11_tuning_figures.ipynb #142330a6
 @_styled
 def plot_learning(
     curves,  # the frame `curves` of a study
-    measure: str = "val_loss",  # "val_loss", "val_accuracy" or "train_loss"
+    measure: str | None = None,  # "val_loss", "val_choice_loss", "val_accuracy" or "train_loss"; None: the one that chose the best step
     against: str = "step",  # "step" or "seconds" (of training alone, mean over seeds)
     task: str | None = None,  # which task, if the frame holds several
     phase: str = "final",  # "final" or "sweep"
     ax=None,  # axes to draw on
 ):
     "Draw the learning curve of every arm and return the Axes. Raises ValueError for missing columns, an unknown measure, or a task that is not there."
-    _check(measure, ("val_loss", "val_accuracy", "train_loss"))
+    if measure is not None:
+        _check(measure, ("val_loss", "val_choice_loss", "val_accuracy", "train_loss"))
     if against not in ("step", "seconds"):
         raise ValueError(f"against={against!r} is not accepted; accepted: 'step', 'seconds'.")
-    frame = _part(curves, "curves", ("arm", "seed", "lr", "phase", "step", "seconds", measure), task)
+    frame = _part(curves, "curves", ("arm", "seed", "lr", "phase", "step", "seconds", measure or "val_loss"), task)
+    measure = measure or _chooses(frame, "val_choice_loss", "val_loss")
     frame = frame[(frame["phase"] == phase) & frame[measure].notna()]
     if frame.empty:
         raise ValueError(f"curves holds no {measure!r} of phase={phase!r} for task={task!r}.")
@@ -104,20 +112,21 @@ def plot_learning(
     ax.legend(ncols=2)
     return ax
 
-# %% ../nbs/11_tuning_figures.ipynb #2609bba0
+# %% ../nbs/11_tuning_figures.ipynb #941c6f0f
 @_styled
 def plot_outcome(
     intervals,  # the frame `intervals` of a study
     runs=None,  # the frame `runs`, for a point per seed; None: only their range is drawn
-    measure: str = "test loss",  # "test loss", "test accuracy" or "wiki loss"
+    measure: str | None = None,  # "test loss", "test choice loss", "test accuracy" or "wiki loss"; None: the choice loss of a task of labels, else the test loss
     reference: str = "",  # "": as it is; "before", "random" or "full": as a difference to that
     task: str | None = None,  # which task, if the frame holds several
     level: float | None = None,  # where to draw a line for comparison, such as the majority's accuracy
     ax=None,  # axes to draw on
 ):
     "Draw one row per arm and return the Axes. Raises ValueError for missing columns, or if the frame holds nothing of that measure and reference."
-    _check(measure, ("test loss", "test accuracy", "wiki loss"))
-    frame = _part(intervals, "intervals", ("arm", "measure", "reference", "value", "ci_low", "ci_high", "seed_low", "seed_high", "seeds", "items"), task)
+    frame = _part(intervals, "intervals", ("arm", "measure", "reference", "value", "ci_low", "ci_high", "seed_low", "seed_high", "seeds", "documents"), task)
+    measure = measure or ("test choice loss" if "test choice loss" in set(frame["measure"]) else "test loss")
+    _check(measure, ("test loss", "test choice loss", "test accuracy", "wiki loss"))
     frame = frame[(frame["measure"] == measure) & (frame["reference"].fillna("") == reference)]  # an empty text comes back from csv as nan
     if frame.empty:
         raise ValueError(f"intervals holds no measure={measure!r} with reference={reference!r}.")
@@ -137,11 +146,11 @@ def plot_outcome(
     ax.set_ylim(len(frame) - 0.5, -0.5)
     than = {"": "", "before": " minus before training"}.get(reference, f" minus that of {reference}")
     ax.set_xlabel(f"{MEASURES[measure]}{than}")
-    ax.set_title(textwrap.fill(f"{frame['task'].iloc[0]}: mean and range of {_n(int(frame['seeds'].max()), 'seed')}; bar: 95 % over {_n(int(frame['items'].max()), 'item')}", 70))
+    ax.set_title(textwrap.fill(f"{frame['task'].iloc[0]}: mean and range of {_n(int(frame['seeds'].max()), 'seed')}; bar: 95 %, bootstrap over {_n(int(frame['documents'].max()), 'document')}", 70))
     ax.grid(axis="x")
     return ax
 
-# %% ../nbs/11_tuning_figures.ipynb #f9491192
+# %% ../nbs/11_tuning_figures.ipynb #088d06c5
 @_styled
 def plot_forgetting(
     runs,  # the frame `runs` of a study
@@ -150,14 +159,15 @@ def plot_forgetting(
 ):
     "Draw the loss elsewhere against the gain on the task, and return the Axes. Raises ValueError for missing columns or a task that is not there."
     frame = _part(runs, "runs", ("arm", "seed", "test_loss_before", "test_loss", "wiki_loss_before", "wiki_loss"), task)
+    measure = _chooses(frame, "test_choice_loss", "test_loss")
     ax = _axes(ax, (7.2, 3.6))
     for arm, part in frame.groupby("arm", sort=False):
         colour, marker, _ = _looks(arm)
-        gain, lost = part["test_loss_before"] - part["test_loss"], part["wiki_loss"] - part["wiki_loss_before"]
+        gain, lost = part[f"{measure}_before"] - part[measure], part["wiki_loss"] - part["wiki_loss_before"]
         ax.scatter(gain, lost, s=16, color=colour, marker=marker, linewidths=0, alpha=0.6)
         ax.scatter(gain.mean(), lost.mean(), s=70, color=colour, marker=marker, edgecolors="white", linewidths=0.8, label=arm, zorder=4)
     ax.axhline(0, color=FAINT, linewidth=0.9, linestyle=":")
-    ax.set(xlabel="gain on the task: test loss before minus after, nats per token", ylabel="forgetting: Wikipedia loss\nafter minus before, nats per token")
+    ax.set(xlabel=f"gain on the task, before minus after: {MEASURES[measure.replace('_', ' ')]}", ylabel="forgetting: Wikipedia loss\nafter minus before, nats per token")
     ax.set_title(f"{frame['task'].iloc[0]}: forgetting against gain, {_n(frame['seed'].nunique(), 'seed')}")
     ax.grid()
     ax.legend(ncols=2)
@@ -194,14 +204,14 @@ def plot_cost(
     ax.grid(axis="x")
     return ax
 
-# %% ../nbs/11_tuning_figures.ipynb #78e2866a
+# %% ../nbs/11_tuning_figures.ipynb #9e53a00a
 @_styled
 def plot_tuning(
     runs,  # the frames of a study
     curves,
     intervals,
     task: str | None = None,  # which task, if the frames hold several
-    measure: str = "test loss",  # of the outcome: "test loss" or "test accuracy"
+    measure: str | None = None,  # of the outcome, as for `plot_outcome`
     fig=None,  # figure to draw on
 ):
     "Draw learning, outcome, forgetting and cost of one task, and return the Figure. Raises as the single figures do."

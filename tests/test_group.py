@@ -349,11 +349,26 @@ def test_a_folder_holds_one_fit(kind, tmp_path):
         GroupICA(4, kind, n_reduced=8, exclude="sinks").fit(parts, folder=tmp_path)
     with pytest.raises(ValueError, match="reduced-00001.safetensors values was"):
         GroupICA(4, kind, n_reduced=8).fit([parts[0], replace(parts[1], values=parts[1].values + 1), parts[2]], folder=tmp_path)
+    middle = parts[1].values.clone()
+    middle[1::2] += 1  # the first and the last token are as they were
+    with pytest.raises(ValueError, match="reduced-00001.safetensors values was"):
+        GroupICA(4, kind, n_reduced=8).fit([parts[0], replace(parts[1], values=middle), parts[2]], folder=tmp_path)
     with pytest.raises(ValueError, match="rows was 'all'"):
         GroupICA(4, kind, n_reduced=8).fit(parts, rows=[~p.sinks for p in parts], folder=tmp_path)
     with pytest.raises(ValueError, match="directions.*shards was 3 and is now 2"):
         GroupICA(4, kind, n_reduced=8).fit(parts[:2], folder=tmp_path)
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+def test_a_folder_knows_the_weights_of_its_model(tiny_model, tiny_tokenizer, tmp_path):
+    model, t = tiny_model("gpt2"), tiny_tokenizer()
+    same = lambda: GroupICA(2, n_reduced=4).fit(text_shards(model, t, TEXTS, n_texts=4), folder=tmp_path).maps_
+    first = same()
+    assert torch.equal(same(), first)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[3, 4] += 1.0  # a tuned copy has the same name
+    with pytest.raises(ValueError, match="weights was"):
+        same()
 
 
 # several processes

@@ -360,9 +360,19 @@ def test_whitened_data_of_another_matrix_are_refused(wide, tmp_path):
     ICA(5).fit(wide, path=path)
     ICA(5, whiten_solver="gram").fit(wide, path=path)  # what "auto" chose
     other[-1, -1] += 1
-    for X, rows, message in ((other, None, "values was"), (wide[:-1], None, "shape was"), (wide, np.arange(len(wide)) > 3, "rows was 'all'")):
+    middle, hole = wide.copy(), wide.copy()
+    middle[7, 3] += 1
+    hole[5, 2] = np.nan
+    unused = wide.copy()
+    unused[2] += 1
+    used = np.arange(len(wide)) > 3
+    ICA(5).fit(wide, used, tmp_path / "part.safetensors")
+    ICA(5).fit(unused, used, tmp_path / "part.safetensors")  # what was not used may be anything
+    for X, rows, message in ((other, None, "values was"), (middle, None, "values was"), (hole, None, "values was"), (wide[:-1], None, "shape was"), (wide, np.arange(len(wide)) > 3, "rows was 'all'")):
         with pytest.raises(ValueError, match=f"white.safetensors.*another fit: .*{message}"):
             ICA(5).fit(X, rows, path)
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        ICA(5).fit(wide, path=tmp_path)
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match="another program"):
         ICA(5).fit(wide, path=tmp_path / "foreign.safetensors")

@@ -574,11 +574,12 @@ def test_networks_of_a_group_are_those_of_a_fit_on_all_tokens(kind, standardize,
     assert again.masks(2) == nets.masks(2) and repr(again) == repr(nets) and "597 of 597 tokens" in repr(nets)
 
 
-def test_a_group_of_z_scored_texts_gives_masks_but_no_time_courses_of_other_tokens(acts, tmp_path):
-    nets = FunctionalNetworks.from_group(GroupICA.canica(4, n_init=2).fit(acts))
+@pytest.mark.parametrize("group", [GroupICA.canica(4, n_init=2), GroupICA(4, center_texts=True, n_init=2), GroupICA(4, "spatial", center_texts=True, n_init=2)], ids=["canica", "temporal", "spatial"])
+def test_a_group_of_texts_centred_one_by_one_gives_masks_but_no_time_courses_of_other_tokens(group, acts, tmp_path):
+    nets = FunctionalNetworks.from_group(group.fit(acts))
     assert nets.key_neurons(fraction=0.1).n == 16 and nets.stability_.shape == (4,)
-    for networks in (nets, FunctionalNetworks.load(nets.save(tmp_path / "n.safetensors"))):
-        with pytest.raises(ValueError, match="z-scored one by one.*GroupICA.transform"):
+    for networks in (nets, nets.alternative("pca"), FunctionalNetworks.load(nets.save(tmp_path / "n.safetensors"))):
+        with pytest.raises(ValueError, match="centred, or z-scored, one by one.*GroupICA.transform"):
             networks.transform(acts)
 
 

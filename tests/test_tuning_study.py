@@ -1,7 +1,12 @@
-"""Pins the tuning study: what the arms are, which rate wins, equal chances, the same table twice and after an interruption, whose folder it is, and a model that comes back as it was."""
+"""Pins the tuning study and its tasks: what the arms are, which loss chooses, which rates are tried, the same table twice and after an interruption, whose folder it is, and a model that comes back as it was."""
 
 import json
+import math
+import re
+import shutil
 import sys
+import types
+from dataclasses import replace
 
 import families
 import matplotlib
@@ -13,20 +18,22 @@ import pandas as pd
 import pytest
 import torch
 
-from llmfact_nb import tuning_figures, tuning_study as module
+from llmfact_nb import resources, tasks, tuning_figures
 from llmfact_nb.evaluate import EvalSet, label_accuracy, perplexity
 from llmfact_nb.experiments import Settings
 from llmfact_nb.files import digest
 from llmfact_nb.finetune import neuron_parameters
 from llmfact_nb.masks import NeuronMask
+from llmfact_nb.tasks import Example, Scores, TuningTask, batch_nats, excerpts, labelled_examples, score, speeches_task, window_examples
 from llmfact_nb.tuning_study import (
-    ARMS, RATES, CandidateNeurons, Example, TuningSettings, TuningTask, arm_training, batch_nats, check_arms, choose_rate, document_interval, excerpts, gradient_scores, labelled_examples,
-    lora_rank, mlp_maps, orders, read_tuning, score, train_run, tuning_study, window_examples,
+    ARMS, RATES, CandidateNeurons, TuningSettings, arm_training, check_arms, choose_rate, document_interval, gradient_scores, lora_rank, mlp_maps, next_rate, orders, read_tuning, set_aside,
+    sweep_losses, train_run, tuning_study,
 )  # fmt: skip
 
+module = sys.modules[tuning_study.__module__]  # of the same name as its function
 pytestmark = [pytest.mark.filterwarnings("ignore:FastICA has not converged"), pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
 FIND = Settings(n_components=3, n_init=2, fit_tokens=200, fit_length=40, fraction=0.15)
-SMALL = dict(steps=12, sweep_steps=4, eval_every=4, batch_size=2, max_length=16, gradient_batches=4, patience=5, find=FIND)
+SMALL = dict(steps=12, sweep_steps=4, eval_every=4, batch_size=2, max_length=16, gradient_batches=4, patience=None, sweep_seeds=(0,), further_rates=1, find=FIND)
 CLOCKS = ["step_seconds", "step_processor_seconds", "seconds"]
 WIDTHS = (families.HIDDEN,) * families.LAYERS
 N = sum(WIDTHS)
@@ -46,7 +53,7 @@ ELSEWHERE = window_examples(families.tokenizer(), [families.words(30, seed=200 +
 
 def study(folder=None, arms=("key", "full"), seeds=(0, 1), model=None, task=None, **changes):
     model = model or families.build("llama")
-    settings = SMALL | {"lrs": {a: (1e-4, 1e-3, 1e-2) for a in ARMS}} | changes
+    settings = SMALL | {"lrs": {a: (1e-4, 1e-3, 3e-2) for a in ARMS}} | changes
     return tuning_study((model, families.tokenizer()), task or planted_task(), arms, seeds, folder, ELSEWHERE, progress=False, **settings)
 
 
@@ -80,8 +87,11 @@ def test_two_arms_two_seeds_from_end_to_end(finished):
     final = results.curves[results.curves["phase"] == "final"]
     assert list(final[(final["arm"] == "key") & (final["seed"] == 0)]["step"]) == [0, 4, 8, 12] and len(final) == 16
     swept = results.curves[results.curves["phase"] == "sweep"]
-    assert swept.groupby("arm")["lr"].nunique().eq(3).all() and set(swept["step"]) == {0, 4}
-    assert results.facts["planted"]["chance"] == 0.5 and 0.5 <= results.facts["planted"]["majority"] < 1
+    assert (swept.groupby("arm")["lr"].nunique() == runs.groupby("arm")["rates_tried"].first()).all() and set(swept["step"]) == {0, 4}
+    facts = results.facts["planted"]
+    assert facts["chance"] == 0.5 and 0.5 <= facts["majority"] < 1 and facts["chance choice loss"] == pytest.approx(math.log(2))
+    assert facts["seconds to find the key neurons"] > 0 and facts["seconds to score the gradients"] > 0
+    assert "chance choice loss 0.693" in repr(results) and "seconds to score the gradients" in repr(results)
     assert "networks" in results.facts["planted"] and "learning rates" in repr(results)
 
 
@@ -89,7 +99,7 @@ def test_best_state_is_what_is_tested(finished):
     _, results = finished
     for r in results.runs.itertuples():
         curve = results.curves.query("phase == 'final' and arm == @r.arm and seed == @r.seed")
-        assert r.best_step == curve.loc[curve["val_loss"].idxmin(), "step"]
+        assert r.best_step == curve.loc[curve["val_choice_loss"].idxmin(), "step"]
 
 
 def test_same_call_gives_the_same_table_twice(finished, tmp_path):
@@ -100,7 +110,7 @@ def test_without_a_folder(finished):
     same(study(), finished[1])
 
 
-@pytest.mark.parametrize("interrupted_at", [2, 7])
+@pytest.mark.parametrize("interrupted_at", [2, 8])
 def test_interrupted_study_goes_on_to_an_equal_table(finished, tmp_path, monkeypatch, interrupted_at):
     calls, real, model = [], module.train_run, families.build("llama")
     weights, before = [p.clone() for p in model.parameters()], families.state(model)
@@ -120,7 +130,8 @@ def test_interrupted_study_goes_on_to_an_equal_table(finished, tmp_path, monkeyp
     done = {p.name: p.read_bytes() for p in (tmp_path / "planted").glob("*-*.json")}
     assert len(done) == interrupted_at - 1
     again = study(tmp_path, model=model)
-    assert len(calls) == interrupted_at + 10 - len(done)  # 2 arms x (3 rates + 2 seeds), the finished ones not again
+    everything = len(finished[1].sweep) + len(finished[1].runs)
+    assert len(calls) == interrupted_at + everything - len(done)  # the finished ones not again
     assert {name: (tmp_path / "planted" / name).read_bytes() for name in done} == done
     same(again, finished[1])
 
@@ -137,7 +148,9 @@ def test_finished_study_trains_nothing(finished, monkeypatch):
     [
         (dict(steps=13), "steps: 12 there, 13 now"),
         (dict(batch_size=3), "batch_size: 2 there, 3 now"),
-        (dict(lrs={a: (1e-4, 1e-3, 1e-2 if a != "full" else 2e-2) for a in ARMS}), "lrs full: [0.0001, 0.001, 0.01] there, [0.0001, 0.001, 0.02] now"),
+        (dict(lrs={a: (1e-4, 1e-3, 3e-2 if a != "full" else 2e-2) for a in ARMS}), "lrs full: [0.0001, 0.001, 0.03] there, [0.0001, 0.001, 0.02] now"),
+        (dict(sweep_seeds=(0, 1)), "sweep_seeds: [0] there, [0, 1] now"),
+        (dict(further_rates=2), "further_rates: 1 there, 2 now"),
         (dict(find=Settings(n_components=4, n_init=2, fit_tokens=200, fit_length=40, fraction=0.15)), "find n_components: 3 there, 4 now"),
     ],
 )
@@ -156,6 +169,49 @@ def test_other_data_and_other_weights_are_refused(finished):
         next(model.parameters())[0, 0] += 1
     with pytest.raises(ValueError, match="weights: "):
         study(finished[0], model=model)
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+def test_another_release_is_refused(finished, monkeypatch, name):
+    found = module.library_versions()
+    monkeypatch.setattr(module, "library_versions", lambda: found | {name: "0.1"})
+    with pytest.raises(ValueError, match=rf"{name}: '{re.escape(found[name])}' there, '0.1' now"):
+        study(finished[0])
+
+
+def test_peft_counts_only_where_it_is_used(tmp_path, monkeypatch):
+    found = module.library_versions()
+    study(tmp_path, arms=["key"], seeds=[0])
+    monkeypatch.setattr(module, "library_versions", lambda: found | {"peft": "0.1"})
+    study(tmp_path, arms=["key"], seeds=[0])
+    monkeypatch.setattr(module, "library_versions", lambda: found)
+    assert len(study(tmp_path, arms=["key", "LoRA"], seeds=[0]).runs) == 2
+    monkeypatch.setattr(module, "library_versions", lambda: found | {"peft": "0.1"})
+    with pytest.raises(ValueError, match="peft: "):
+        study(tmp_path, arms=["key", "LoRA"], seeds=[0])
+
+
+def test_threads_are_recorded_and_do_not_stop_a_resumption(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "copy")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        more = study(tmp_path / "copy", arms=["key"], seeds=[0, 2])
+    finally:
+        torch.set_num_threads(threads)
+    assert list(more.runs["threads"]) == [threads, threads + 1]
+
+
+def test_examples_of_the_gradient_are_not_trained_on(monkeypatch):
+    task, scored, trained, real, train = planted_task(), [], [], module.gradient_scores, module.train_run
+    monkeypatch.setattr(module, "gradient_scores", lambda model, batches, like: scored.extend(ids for rows in batches for ids, _ in rows) or real(model, batches, like))
+    monkeypatch.setattr(module, "train_run", lambda model, ready, t, *a, **k: trained.append([e.ids for e in t.train]) or train(model, ready, t, *a, **k))
+    study(arms=["key"], seeds=[0], task=task)
+    assert len(scored) == 8 and all(len(ids) == 16 for ids in trained)
+    assert all(sorted(scored + ids) == sorted(e.ids for e in task.train) for ids in trained)
+    assert scored != [e.ids for e in task.train[:8]] and scored != [e.ids for e in task.train[-8:]]
+    with pytest.raises(ValueError, match="fewer gradient_batches"):
+        set_aside(task, 24)
 
 
 def test_more_seeds_and_arms_train_only_what_is_new(tmp_path, monkeypatch):
@@ -195,7 +251,8 @@ def test_a_task_of_windows_has_no_accuracy():
     task = TuningTask("windows", examples, examples[:4], examples[4:8], [families.words(40, seed=i) for i in range(8)])
     results = study(arms=["key"], seeds=[0], task=task)
     assert results.runs["test_accuracy"].isna().all() and results.facts["windows"]["chance"] is None
-    assert set(results.intervals["measure"]) == {"test loss", "wiki loss"}
+    assert set(results.intervals["measure"]) == {"test loss", "wiki loss"} and results.curves["val_choice_loss"].isna().all()
+    assert results.facts["windows"]["chance choice loss"] is None
 
 
 def test_intervals_are_paired_differences_of_the_stored_items(finished):
@@ -210,6 +267,10 @@ def test_intervals_are_paired_differences_of_the_stored_items(finished):
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(document_interval(np.mean(differences, axis=0), tokens, [e.document for e in ELSEWHERE]))
     absolute = results.intervals.query("arm == 'key' and reference == '' and measure == 'test accuracy'").iloc[0]
     assert absolute["value"] == pytest.approx(results.runs.query("arm == 'key'")["test_accuracy"].mean())
+    choice = results.intervals.query("arm == 'key' and reference == 'before' and measure == 'test choice loss'").iloc[0]
+    start = json.loads((folder / "planted" / "start.json").read_text())["test"]["choice_nats"]
+    assert choice["value"] == pytest.approx(np.mean([np.mean(read("key", s)["test"]["choice_nats"]) for s in (0, 1)]) - np.mean(start))
+    assert (results.runs["test_choice_loss"] < results.runs["test_choice_loss_before"]).all()
 
 
 def test_interval_draws_documents_not_items():
@@ -224,15 +285,34 @@ def test_interval_draws_documents_not_items():
 
 def test_sweep_takes_the_better_rate_and_says_where_it_lies():
     results = study(arms=["full"], seeds=[0], lrs={"full": (1e-9, 1e-2, 1e2)})
-    assert results.runs["lr"].item() == 1e-2 and results.runs["edge"].item() == ""
-    assert list(results.sweep["chosen"]) == [False, True, False] and results.sweep["val_loss"].iloc[1] < results.sweep["val_loss"].iloc[0]
+    assert results.runs["lr"].item() == 1e-2 and results.runs["edge"].item() == "" and results.runs["rates_tried"].item() == 3
+    assert list(results.sweep["chosen"]) == [False, True, False] and results.sweep["val_choice_loss"].iloc[1] < results.sweep["val_choice_loss"].iloc[0]
+    assert not results.sweep["further"].any()
 
 
-@pytest.mark.parametrize("rates, edge", [((1e-9, 1e-8, 1e-2), "highest"), ((1e-2, 1e2, 1e3), "lowest")])
+@pytest.mark.parametrize("rates, edge", [((1e-9, 1e-8, 3e-3), "highest"), ((3e-3, 1.0, 10.0), "lowest")])
 def test_edge_of_the_rates_is_reported(rates, edge):
-    results = study(arms=["full"], seeds=[0], lrs={"full": rates})
-    assert results.runs["lr"].item() == 1e-2 and results.runs["edge"].item() == edge == results.sweep.query("chosen")["edge"].item()
-    assert f"full ({edge} rate, 0.01)" in repr(results)
+    results = study(arms=["full"], seeds=[0], lrs={"full": rates}, further_rates=0)
+    assert results.runs["lr"].item() == 3e-3 and results.runs["edge"].item() == edge == results.sweep.query("chosen")["edge"].item()
+    assert f"full ({edge} rate, 0.003)" in repr(results)
+
+
+@pytest.mark.parametrize("further, tried", [(0, [1e-9, 1e-8, 1e-7]), (1, [1e-9, 1e-8, 1e-7, 1e-6]), (2, [1e-9, 1e-8, 1e-7, 1e-6, 1e-5])])
+def test_sweep_goes_on_beyond_the_edge(tmp_path, monkeypatch, further, tried):
+    """While the rate is far too small, the largest is the best of those tried. The same rule for every arm."""
+    settings = dict(arms=["key", "full"], seeds=[0], lrs={"key": tried[:3], "full": tried[:3]}, further_rates=further, batch_size=1, steps=4)
+    results = study(tmp_path, **settings)
+    for arm in ("key", "full"):
+        own = results.sweep.query("arm == @arm")
+        assert list(own["lr"]) == pytest.approx(tried) and list(own["further"]) == [False] * 3 + [True] * further and own["chosen"].iloc[-1]
+    assert (results.runs["rates_tried"] == 3 + further).all() and (results.runs["edge"] == "highest").all()
+    monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
+    same(study(tmp_path, **settings), results)
+
+
+def test_next_rate():
+    assert next_rate({3e-4: 2.0, 1e-3: 1.5, 3e-3: 1.0}) == 9e-3 and next_rate({3e-4: 1.0, 1e-3: 1.5, 3e-3: 2.0}) == 9e-5
+    assert next_rate({1e-3: 2.0, 1e-2: 1.0, 1e-1: None}) is None and next_rate({1e-3: 1.0}) is None
 
 
 def test_choose_rate():
@@ -242,13 +322,49 @@ def test_choose_rate():
         choose_rate({1e-3: None, 1.0: float("inf")})
 
 
+def test_a_rates_value_is_the_mean_choice_loss_over_the_seeds():
+    """Rate 2 has the smaller vocabulary loss, rate 1 the smaller choice loss; with its first seed alone rate 3 would win; rate 4 diverged once."""
+    made_up = lambda lr, seed, loss, choice, diverged=False: {"lr": lr, "seed": seed, "diverged": diverged, "curve": [{"val_loss": loss, "val_choice_loss": choice}]}
+    runs = [made_up(1.0, 0, 5, 0.6), made_up(1.0, 1, 5, 0.7), made_up(2.0, 0, 1, 0.7), made_up(2.0, 1, 1, 0.8), made_up(3.0, 0, 5, 0.1), made_up(3.0, 1, 5, 1.9)]
+    runs += [made_up(4.0, 0, 1, 0.1), made_up(4.0, 1, None, None, True)]
+    losses = sweep_losses(runs)
+    assert losses == {1.0: pytest.approx(0.65), 2.0: pytest.approx(0.75), 3.0: pytest.approx(1.0), 4.0: None} and choose_rate(losses)[0] == 1.0
+
+
+def test_every_rate_is_tried_with_every_sweep_seed():
+    results = study(arms=["key"], seeds=[0], sweep_seeds=(0, 3))
+    swept = results.curves.query("phase == 'sweep' and step > 0")
+    assert len(swept) == 2 * len(results.sweep) and set(swept["seed"]) == {0, 3} and (results.sweep["seeds"] == 2).all()
+    assert set(study(arms=["key"], seeds=[0], eval_every=1, patience=1).curves.query("phase == 'sweep'")["step"]) == {0, 4}  # at the end only, and all to the end
+    for r in results.sweep.itertuples():
+        assert r.val_choice_loss == pytest.approx(swept.query("lr == @r.lr")["val_choice_loss"].mean())
+
+
 def test_every_arm_gets_the_same_number_of_rates():
     assert {len(r) for r in RATES.values()} == {3}
     with pytest.raises(ValueError, match="same number"):
         check_arms(["key", "full"], [0], TuningSettings(lrs={"key": (1e-3, 1e-2)}))
 
 
-BAD = {"steps": [0, 1.5, True], "batch_size": [0], "max_length": [3], "patience": [0], "n_val": [0], "clip": [0, float("inf")], "weight_decay": [-1], "lrs": [{"keys": [1]}, {"key": []}, {"key": [0.0]}]}
+def test_defaults_depend_on_the_task():
+    windows = TuningTask("windows", *[[Example((4, 5, 6), 1)]] * 3, ["w4"])
+    default = TuningSettings()
+    labelled, other = default.of(planted_task()), default.of(windows)
+    assert (labelled.batch_size, other.batch_size) == (8, 2) and labelled.steps != other.steps and labelled.max_length > other.max_length
+    assert all(s.sweep_steps == s.steps // 2 and s.patience * s.eval_every < s.steps for s in (labelled, other))
+    assert len(default.sweep_seeds) == 2 and TuningSettings(steps=61, sweep_steps=7).of(windows).sweep_steps == 7
+
+
+@pytest.mark.parametrize("steps, patience, accepted", [(45, 3, False), (46, 3, True), (31, 2, True), (30, 2, False), (5, None, True)])
+def test_a_patience_that_could_never_act_is_refused(steps, patience, accepted):
+    if accepted:
+        TuningSettings(steps=steps, patience=patience)
+    else:
+        with pytest.raises(ValueError, match=f"patience={patience} with eval_every=15 and steps={steps} could never stop"):
+            TuningSettings(steps=steps, patience=patience)
+
+
+BAD = {"steps": [0, 1.5, True], "batch_size": [0], "max_length": [3], "patience": [0], "n_val": [0], "clip": [0, float("inf")], "weight_decay": [-1], "further_rates": [-1], "sweep_seeds": [(), (0, 0)], "lrs": [{"keys": [1]}, {"key": []}, {"key": [0.0]}]}
 
 
 @pytest.mark.parametrize("name, value", [(n, v) for n, values in BAD.items() for v in values])
@@ -388,16 +504,34 @@ def test_model_changed_during_the_study_is_noticed(tmp_path, monkeypatch):
 # one run
 
 
-def test_early_stopping_keeps_the_best_state():
-    "Nothing beats a start without any loss: stopped after `patience` validations, and tested as it was."
-    model, task = families.build("llama"), planted_task()
-    settings = TuningSettings(**SMALL | dict(eval_every=1, patience=3))
-    start, perfect = score(model, task.val), module.Scores([0.0], [1], [0], [])
-    for arm in ("key", "full"):
-        with arm_training(model, arm, 0, candidates(model)) as ready:
-            run = train_run(model, ready, task, perfect, 1e-2, 12, 0, settings)
-            assert run["steps"] == 3 and run["best_step"] == 0 and score(model, task.val).nats == start.nats
-            assert [r["step"] for r in run["curve"]] == [0, 1, 2, 3] and all(r["val_loss"] != start.loss for r in run["curve"][1:])
+@pytest.mark.parametrize("arm, lr", [("key", 3e-2), ("full", 1e-2)])
+def test_early_stopping_keeps_the_best_state(arm, lr):
+    """Four windows of the same few words to learn by heart: at first other windows gain, since the same words come up in them; then they lose."""
+    draw = lambda seed: [Example(tuple(ids), 1) for ids in np.random.default_rng(seed).integers(5, 20, (4, 12)).tolist()]
+    model, task = families.build("llama"), TuningTask("windows", draw(0), draw(1), draw(1), ["unused"])
+    settings, start = TuningSettings(**SMALL | dict(steps=60, eval_every=2, patience=3, batch_size=4)), score(model, task.val)
+    with arm_training(model, arm, 0, candidates(model, 40)) as ready:
+        run = train_run(model, ready, task, start, lr, 60, 0, settings)
+        kept = score(model, task.val)
+    losses = [r["val_loss"] for r in run["curve"]]
+    best = losses.index(min(losses))
+    assert 0 < best == len(losses) - 4 and run["steps"] == run["curve"][-1]["step"] < 60 and run["best_step"] == run["curve"][best]["step"]
+    assert losses[best] < losses[0] and all(x > losses[best] for x in losses[best + 1 :]) and kept.loss == losses[best]
+    with arm_training(model, arm, 0, candidates(model, 40)) as ready:
+        run = train_run(model, ready, task, start, lr, run["best_step"], 0, settings)
+        assert score(model, task.val).nats == kept.nats  # the state of that step, bit for bit
+    with arm_training(model, arm, 0, candidates(model, 40)) as ready:
+        assert train_run(model, ready, task, start, lr, 60, 0, replace(settings, patience=None))["steps"] == 60
+
+
+def test_the_choice_loss_chooses_the_best_step(monkeypatch):
+    """The vocabulary loss is best at the fourth step, the choice loss at the second."""
+    model, task, told = families.build("llama"), planted_task(), iter([(4.0, 0.6), (3.0, 0.5), (2.0, 0.55), (1.0, 0.6)])
+    made_up = lambda loss, choice: Scores([loss], [1], [0], [True], [choice])
+    monkeypatch.setattr(module, "score", lambda *a: made_up(*next(told)))
+    with arm_training(model, "full", 0, candidates(model)) as ready:
+        run = train_run(model, ready, task, made_up(5.0, 0.69), 1e-3, 4, 0, TuningSettings(**SMALL | dict(eval_every=1)))
+    assert run["best_step"] == 2 and [r["val_choice_loss"] for r in run["curve"]] == [0.69, 0.6, 0.5, 0.55, 0.6]
 
 
 def test_diverged_run_ends_at_once():
@@ -411,7 +545,7 @@ def test_training_is_what_it_says_it_is():
     "Against a loop written by hand: AdamW, decay of matrices only, clipping, warmup, order of the examples."
     model, task, settings = families.build("llama"), planted_task(), TuningSettings(**SMALL | dict(weight_decay=0.5, clip=0.1, warmup=2))
     with arm_training(model, "full", 0, candidates(model), 0.5) as ready:
-        train_run(model, ready, task, module.Scores([1e9], [1], [0], []), 1e-2, 4, 5, settings)
+        train_run(model, ready, task, Scores([1e9], [1], [0], []), 1e-2, 4, 5, settings)
         ours = [p.detach().clone() for p in model.parameters()]
     net = families.build("llama").train()
     groups = [{"params": [p for p in net.parameters() if (p.dim() > 1) == m], "weight_decay": 0.5 * m} for m in (True, False)]
@@ -464,6 +598,30 @@ def test_label_accuracy_agrees_with_the_one_of_the_evaluation(words):
     torch.testing.assert_close(torch.tensor(ours.nats), -theirs.log_likelihoods.gather(1, theirs.labels[:, None])[:, 0], rtol=1e-4, atol=1e-4)
 
 
+def test_choice_loss_is_that_of_the_label_among_the_labels():
+    model, tokenizer = families.build("gpt2"), families.tokenizer()
+    ours = score(model, labelled_examples(tokenizer, [families.words(4, seed=i) for i in range(6)], [0, 1, 2] * 2, "{text} w30", ("w40", "w41 w7", "w42"), 16))
+    for e, choice, right in zip(labelled_examples(tokenizer, [families.words(4, seed=i) for i in range(6)], [0, 1, 2] * 2, "{text} w30", ("w40", "w41 w7", "w42"), 16), ours.choice_nats, ours.correct):
+        likely = []
+        for ids, start in e.rows:
+            logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            likely.append(sum(logits[p - 1, ids[p]] for p in range(start, len(ids))).exp().item())
+        assert choice == pytest.approx(-math.log(likely[e.label] / sum(likely)), rel=1e-4) and right == (likely[e.label] == max(likely))
+    assert ours.choice_loss == pytest.approx(np.mean(ours.choice_nats)) == ours.criterion != ours.loss
+    plain = score(model, [Example((4, 5, 6), 1)])
+    assert plain.choice_loss is None and plain.criterion == plain.loss and plain.choice_nats == []
+
+
+def test_texts_of_the_speeches_span_all_years(monkeypatch):
+    speeches = {"fit": [f"first half {i} . year {i} goes on" for i in range(100)], "eval": [f"year {i} of the others" for i in range(100, 110)]}
+    monkeypatch.setattr(resources, "load_texts", lambda name, split: {"text": speeches[split]})
+    task = speeches_task(lambda text: {"input_ids": list(range(len(text.split())))}, 200, 20, 10, 8)
+    years = [int(re.search(r"year (\d+)", t).group(1)) for t in task.texts]
+    assert len(years) == 90 and not set(years) & {i for i in range(5, 100, 10)} and {e.document for e in task.val} == set(range(10))
+    for n in (6, 10, 20):
+        assert all(any(part <= y < part + 25 for y in years[:n]) for part in (0, 25, 50, 75))
+
+
 def test_window_loss_agrees_with_the_perplexity():
     model, tokenizer = families.build("llama"), families.tokenizer()
     texts = [families.words(9, seed=i) for i in range(5)]
@@ -501,15 +659,67 @@ def test_command_line(finished, tmp_path, monkeypatch, capsys):
     assert len(pd.read_csv(tmp_path / "speeches" / "runs.csv")) == 4
 
 
+def test_a_folder_of_the_first_release_is_read(finished, tmp_path):
+    """It knew no choice loss and one seed per rate: what is missing is nan, and the vocabulary loss chose."""
+    results, old = finished[1], tmp_path / "planted"
+    shutil.copytree(finished[0] / "planted", old)
+    for path in old.glob("*.json"):
+        content = json.loads(path.read_text())
+        for of in (v for v in content.values() if isinstance(v, dict)):
+            of.pop("choice_nats", None)
+        for k in ("further", "chance choice loss"):
+            content.pop(k, None)
+        for point in content.get("curve", ()):
+            del point["val_choice_loss"]
+        path.write_text(json.dumps(content))
+        if path.name.startswith("sweep-"):
+            path.rename(old / path.name.replace("-seed0", ""))
+    read = read_tuning(tmp_path)
+    assert read.runs["test_choice_loss"].isna().all() and read.curves["val_choice_loss"].isna().all() and not (read.intervals["measure"] == "test choice loss").any()
+    for column in ("test_loss", "test_accuracy", "wiki_loss"):
+        assert (read.runs[column] == results.runs[column]).all()
+    for arm in ("key", "full"):
+        own = read.sweep.query("arm == @arm")
+        assert own.loc[own["val_loss"].idxmin(), "chosen"] and len(own) == len(results.sweep.query("arm == @arm"))
+    assert "learning rates" in repr(read)
+    tuning_figures.plot_outcome(read.intervals, read.runs)
+    plt.close("all")
+
+
+def test_a_diverged_run_is_said(finished, tmp_path):
+    shutil.copytree(finished[0] / "planted", tmp_path / "planted")
+    path = tmp_path / "planted" / "run-full-seed1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"diverged": True}))
+    assert "full, seed 1, diverged at step 12" in repr(read_tuning(tmp_path)) and "seed 1, diverged" not in repr(finished[1])
+
+
 def test_nothing_finished_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished run"):
         read_tuning(tmp_path)
 
 
-def test_estimate_is_printed_before_training(tmp_path, capsys):
-    tuning_study((families.build("llama"), families.tokenizer()), planted_task(), ["key"], [0], tmp_path, ELSEWHERE, **SMALL)
-    out = capsys.readouterr().out
-    assert "3 sweep runs of 4 steps and 1 final runs of 12 steps" in out and "minutes" in out and "s a step" in out
+def test_estimate_is_right_although_the_first_passes_are_slow(tmp_path, monkeypatch, capsys):
+    """By a clock of our own: a token takes a second to train on, a third of that to score, and the first passes of each kind a hundred times as long."""
+    now, seen, real = [0.0], {"train": 0, "score": 0}, module.batch_nats
+
+    def passes(model, rows):
+        kind = "train" if torch.is_grad_enabled() else "score"
+        seen[kind] += 1
+        now[0] += sum(len(ids) for ids in dict.fromkeys(ids[:-1] for ids, _ in rows)) * {"train": 1, "score": 1 / 3}[kind] * (100 if seen[kind] == 1 else 1)
+        return real(model, rows)
+
+    clock, ready = types.SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0]), module._Study.announce
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "gradient_scores", lambda model, batches, like: torch.ones(like.n_neurons))
+    for place in (module, tasks):
+        monkeypatch.setattr(place, "batch_nats", passes)
+    begun = []
+    monkeypatch.setattr(module._Study, "announce", lambda *a: ready(*a) or begun.append(now[0]))
+    study_settings = SMALL | dict(further_rates=0, lrs={"key": (1e-4, 1e-3, 1e-2)})
+    tuning_study((families.build("llama"), families.tokenizer()), planted_task(), ["key"], [0, 1], tmp_path, ELSEWHERE, **study_settings)
+    out, took = capsys.readouterr().out, now[0] - begun[0]
+    assert "3 sweep runs of 4 steps and 2 final runs of 12 steps" in out and "s a step" in out
+    assert float(re.search(r"about ([\d.]+) minutes", out).group(1)) == pytest.approx(took / 60, rel=0.1)
 
 
 FIGURES = {
@@ -531,7 +741,7 @@ def test_figures_draw_on_given_axes_and_from_csv_files(finished, tmp_path, name)
     drawn = []
     for r in (results, read):
         fig, ax = plt.subplots()
-        assert FIGURES[name](r, ax=ax) is ax and ax.get_title("left") and ax.get_xlabel()
+        assert FIGURES[name](r, ax=ax) is ax and ("bootstrap over" in ax.get_title("left")) == (name in ("outcome", "difference")) and ax.get_title("left") and ax.get_xlabel()
         fig.canvas.draw()
         drawn.append(np.asarray(fig.canvas.buffer_rgba()).copy())
         plt.close(fig)
@@ -543,6 +753,15 @@ def test_whole_figure_and_refusals(finished):
     fig = tuning_figures.plot_tuning(r.runs, r.curves, pd.concat([r.intervals, r.intervals.query("reference == 'full'").assign(reference="random")]))
     assert len(fig.axes) == 6
     plt.close(fig)
+    _, ax = plt.subplots()
+    tuning_figures.plot_outcome(r.intervals, measure="wiki loss", ax=ax)
+    assert "bootstrap over 3 documents" in ax.get_title("left").replace("\n", " ")  # of six windows
+    plt.close("all")
+    for measure, wanted in ((None, "choice loss"), ("val_loss", "validation loss")):
+        _, ax = plt.subplots()
+        assert wanted in tuning_figures.plot_learning(r.curves, measure, ax=ax).get_ylabel()
+    assert "choice loss" in tuning_figures.plot_forgetting(r.runs).get_xlabel() and "choice loss" in tuning_figures.plot_outcome(r.intervals).get_xlabel()
+    plt.close("all")
     two = pd.concat([r.runs, r.runs.assign(task="other")])
     with pytest.raises(ValueError, match="does not choose one task"):
         tuning_figures.plot_cost(two)
