@@ -217,7 +217,7 @@ class _FrozenSlice:
             self._follow()
             self.parameter.index_copy_(self.axis, self.index, self.kept)
 
-# %% ../nbs/10_finetune.ipynb #fb8236d3
+# %% ../nbs/10_finetune.ipynb #5fc1e190
 class NeuronTuning:
     "How a model is being tuned; `model.neuron_tuning` after `get_neuron_model`. Attributes: config, networks (name -> NeuronMask, disjoint), active (names that learn now)."
 
@@ -225,7 +225,7 @@ class NeuronTuning:
         self.config, self.networks = config, config.networks()
         self.active: tuple[str, ...] = tuple(self.networks)
         self.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
-        self._model, self.modules, self.frozen, self._handles, self._still = weakref.ref(model), [], [], [], []
+        self._model, self.modules, self.frozen, self._handles, self._still, self._told = weakref.ref(model), [], [], [], [], False
         by_network = [neuron_parameters(model, m) for m in self.networks.values()] if config.mode != "full" else []
         names = {p.name for parts in by_network for p in parts}
         if hasattr(model, "neuron_tuning"):
@@ -318,7 +318,7 @@ class NeuronTuning:
             for p in silent:
                 p.grad = None
             self._still = [(p, p.detach().clone(), p in optimizer.state) for p in silent if id(p) in held]  # a closure may bring gradients of zero again
-        elif self.config.grad_scale and "adam" in type(optimizer).__name__.lower() and any(id(f.parameter) in held for f in self.frozen) and not getattr(self, "_told", False):
+        elif self.config.grad_scale and "adam" in type(optimizer).__name__.lower() and any(id(f.parameter) in held for f in self.frozen) and not self._told:
             self._told = True
             warnings.warn(f"grad_scale={self.config.grad_scale} changes next to nothing under {type(optimizer).__name__}, which divides each gradient by its size. Use SGD, or mode='selected' with a lower learning rate.", stacklevel=5)
 
