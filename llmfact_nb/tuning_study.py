@@ -6,7 +6,7 @@
 __all__ = ['ARMS', 'FEW', 'ALL', 'RATES', 'LABELLED', 'WINDOWS', 'RUN_COLUMNS', 'CURVE', 'TuningSettings', 'check_seeds',
            'check_arms', 'gradient_scores', 'CandidateNeurons', 'mlp_maps', 'lora_rank', 'ArmTraining', 'arm_training',
            'orders', 'train_run', 'choose_rate', 'next_rate', 'document_interval', 'interval_rows', 'TuningResults',
-           'claim_study', 'read_tuning', 'sweep_losses', 'set_aside', 'library_versions', 'tuning_study', 'main']
+           'claim_study', 'read_tuning', 'sweep_losses', 'set_aside', 'package_versions', 'tuning_study', 'main']
 
 # %% ../nbs/10_tuning_study.ipynb #ee64a857
 import hashlib
@@ -548,7 +548,7 @@ def set_aside(
     return replace(task, train=[e for i, e in enumerate(task.train) if i not in drawn]), [e for i, e in enumerate(task.train) if i in drawn]
 
 
-def library_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     "Return the releases of the libraries that count: torch, transformers, and peft where it is there."
     found = {}
     for name in ("torch", "transformers", "peft"):
@@ -577,7 +577,7 @@ class _Study:
         lrs, find = ({f"{name} {k}": v for k, v in settings.pop(name).items()} for name in ("lrs", "find"))
         find = {k: v for k, v in find.items() if k.removeprefix("find ") not in _NO_PART_IN_FINDING}
         weights = hashlib.sha256(repr(self.weights).encode()).hexdigest()[:16]
-        code = {"llmfact_nb": __version__} | {k: v for k, v in library_versions().items() if k != "peft" or "LoRA" in arms}
+        code = {"llmfact_nb": __version__} | {k: v for k, v in package_versions().items() if k != "peft" or "LoRA" in arms}
         return settings | lrs | find | {"task": self.task.name, "data": self.data, "wiki": examples_fingerprint(self.elsewhere), "weights": weights} | code
 
     def scores(self, *sets: str) -> dict[str, dict]:

@@ -173,20 +173,20 @@ def test_other_data_and_other_weights_are_refused(finished):
 
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_another_release_is_refused(finished, monkeypatch, name):
-    found = module.library_versions()
-    monkeypatch.setattr(module, "library_versions", lambda: found | {name: "0.1"})
+    found = module.package_versions()
+    monkeypatch.setattr(module, "package_versions", lambda: found | {name: "0.1"})
     with pytest.raises(ValueError, match=rf"{name}: '{re.escape(found[name])}' there, '0.1' now"):
         study(finished[0])
 
 
 def test_peft_counts_only_where_it_is_used(tmp_path, monkeypatch):
-    found = module.library_versions()
+    found = module.package_versions()
     study(tmp_path, arms=["key"], seeds=[0])
-    monkeypatch.setattr(module, "library_versions", lambda: found | {"peft": "0.1"})
+    monkeypatch.setattr(module, "package_versions", lambda: found | {"peft": "0.1"})
     study(tmp_path, arms=["key"], seeds=[0])
-    monkeypatch.setattr(module, "library_versions", lambda: found)
+    monkeypatch.setattr(module, "package_versions", lambda: found)
     assert len(study(tmp_path, arms=["key", "LoRA"], seeds=[0]).runs) == 2
-    monkeypatch.setattr(module, "library_versions", lambda: found | {"peft": "0.1"})
+    monkeypatch.setattr(module, "package_versions", lambda: found | {"peft": "0.1"})
     with pytest.raises(ValueError, match="peft: "):
         study(tmp_path, arms=["key", "LoRA"], seeds=[0])
 
