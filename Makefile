@@ -1,20 +1,21 @@
 # make run: everything from nothing to the results.   make test: everything the tests need, and the tests.
 PYTHON ?= python3
 OUT ?= out/run
+WORKERS ?= 2
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test slow study lab readme bench clean
+.PHONY: run test slow study lab docs docs-serve readme bench clean
 
 run: .venv/installed  ## find functional networks of the default model, ablate them, write a report to $(OUT)
 	$(BIN)/llmfact run --out $(OUT) $(ARGS)
 
-test: .venv/installed-dev  ## check that notebooks, library and README are in step; run notebooks and tests
-	$(BIN)/llmfact fetch smollm2-135m wiki
-	$(BIN)/nbdev_test --n_workers 1
-	$(BIN)/python -m pytest -q tests -m "not slow"
+test: .venv/installed-dev .venv/installed-docs  ## check that notebooks, library and README are in step; run notebooks and tests
+	$(BIN)/llmfact fetch smollm2-135m wiki capitals rotten-tomatoes
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests -m "not slow" -n $(WORKERS) --dist loadfile
 
 slow: .venv/installed-dev  ## the long cells and tests that `make test` leaves out
 	$(BIN)/llmfact fetch smollm2-135m wiki
@@ -29,6 +30,12 @@ study: .venv/installed-peft  ## does it matter which neurons are fine-tuned? Bot
 lab: .venv/installed-lab  ## read and run the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
+docs: .venv/installed-dev .venv/installed-docs  ## the documentation site, in _docs; nothing is executed or fetched for it
+	$(BIN)/python docs/make_site.py
+
+docs-serve: docs  ## look at it: http://127.0.0.1:8000
+	$(BIN)/python -m http.server --directory _docs --bind 127.0.0.1 8000
+
 readme: .venv/installed-dev  ## write README.md from nbs/index.ipynb
 	$(BIN)/python docs/readme.py
 
@@ -38,6 +45,7 @@ bench: .venv/installed-bench  ## the benchmarks of benchmarks/README.md; give th
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/ica.py
 	$(BIN)/python benchmarks/finetune.py
+	$(BIN)/python benchmarks/evaluate.py
 
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed; this is ' + sys.version if sys.version_info < (3, 11) else 0)"
@@ -52,5 +60,5 @@ bench: .venv/installed-bench  ## the benchmarks of benchmarks/README.md; give th
 	@touch $@
 
 clean:  ## remove what make made, but not the fetched models and texts in the user's cache
-	rm -rf .venv out build dist _docs _proc *.egg-info .pytest_cache
+	rm -rf .venv out build dist _docs _proc *.egg-info .pytest_cache nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

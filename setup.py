@@ -30,11 +30,12 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=[cfg["lib_path"]]),
+    package_data={cfg["lib_path"]: ["*.json"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={
         name.removesuffix("_requirements"): shlex.split(cfg[name])
-        for name in ("dev_requirements", "lab_requirements", "bench_requirements", "peft_requirements")
+        for name in ("dev_requirements", "docs_requirements", "lab_requirements", "bench_requirements", "peft_requirements", "lm_eval_requirements")
     },
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),

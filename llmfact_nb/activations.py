@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Activations', 'longest_input', 'capture', 'sink_tokens']
 
-# %% ../nbs/02_activations.ipynb #331cfa52
+# %% ../nbs/02_activations.ipynb #0786e742
 import inspect
 import json
 import os
@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from .cards import always_shown, bars, card, site_name, size_name
 from .files import HEADER, read_header, write_atomic
 from .forward import evaluation_mode, input_device, length_batches, padded, text_list
 from .sites import NeuronSites, attach, neuron_sites, refuse_compiled
 
-# %% ../nbs/02_activations.ipynb #c00a6b77
+# %% ../nbs/02_activations.ipynb #513bfe9b
 @dataclass(frozen=True, eq=False)
 class Activations:
     "Activations of T tokens at N neurons, with what each row and column is."
@@ -93,11 +94,27 @@ class Activations:
         parts = [torch.var_mean(self.layer(d)[rows].float(), 0, correction=0) for d in self.depths]
         return torch.cat([m for _, m in parts]), torch.cat([v for v, _ in parts])
 
+    @always_shown
     def __repr__(self):
         return (
-            f"Activations({self.n_tokens:,} tokens x {self.n_neurons:,} neurons, site {self.site}, {len(self.depths)} layers, "
-            f"{int(self.sinks.sum())} sink tokens, {str(self.values.dtype).removeprefix('torch.')})"
+            f"Activations({self.n_tokens:,} tokens x {self.n_neurons:,} neurons, site {site_name(self.site)}, {len(self.depths)} layers, "
+            f"{int(self.sinks.sum())} sink tokens, {str(self.values.dtype).removeprefix('torch.')}, {size_name(self.values.nbytes)})"
         )
+
+    @always_shown
+    def _repr_html_(self):
+        lengths = torch.unique_consecutive(self.text_ids, return_counts=True)[1]  # the matrix itself is not read: it may be mapped, and larger than memory
+        together = -(-len(lengths) // 60) or 1  # texts to a bar
+        counts = [int(part.sum()) for part in lengths.split(together)]
+        what = "tokens of each text" if together == 1 else f"tokens of every {together} texts"
+        facts = [
+            f"{self.n_tokens:,} tokens of {len(lengths):,} texts x {self.n_neurons:,} neurons", f"site {site_name(self.site)}", f"{len(self.depths)} layers",
+            f"{int(self.sinks.sum()):,} sink tokens ({int(self.sinks.sum()) / max(self.n_tokens, 1):.2%})",
+            f"{str(self.values.dtype).removeprefix('torch.')}, {size_name(self.values.nbytes)}",
+            *([f"{self.n_cut:,} texts were cut"] if self.n_cut else []), *([f"model {self.model}"] if self.model else []),
+        ]  # fmt: skip
+        names = [f"texts {i * together} and on" if together > 1 else f"text {i}" for i in range(len(counts))]
+        return card("Activations", facts, (bars(counts, names, what), what))
 
     def save(self, path: str | os.PathLike) -> Path:
         "Write everything to one safetensors file, atomically, and return its path."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MaskedModel']
 
-# %% ../nbs/06_masked_model.ipynb #526d0ad9
+# %% ../nbs/06_masked_model.ipynb #74aa0b12
 import copy
 import inspect
 import math
@@ -17,6 +17,7 @@ from typing import Iterator
 import torch
 from torch import nn
 
+from .cards import always_shown, bars, card, site_name
 from .masks import NeuronMask
 from .sites import NeuronSites, attach, linear_shape, neuron_sites, refuse_compiled
 
@@ -138,7 +139,7 @@ def _bake_layer(module: nn.Module, chosen: torch.Tensor, values: torch.Tensor | 
         if module.bias is not None:
             module.bias[units] = 0 if values is None else values.to(module.bias)[units]
 
-# %% ../nbs/06_masked_model.ipynb #dda95c66
+# %% ../nbs/06_masked_model.ipynb #7b947703
 class MaskedModel:
     """A model whose neurons can be ablated, kept alone, or amplified for the length of a `with` block.
 
@@ -157,6 +158,7 @@ class MaskedModel:
             neuron_sites(model, self.site)  # an unknown site is refused now
         self.means: torch.Tensor | None = None
         self._means_of = None
+        self._open: list[NeuronMask] = []  # the masks of the blocks that are open now
 
     def __call__(self, *args, **kwargs):
         return self.model(*args, **kwargs)
@@ -165,8 +167,32 @@ class MaskedModel:
         "The wrapped model's own `generate`."
         return self.model.generate(*args, **kwargs)
 
+    @always_shown
     def __repr__(self):
-        return f"MaskedModel({type(self.model).__name__}, site {self.site or 'of the mask'})"
+        now = f"{self._open[-1].n:,} units changed now" if self._open else "no unit changed now"
+        return f"MaskedModel({type(self.model).__name__}, {', '.join(self._about())}, {now})"
+
+    def _about(self) -> list[str]:
+        "What is wrapped, in phrases."
+        means = "no means fitted" if self.means is None else f"means of {len(self.means):,} neurons fitted"
+        return [f"site {site_name(self.site) if self.site else 'of the mask'}", means, *(["legacy late binding"] if self.legacy_late_binding else [])]
+
+    @always_shown
+    def _repr_html_(self):
+        size = sum(p.numel() for p in self.model.parameters())
+        facts = [type(self.model).__name__, f"{size:,} parameters", *self._about()]
+        if self._open:
+            mask, more = self._open[-1], len(self._open) - 1
+            facts.append(f"{mask.n:,} of {mask.n_neurons:,} units changed now" + (f", and {more} more open" if more else ""))
+            counts, depths, what = mask.counts, mask.depths, "units changed now, per layer"
+        else:
+            facts.append("no unit changed now")
+            try:
+                sites = neuron_sites(self.model, self.site or "mlp_out")
+            except (ValueError, NotImplementedError):  # a model that needs module names, which no mask has given yet
+                return card("MaskedModel", facts)
+            counts, depths, what = sites.widths, sites.depths, f"units per layer at {site_name(sites.site)}: {sum(sites.widths):,}"
+        return card("MaskedModel", facts, (bars(counts, [f"layer {d}" for d in depths], what), what))
 
     def sites(
         self,
@@ -317,4 +343,6 @@ class MaskedModel:
             if positions == "after-first":
                 stack.enter_context(_watch_first_tokens(_backbone(self.model, sites), first))
             stack.enter_context(attach([sites[i] for i in used], mask_layer))
+            self._open.append(mask)
+            stack.callback(self._open.remove, mask)
             yield mask.counts

@@ -6,7 +6,7 @@
 __all__ = ['Masks', 'NeuronMask', 'common_site', 'named_masks', 'union', 'disjoint', 'n_shared', 'score_match',
            'apply_mask_and_average', 'apply_mask_any']
 
-# %% ../nbs/04_masks.ipynb #1a4c6208
+# %% ../nbs/04_masks.ipynb #277c056e
 import functools
 import operator
 import os
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .cards import always_shown, bars, card, site_name
 from .files import load_tensors, save_tensors
 
 # %% ../nbs/04_masks.ipynb #2b2e59be
@@ -81,7 +82,7 @@ def _draw(
         drawn[nearest], free[nearest] = True, False
     return drawn, len(left_over)
 
-# %% ../nbs/04_masks.ipynb #32c5bc64
+# %% ../nbs/04_masks.ipynb #f974e88e
 @dataclass(frozen=True, repr=False)
 class NeuronMask:
     """A set of neurons: one boolean per unit, layers side by side in order of depth. Immutable, hashable, on the CPU.
@@ -196,11 +197,17 @@ class NeuronMask:
     def __bool__(self):
         raise TypeError("A NeuronMask is neither true nor false. Ask mask.n > 0, or combine masks with | & - ^ instead of and, or.")
 
+    @always_shown
     def __repr__(self):
-        site = "unknown" if self.site is None else self.site if isinstance(self.site, str) else f"{len(self.site)} modules"
         counts = [str(c) for c in self.counts]
         shown = " ".join(counts if len(counts) <= 12 else [*counts[:6], "...", *counts[-3:]])
-        return f"NeuronMask({self.n:,} of {self.n_neurons:,} units, site {site}, layers {_ranges(self.depths)}, per layer {shown})"
+        return f"NeuronMask({self.n:,} of {self.n_neurons:,} units, site {site_name(self.site)}, layers {_ranges(self.depths)}, per layer {shown})"
+
+    @always_shown
+    def _repr_html_(self):
+        facts = [f"{self.n:,} of {self.n_neurons:,} units ({self.n / self.n_neurons:.2%})", f"site {site_name(self.site)}", f"layers {_ranges(self.depths)}"]
+        what = f"units per layer, {self.depths[0]} to {self.depths[-1]}; at most {max(self.counts):,} in one"
+        return card("NeuronMask", facts, (bars(self.counts, [f"layer {d}, of {w:,}" for d, w in zip(self.depths, self.widths)], what), what))
 
     def save(self, path: str | os.PathLike) -> None:  # file to write, usually *.safetensors
         "Write the mask with its widths, site and depths to `path`, atomically."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAILS', 'z_scores', 'gaussian_union', 'FunctionalNetworks', 'iou', 'NetworkMatch', 'match_networks']
 
-# %% ../nbs/05_networks.ipynb #76cc288d
+# %% ../nbs/05_networks.ipynb #d45a8a44
 import math
 import numbers
 import os
@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 
 from .activations import Activations
+from .cards import always_shown, bars, card, dots, site_name
 from .files import load_tensors, save_tensors
 from .group import GroupICA
 from .ica import ICA
 from .masks import NeuronMask, common_site
+from .network_page import token_pieces, write_network_page
 
 # %% ../nbs/05_networks.ipynb #3bcbe0bb
 TAILS = ("positive", "both", "raw")
@@ -50,7 +52,7 @@ def gaussian_union(
     one_side = math.erfc(alpha / math.sqrt(2)) / 2
     return 1 - (1 - one_side * (2 if tail == "both" else 1)) ** k
 
-# %% ../nbs/05_networks.ipynb #c986ac6f
+# %% ../nbs/05_networks.ipynb #20c06b29
 class FunctionalNetworks:
     """Independent components of a model's activations, as z-scored maps over neurons.
 
@@ -236,14 +238,60 @@ class FunctionalNetworks:
             raise ValueError("these FunctionalNetworks are not fitted yet: call fit(activations) first.")
         return self
 
+    @always_shown
     def __repr__(self):
         if not hasattr(self, "maps_"):
             return f"FunctionalNetworks(k={self.n_components}, {self.kind}, not fitted)"
-        return (
-            f"FunctionalNetworks({self.method_}, {self.kind}, k={len(self.maps_)}, {sum(self.widths):,} neurons, site {self.site}, "
-            f"{int(self.rows_.sum()):,} of {len(self.rows_):,} tokens"
-            + (f", {'converged' if self.converged_ else 'NOT converged'} in {self.n_iter_} steps)" if self.method_ == "ica" else ")")
-        )
+        return f"FunctionalNetworks({self.method_}, {self.kind}, k={len(self.maps_)}, {sum(self.widths):,} neurons, {', '.join(self._about())})"
+
+    def _about(self) -> list[str]:
+        "Where these networks come from, in phrases."
+        phrases = [f"site {site_name(self.site)}", f"{int(self.rows_.sum()):,} of {len(self.rows_):,} tokens"]
+        return phrases + ([f"{'converged' if self.converged_ else 'NOT converged'} in {self.n_iter_} steps"] if self.method_ == "ica" else [])
+
+    @always_shown
+    def _repr_html_(self):
+        if not hasattr(self, "maps_"):
+            return card("FunctionalNetworks", [f"k={self.n_components}", self.kind, "not fitted yet: call fit(activations)"])
+        key, known = self.key_neurons(fraction=0.01), not self.stability_.isnan().all()
+        facts = [f"{len(self.maps_)} networks of {sum(self.widths):,} neurons", f"{self.method_}, {self.kind}", *self._about(), f"{len(self.widths)} layers"]
+        what = f"key neurons per layer, {self.depths[0]} to {self.depths[-1]}: the top 1 %, {key.n:,} units with |z| of at least {self.implied_alpha(0.01):.1f}"
+        pictures = [(bars(key.counts, [f"layer {d}" for d in self.depths], what), what)]
+        if known:
+            what = f"stability of each network, 0 to 1: {int((self.stability_ >= 0.8).sum())} of {len(self.maps_)} reach 0.8 (dashed)"
+            pictures.append((dots(self.stability_.tolist(), [f"network {i}" for i in range(len(self.maps_))], what, line=0.8), what))
+        return card("FunctionalNetworks", facts, *pictures)
+
+    def to_html(
+        self,
+        path: str | os.PathLike,  # html file to write
+        activations: Activations | None = None,  # texts to read the networks on, better held out from the fit; None: the page shows maps only
+        tokenizer=None,  # the model's tokenizer; None: tokens are shown by their number in the vocabulary
+        title: str | None = None,  # heading; None: "Functional networks of <model>"
+        fraction: float = 0.01,  # share of all units that count as key neurons
+        alpha: float | None = None,  # threshold the page opens with; None: 3.6, or what `fraction` implies if that is lower
+        max_tokens: int = 2000,  # how many tokens of text the page holds; the strongest tokens are sought among all
+        courses: torch.Tensor | None = None,  # (T, k) time courses over `activations`, where they are not those of `transform`
+    ) -> Path:
+        """Write these networks as one interactive page that needs nothing else, and return its path: maps by layer, strongest units and tokens, texts coloured by activity.
+
+        See `write_network_page` for what it shows and how large it gets. Raises ValueError if not fitted, and as `transform` does."""
+        self._fitted()
+        facts = {
+            "model": self.model or "not recorded", "neurons": f"{sum(self.widths):,} in {len(self.widths)} layers", "site": site_name(self.site),
+            "decomposition": f"{self.method_}, {self.kind}, {len(self.maps_)} components", "each neuron standardised": self.standardize, "left out of the fit": self.exclude or "nothing",
+            "fitted on": f"{int(self.rows_.sum()):,} of {len(self.rows_):,} tokens", "ICA": f"{'converged' if self.converged_ else 'did NOT converge'} in {self.n_iter_} steps", "restarts": self.ica.get("n_init", 1),
+        }  # fmt: skip
+        text = {}
+        if activations is not None:
+            courses = self.transform(activations) if courses is None else courses
+            text = dict(courses=courses, tokens=token_pieces(tokenizer, activations.token_ids, activations.text_ids), text_ids=activations.text_ids, sinks=activations.sinks)
+        elif courses is not None or tokenizer is not None:
+            raise ValueError("courses and tokenizer are about activations: give activations too.")
+        return write_network_page(
+            path, self.maps_, self.widths, self.depths, stability=self.stability_, title=title or f"Functional networks of {self.model or 'a model'}",
+            facts=facts, alpha=alpha, key_alpha=self.implied_alpha(fraction), key_fraction=fraction, max_tokens=max_tokens, **text,
+        )  # fmt: skip
 
     def save(self, path: str | os.PathLike) -> Path:
         "Write the fitted networks to one safetensors file, atomically, and return its path."

@@ -406,7 +406,7 @@ def interval_rows(
                 })  # fmt: skip
     return rows
 
-# %% ../nbs/10_tuning_study.ipynb #e2b8165d
+# %% ../nbs/10_tuning_study.ipynb #c37d5cac
 @dataclass(frozen=True, eq=False, repr=False)
 class TuningResults:
     "The tables of one or several tasks."
@@ -434,13 +434,15 @@ class TuningResults:
         return "\n".join(out)
 
     def save(self, folder: str | os.PathLike) -> None:  # where to put them
-        "Write the four frames as csv files."
+        "Write the four frames as csv files and the facts as facts.json; `read_tuning` reads them."
         from llmfact_nb.files import write_text
 
-        for name in ("runs", "curves", "sweep", "intervals"):
+        for name in _FRAMES:
             write_text(Path(folder) / f"{name}.csv", getattr(self, name).to_csv(index=False))
+        write_json(Path(folder) / "facts.json", self.facts)
 
 
+_FRAMES = ("runs", "curves", "sweep", "intervals")
 RUN_COLUMNS = (
     "task", "arm", "seed", "lr", "edge", "rates_tried", "steps", "best_step", "diverged", "test_loss_before", "test_loss", "test_choice_loss_before", "test_choice_loss",
     "test_accuracy_before", "test_accuracy", "wiki_loss_before", "wiki_loss",
@@ -452,7 +454,7 @@ _PRINTED = (
 )  # fmt: skip
 CURVE = ("step", "train_loss", "val_loss", "val_choice_loss", "val_accuracy", "seconds")
 
-# %% ../nbs/10_tuning_study.ipynb #2efcb86b
+# %% ../nbs/10_tuning_study.ipynb #094dfb1b
 def claim_study(
     folder: Path,  # of one task
     identity: dict,  # everything that decides the numbers
@@ -479,15 +481,23 @@ def _row_of(name: str, content: dict, start: dict) -> dict:
 
 
 def read_tuning(
-    folder: str | os.PathLike,  # of a study: it holds one folder per task
+    folder: str | os.PathLike,  # of a study: it holds one folder per task; or one that `TuningResults.save` wrote
     tasks: Sequence[str] | None = None,  # which to read; None: all that are there
     arms: Sequence[str] = ARMS,  # which to read of those that are there
-    seeds: Sequence[int] | None = None,  # which to read; None: all that are there
+    seeds: Sequence[int] | None = None,  # which to read; None: all that are there. Of saved tables only all can be read
 ) -> TuningResults:
-    "Return the tables of what is finished in a folder. Raises FileNotFoundError if there is nothing."
+    "Return the tables of what is finished in a folder. Raises FileNotFoundError if there is nothing, ValueError for some seeds of saved tables, whose intervals are over all."
     import pandas as pd
 
     runs, curves, sweep, intervals, facts = [], [], [], [], {}
+    if not any(Path(folder).glob("*/start.json")) and (Path(folder) / "facts.json").exists():
+        if seeds is not None:
+            raise ValueError(f"seeds={list(seeds)!r} with folder={str(folder)!r} is not accepted: these are saved tables, whose intervals are over all their seeds. Give seeds=None, or the folder of the study.")
+        facts = {t: f for t, f in read_json(Path(folder) / "facts.json").items() if tasks is None or t in tasks}
+        words = dict.fromkeys(("edge", "reference", "counts"), "")
+        frames = [pd.read_csv(Path(folder) / f"{name}.csv").fillna(words) for name in _FRAMES]
+        frames = [f[f["task"].isin(facts) & f["arm"].isin(arms)].reset_index(drop=True) for f in frames]
+        return TuningResults(frames[0].astype({"neurons": "Int64", "rank": "Int64"}), *frames[1:], facts)
     for path in sorted(Path(folder).glob("*/start.json")):
         name, start = path.parent.name, read_json(path)
         if tasks is not None and name not in tasks:

@@ -1,8 +1,10 @@
-"""Pins the command as a user meets it, in processes of its own: a whole run on a tiny model, kill and resume, refusals, exit codes."""
+"""Pins the command as a user meets it: a whole run on a tiny model, networks, masks, training, figures; kill, Ctrl-C and resume; dry runs that keep their word; refusals, exit codes, JSON."""
 
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +14,19 @@ from pathlib import Path
 import families
 import pandas as pd
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from llmfact_nb.cli import app
+from llmfact_nb.masked_model import MaskedModel
+from llmfact_nb.masks import NeuronMask
+from llmfact_nb.resources import load_model
+from llmfact_nb.run import read_found
 
 LLMFACT = Path(sys.executable).with_name("llmfact")
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 WORDS = [f"w{i}" for i in range(90)]
 
 
@@ -35,28 +46,53 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def options(tiny: Path, out: Path) -> list[str]:
-    return [
-        "run", "--out", str(out), "--model", str(tiny / "model"), "--texts", str(tiny / "texts.jsonl"), "--k", "4", "--n-init", "2",
-        "--fit-tokens", "600", "--eval-texts", "4", "--control-seeds", "2", "--fraction", "0.05",
-    ]  # fmt: skip
+def found_by(tiny: Path) -> str:
+    return f"--model {tiny / 'model'} --texts {tiny / 'texts.jsonl'} --k 4 --n-init 2 --fit-tokens 600 --eval-texts 4 --fraction 0.05"
 
 
-def llmfact(*arguments, **kw) -> subprocess.CompletedProcess:
-    return subprocess.run([LLMFACT, *arguments], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **kw)
+def run_line(tiny: Path, out: Path) -> str:
+    return f"run --out {out} {found_by(tiny)} --control-seeds 2"
+
+
+def llmfact(line: str, code: int = 0):
+    "The command in this process: (output stream, error stream)."
+    done = CliRunner().invoke(app, shlex.split(line))
+    assert done.exit_code == code and "Traceback" not in done.stderr, done.output
+    return done.stdout, done.stderr
+
+
+def process(line: str) -> subprocess.Popen:
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to Ctrl-C
+    return subprocess.Popen([LLMFACT, *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OFFLINE, preexec_fn=heed)
+
+
+def ended(child: subprocess.Popen) -> tuple[int, str, str, int]:
+    "(exit code, output stream, error stream, peak memory in bytes) of a process that comes to its end."
+    out, err = child.stdout.read(), child.stderr.read()
+    if child.returncode is not None:
+        return child.returncode, out, err, 0  # it had ended before anybody waited for it
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    return child.returncode, out, err, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def wait_for(condition, child: subprocess.Popen, seconds: float = 300.0) -> None:
+    end = time.time() + seconds
+    while time.time() < end and child.poll() is None and not condition():
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """The folder of an uninterrupted run, and what it printed."""
+    """The folder of an uninterrupted run in a process of its own, what it printed, and its peak memory."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = llmfact(*options(tiny, out))
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    code, printed, notes, peak = ended(process(run_line(tiny, out)))
+    assert code == 0, notes
+    return out, printed, notes, peak
 
 
 def test_a_run_leaves_everything(whole):
-    out, printed = whole
+    out, printed, notes, _ = whole
     figures = {p.name for p in (out / "figures").iterdir()}
     assert figures == {f"{n}.png" for n in ("maps", "units_per_layer", "damage", "time_courses", "connectivity", "stability")}
     results, manifest = pd.read_csv(out / "results.csv"), json.loads((out / "manifest.json").read_text())
@@ -64,67 +100,193 @@ def test_a_run_leaves_everything(whole):
     for _, row in results[results.arm != "unmasked"].iterrows():
         assert sum(map(int, row.counts.split())) == row.units
     assert {"model", "texts", "seeds", "versions", "settings", "found", "machine"} <= set(manifest)
-    assert "matched random" in printed and str(out / "report.html") in printed
+    assert "matched random" in printed and str(out / "report.html") in printed and "loading" not in printed and "loading" in notes
     assert not [p for p in out.rglob("*") if p.name.endswith(".partial")]
 
 
 def test_the_same_command_resumes_and_another_is_refused(tiny, whole):
-    out, printed = whole
+    out = whole[0]
     before = (out / "results.csv").read_text()
-    again = llmfact(*options(tiny, out))
-    assert again.returncode == 0 and (out / "results.csv").read_text() == before
-    assert "loading" not in again.stdout, "nothing is missing, so the model need not be loaded"
-    other = llmfact(*options(tiny, out), "--k", "3")
-    assert other.returncode == 1 and "n_components: 4 there, 3 now" in other.stderr and len(other.stderr.strip().splitlines()) == 1
+    printed, notes = llmfact(run_line(tiny, out) + " --json")
+    assert (out / "results.csv").read_text() == before and json.loads(printed)["report"] == str(out / "report.html")
+    assert "loading" not in notes, "nothing is missing, so the model need not be loaded"
+    _, said = llmfact(run_line(tiny, out) + " --k 3", 1)
+    assert "n_components: 4 there, 3 now" in said and len(said.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 10))])
-def test_killed_runs_end_with_the_same_table(tiny, whole, tmp_path, seed):
+def test_interrupted_runs_end_with_the_same_table(tiny, whole, tmp_path, seed):
+    """Ctrl-C once and a kill once, at random moments; then the command is given again."""
     rng, out = random.Random(seed), tmp_path / "run"
-    for _ in range(2):
-        process = subprocess.Popen([LLMFACT, *options(tiny, out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-        end = time.time() + 60
-        while time.time() < end and process.poll() is None and not (out / "settings.json").exists():
-            time.sleep(0.05)  # the imports are over when the folder is claimed
+    for how in (signal.SIGINT, signal.SIGKILL):
+        child = process(run_line(tiny, out))
+        wait_for((out / "settings.json").exists, child)  # the imports are over when the folder is claimed
         time.sleep(rng.uniform(0, 4))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert llmfact(*options(tiny, out)).returncode == 0
+        child.send_signal(how)
+        code, _, said, _ = ended(child)
+        if how == signal.SIGINT and code != 0:
+            assert code == 130 and "the same command goes on" in said and "Traceback" not in said
+    llmfact(run_line(tiny, out))
     ours, theirs = (pd.read_csv(p / "results.csv") for p in (out, whole[0]))
     pd.testing.assert_frame_equal(ours, theirs, check_exact=False, rtol=1e-4, atol=1e-5)
 
 
+def test_a_dry_run_does_nothing_and_its_bounds_are_kept(tiny, whole, tmp_path):
+    out, _, _, peak = whole
+    printed, _ = llmfact(f"{run_line(tiny, tmp_path / 'no')} --dry-run --json")
+    bill = json.loads(printed)
+    assert not (tmp_path / "no").exists() and bill["download"] == 0
+    assert peak <= bill["memory"], "peak memory"
+    assert sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) <= bill["disk"]
+    found = json.loads((out / "parts" / "facts.json").read_text())
+    assert 4 * found["tokens"] * found["neurons"] <= bill["activations"]
+    scored = len(list((out / "parts" / "arms").glob("*.safetensors")))
+    assert scored == 1 + 3 * (6 + 3 * 2) and f"those {scored} times more" in bill["passes"]
+
+
+def test_networks_are_the_first_half_of_a_run(tiny, tmp_path):
+    out, page = tmp_path / "run", tmp_path / "page.html"
+    printed, _ = llmfact(f"networks --out {out} {found_by(tiny)} --html {page}")
+    assert "4 networks" in printed and "most active" in printed
+    text = page.read_text()
+    assert len(text) > 2000 and "src=\"http" not in text and "w7" in text
+    listed = json.loads(llmfact(f"networks --out {out} --json")[0])
+    assert [n["network"] for n in listed["networks"]] == [0, 1, 2, 3] and listed["settings"]["n_components"] == 4
+    at = (out / "networks.safetensors").stat().st_mtime_ns
+    assert "goes on" in llmfact(f"figures {out}", 1)[1] and "`llmfact run`" in llmfact(f"info {out}")[0]
+    llmfact(f"run --out {out} {found_by(tiny)}")
+    assert (out / "networks.safetensors").stat().st_mtime_ns == at and "a finished run" in llmfact(f"info {out}")[0]
+
+
+def test_figures_come_again_from_the_tables(whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    drawn = {p.relative_to(out): p.read_bytes() for p in [out / "report.html", *(out / "figures").iterdir()]}
+    for name in drawn:
+        (out / name).unlink()
+    (out / "settings.json").write_text((out / "settings.json").read_text().replace("tiny", "gone"))  # the model is not needed
+    printed, _ = llmfact(f"figures {out} --json")
+    assert {Path(p).relative_to(out) for p in json.loads(printed)["files"]} == set(drawn)
+    assert all((out / name).read_bytes() == drawn[name] for name in (Path("figures/damage.png"), Path("figures/connectivity.png")))
+
+
+def test_a_masked_text_is_that_of_the_masked_model(tiny, whole, tmp_path):
+    line = f"mask --out {whole[0]} --network 0 --network 2 --alpha 1.5"
+    answer = json.loads(llmfact(f"{line} --generate 'w5 w6 w7' --tokens 6 --texts {tiny / 'texts.jsonl'} --eval-texts 3 --save {tmp_path / 'm.safetensors'} --json")[0])
+    _, found = read_found(whole[0])
+    masks, (model, tokenizer) = found.networks.masks(1.5, "positive"), load_model(tiny / "model")
+    chosen = masks[0] | masks[2]
+    assert NeuronMask.load(tmp_path / "m.safetensors") == chosen and answer["units"] == chosen.n and answer["units_by_layer"] == {str(d): n for d, n in enumerate(chosen.counts) if n}
+    texts = {row["arm"]: row["text"] for row in answer["texts"]}
+    ids = tokenizer("w5 w6 w7", return_tensors="pt").input_ids
+
+    def written():
+        return tokenizer.decode(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=1)[0, 3:], skip_special_tokens=True)
+
+    assert texts["unmasked"] == written()
+    with MaskedModel(model).ablate(chosen, found.mean, "after-first"):
+        assert texts["networks 0, 2"] == written()
+    with MaskedModel(model).ablate(chosen.matched_random(0), found.mean, "after-first"):
+        assert texts["random"] == written()
+    assert set(texts) == {"unmasked", "networks 0, 2", "random", "matched random"}
+    damage = {row["arm"]: row["damage"] for row in answer["damage"]}
+    assert set(damage) == set(texts) and damage["unmasked"] == 0 and damage["networks 0, 2"] != damage["random"]
+
+
+def test_a_mask_by_file_by_key_and_amplified(whole, tmp_path):
+    out = whole[0]
+    saved = tmp_path / "key.safetensors"
+    key = json.loads(llmfact(f"mask --out {out} --key --save {saved} --json")[0])
+    again = json.loads(llmfact(f"mask --out {out} --file {saved} --mode amplify --gain 3 --replace zero --positions all --json")[0])
+    assert key["units"] == again["units"] == json.loads((out / "parts" / "facts.json").read_text())["key neurons"]
+    assert (key["mode"], key["replace"], key["positions"]) == ("ablate", "mean", "after-first") and (again["mode"], again["gain"], again["positions"]) == ("amplify", 3.0, "all")
+    drawn = [llmfact(f"mask --out {out} --key --generate w9 --temperature 2 --tokens 8 --seed {s} --json")[0] for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_finetune_trains_the_key_neurons_of_a_run(tiny, whole, tmp_path):
+    line = f"finetune --run {whole[0]} --texts {tiny / 'texts.jsonl'} --out {tmp_path / 't'} --steps 4 --batch-size 2 --max-length 16 --eval-windows 6 --lr 0.02"
+    bill = json.loads(llmfact(f"{line} --dry-run --json")[0])
+    assert not (tmp_path / "t").exists() and bill["tokens"] == 4 * 2 * 16 + 2 * 6 * 16
+    facts = json.loads(llmfact(f"{line} --json")[0])
+    key = read_found(whole[0])[1].networks.key_neurons(fraction=0.05)
+    assert facts["neurons"] == {"key": key.n} and facts["trained parameters"] == key.n * 3 * families.D and facts["frozen weights intact"] is True
+    assert facts["loss after"] != facts["loss before"] and sorted(p.name for p in (tmp_path / "t").iterdir()) == ["losses.csv", "neurons.safetensors", "settings.json", "start.json", "tuned.json"]
+    assert sum(p.stat().st_size for p in (tmp_path / "t").rglob("*") if p.is_file()) <= bill["disk"]
+    printed, _ = llmfact(line)
+    assert "bit for bit" in printed and f"{facts['loss after']:.4f} after 4 steps" in printed
+    assert "fine-tuning" in llmfact(f"info {tmp_path / 't'}")[0] and "lr: 0.02 there, 0.01 now" in llmfact(line.replace("0.02", "0.01"), 1)[1]
+
+
+def test_output_streams(whole):
+    out = whole[0]
+    printed, notes = llmfact(f"mask --out {out} --key --generate w9 --tokens 2 --quiet")
+    assert "w9" in printed and not notes
+    printed, notes = llmfact(f"--json mask --out {out} --key --generate w9 --tokens 2")
+    assert json.loads(printed)["texts"][0]["prompt"] == "w9" and "loading" in notes and len(printed.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
-    "arguments, code, says",
+    "line, code, says",
     [
-        (["run", "--preset", "papr"], 1, "preset='papr'"),
-        (["run", "--site", "mlp"], 1, "accepted: 'mlp_out', 'mlp_hidden'"),
-        (["run", "--alpha", "-1"], 1, "alpha=-1.0"),
-        (["run", "--nonsense"], 2, "--nonsense"),
-        (["fetch", "no-such-thing"], 1, "no-such-thing"),
-        (["run", "--texts", "no-such-texts", "--out", "OUT"], 1, "no-such-texts"),
-        (["run", "--model", "no-such-model", "--texts", "TEXTS", "--out", "OUT"], 1, "no-such-model"),
+        ("run --preset papr", 1, "preset='papr'|Did you mean 'paper'?"),
+        ("run --site mlp_hiden", 1, "accepted: 'mlp_out', 'mlp_hidden'|Did you mean 'mlp_hidden'?"),
+        ("run --alpha -1", 1, "alpha=-1.0"),
+        ("run --nonsense", 2, "--nonsense"),
+        ("rum", 2, "rum"),
+        ("fetch no-such-thing", 1, "no-such-thing"),
+        ("fetch wikki", 1, "Did you mean 'wiki'?"),
+        ("run --texts no-such-texts --out OUT", 1, "no-such-texts"),
+        ("run --model no-such-model --texts TEXTS --out OUT", 1, "no-such-model"),
+        ("run --out BLOCKED --model MODEL --texts TEXTS", 1, "cannot be written"),
+        ("mask --network 3 --out OUT", 1, "llmfact networks --out"),
+        ("mask --out RUN", 2, "--network 3"),
+        ("mask --network 9 --out RUN", 1, "holds 4 networks, 0 to 3"),
+        ("mask --key --network 0 --out RUN", 2, "in one way"),
+        ("mask --key --gain 2 --out RUN", 2, "--gain"),
+        ("mask --key --mode kepp --out RUN", 1, "Did you mean 'keep'?"),
+        ("mask --network 0 --alpha 1000 --out RUN", 1, "lower --alpha"),
+        ("finetune --run OUT", 1, "holds no networks"),
+        ("finetune --mode full --key", 2, "everything trains"),
+        ("figures OUT", 1, "holds no networks"),
+        ("info OUT", 1, "settings.json"),
     ],
 )
-def test_refusals_are_one_line(arguments, code, says, tiny, tmp_path):
-    places = {"OUT": str(tmp_path / "run"), "TEXTS": str(tiny / "texts.jsonl")}
-    done = llmfact(*(places.get(a, a) for a in arguments), cwd=tmp_path)
-    assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr
-    assert code == 2 or len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
-
-
-def test_an_output_that_cannot_be_written(tiny, tmp_path):
+def test_refusals_are_one_line(line, code, says, tiny, whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
-    done = llmfact(*options(tiny, tmp_path / "file" / "run"))
-    assert done.returncode == 1 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    places = {"OUT": tmp_path / "new", "TEXTS": tiny / "texts.jsonl", "MODEL": tiny / "model", "RUN": whole[0], "BLOCKED": tmp_path / "file" / "run"}
+    printed, said = llmfact(" ".join(str(places.get(a, a)) for a in line.split()), code)
+    assert not printed and (code == 2 or len([x for x in said.splitlines() if x.startswith("error:")]) == 1)
+    assert all(part in " ".join(said.split()) for part in says.split("|")), said
+
+
+def test_debug_shows_the_trace_wherever_it_stands():
+    for line in ("--debug run --preset papr", "run --preset papr --debug"):
+        assert isinstance(CliRunner().invoke(app, line.split()).exception, ValueError)
+    assert isinstance(CliRunner().invoke(app, ["run", "--preset", "papr"]).exception, SystemExit), "it is not remembered"
 
 
 def test_a_damaged_part_is_named(tiny, whole, tmp_path):
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
     arm = next((out / "parts" / "arms").glob("key-*.safetensors"))
     arm.write_bytes(arm.read_bytes()[:-10])
-    done = llmfact(*options(tiny, out))
-    assert done.returncode == 1 and arm.name in done.stderr and "damaged" in done.stderr
+    _, said = llmfact(run_line(tiny, out), 1)
+    assert arm.name in said and "damaged" in said
+
+
+def test_help_teaches_and_is_light():
+    code = """
+import sys
+from llmfact_nb.cli import app
+from typer.testing import CliRunner
+for name in ("run", "networks", "mask", "finetune", "figures", "fetch", "info"):
+    text = CliRunner().invoke(app, [name, "--help"]).output
+    assert f"\\n  llmfact {name}" in text and "Exit codes" in text and "--json" in text, name
+    assert name in ("figures", "fetch", "info") or "default" in text
+print([m for m in ("torch", "transformers", "pandas", "matplotlib", "rich") if m in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"

@@ -309,12 +309,72 @@ def test_chat_template(tokenizer):
     model = build()
     with pytest.raises(ValueError, match="no chat template"):
         cloze_accuracy(model, tokenizer, [("a", "b")], chat=True, progress=False)
+    assert not cloze_accuracy(model, tokenizer, [("a", "b")], chat="auto", progress=False).chat
     tokenizer.chat_template = "{% for m in messages %}Review {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}Sentiment : {% endif %}"
     asked = cloze_accuracy(model, tokenizer, [("a", "b")], chat=True, progress=False)
     expected, _ = reference_log_likelihood(model, tokenizer, "Review a Sentiment :", "b")
     assert math.isclose(float(asked.log_likelihoods[0]), expected, abs_tol=1e-5)
-    labelled = label_accuracy(model, tokenizer, [("a", 0)], "{text}", ["b", "c"], chat=True, progress=False)
+    labelled = label_accuracy(model, tokenizer, [("a", 0), ("a", 1)], "{text}", ["b", "c"], chat="auto", progress=False)
+    assert asked.chat and labelled.chat and "chat template" in repr(labelled)
     assert math.isclose(float(labelled.log_likelihoods[0, 0]), expected, abs_tol=1e-5)
+
+
+def test_words_are_compared_as_asked(tokenizer):
+    "Sum, mean and calibration, each against single forwards; an equal shift of the log-likelihoods of one word changes nothing when calibrated."
+    model, data, words, template = build(), list(zip(TEXTS, [0, 1, 0, 1, 0, 1])), ["good", "bad bad bad"], "Review : {text} Sentiment :"
+    results = {c: label_accuracy(model, tokenizer, data, template, words, compare=c, no_content="X", progress=False) for c in ("sum", "mean", "calibrated")}
+    sums = torch.tensor([[reference_log_likelihood(model, tokenizer, template.replace("{text}", t), w)[0] for w in words] for t in [*TEXTS, "X"]])
+    expected = {"sum": sums[:-1], "mean": sums[:-1] / torch.tensor([1, 3]), "calibrated": sums[:-1] - sums[-1]}
+    for compare, result in results.items():
+        assert torch.allclose(result.scores, expected[compare], atol=1e-4) and torch.allclose(result.log_likelihoods, sums[:-1], atol=1e-4)
+        assert torch.equal(result.predictions, expected[compare].argmax(1)) and f"by {compare}" in repr(result)
+    assert len({r.fingerprint for r in results.values()}) == 3
+
+
+def test_too_long_prompts_are_left_out_and_counted(tokenizer):
+    model, long = build(), "a " * 60
+    with pytest.warns(UserWarning, match=r"1 of 4 prompts are longer than the model's 64 positions \(first: number 1, 67 tokens\)"):
+        some = label_accuracy(model, tokenizer, [("a", 0), (long, 1), ("b", 1), ("c", 0)], "the capital of {text} is X Y :", ["good", "bad"], progress=False)
+    fitting = label_accuracy(model, tokenizer, [("a", 0), ("b", 1), ("c", 0)], "the capital of {text} is X Y :", ["good", "bad"], progress=False)
+    assert (some.n, some.n_too_long, some.items) == (3, 1, (0, 2, 3)) and "1 too long" in repr(some)
+    assert torch.equal(some.log_likelihoods, fitting.log_likelihoods) and some.majority == 2 / 3 and some.fingerprint == fitting.fingerprint
+    just = "a " * 58  # 58 + 6 words: all the positions there are
+    assert label_accuracy(model, tokenizer, [(just, 0), ("b", 1)], "the capital of {text} is X :", ["good", "bad"], progress=False).n_too_long == 0
+    with pytest.warns(UserWarning, match="2 of 3 prompts"):
+        cloze = cloze_accuracy(model, tokenizer, [("a " * 65, "b"), ("a", "b"), ("a", "b " * 70)], progress=False)
+    assert (cloze.n, cloze.n_too_long, cloze.items) == (1, 2, (1,))
+    for call in (lambda: cloze_accuracy(model, tokenizer, [("a " * 65, "b")]), lambda: label_accuracy(model, tokenizer, [(long, 0), (long, 1)], "{text} is X Y Z Y", ["b", "c"])):
+        with pytest.raises(ValueError, match="nothing is left"):
+            call()
+
+
+def test_undecided_answers_are_wrong(tokenizer):
+    "A model that gives all words the same, or no, likelihood must not score the share of the first label."
+    model, data = build(), [(t, 0) for t in TEXTS]
+    for weight in (0.0, math.nan):
+        with torch.no_grad():
+            model.lm_head.weight.fill_(weight)
+        with pytest.warns(UserWarning, match=r"label 1 \('bad'\) does not occur"):
+            result = label_accuracy(model, tokenizer, data, label_words=["good", "bad"], progress=False)
+        assert result.accuracy == 0 and result.majority == 1 and (result.predictions == -1).all() and "undecided 6" in repr(result) and not result.correct.any()
+
+
+def test_a_masked_model_is_evaluated_like_any_other(tokenizer):
+    from llmfact_nb.accuracy import paired_accuracy
+    from llmfact_nb.masked_model import MaskedModel
+    from llmfact_nb.masks import NeuronMask
+
+    model = build()
+    mask = NeuronMask.from_layers([torch.rand(48, generator=torch.Generator().manual_seed(i)) < 0.5 for i in range(2)], "mlp_hidden")
+    baked, questions = MaskedModel(model).bake(mask), [("a b", "c"), ("d e f g", "h"), ("good", "X Y")]
+    reviews = [("a", 0), ("b c d", 1), ("e f", 0), ("the capital", 1)]
+    with MaskedModel(model).ablate(mask):
+        masked = cloze_accuracy(model, tokenizer, questions, progress=False), label_accuracy(model, tokenizer, reviews, label_words=["good", "bad"], progress=False)
+    plain = cloze_accuracy(model, tokenizer, questions, progress=False), label_accuracy(model, tokenizer, reviews, label_words=["good", "bad"], progress=False)
+    for m, p, b in zip(masked, plain, (cloze_accuracy(baked, tokenizer, questions, progress=False), label_accuracy(baked, tokenizer, reviews, label_words=["good", "bad"], progress=False))):
+        assert torch.allclose(m.log_likelihoods, b.log_likelihoods, atol=1e-5) and not torch.allclose(m.log_likelihoods, p.log_likelihoods, atol=1e-3)
+        assert m.fingerprint == p.fingerprint and paired_accuracy(m, p).n == m.n
+    assert masked[1].correct.tolist() == (masked[1].labels == masked[1].predictions).tolist()
 
 
 def encoder(auto, **kwargs):
@@ -374,6 +434,11 @@ def test_wrapped_and_decoder_models_are_accepted(tokenizer):
         (lambda m, t: label_accuracy(m, t, [("a", 0)], label_words=["b", "b"]), ValueError, "different"),
         (lambda m, t: label_accuracy(m, t, [("a", 0)], label_words={"good": "b"}), ValueError, "one entry"),
         (lambda m, t: label_accuracy(m, t, [("a", 0)], "say", ["b", "c"]), ValueError, "{text}"),
+        (lambda m, t: label_accuracy(m, t, [("a", 0), ("a", 1)], label_words=["b", "b "]), ValueError, "all different"),
+        (lambda m, t: label_accuracy(m, t, [("a", 0), ("a", 1)], label_words=["unheard", "unseen"]), ValueError, "words that the tokenizer knows"),
+        (lambda m, t: label_accuracy(m, t, [("", 0), ("a", 1)], "{text}", label_words=["b", "c"]), ValueError, "token of its own"),
+        (lambda m, t: label_accuracy(m, t, [("a", 0), ("a", 1)], label_words=["b", "c"], compare="max"), ValueError, "compare='max'"),
+        (lambda m, t: label_accuracy(m, t, [("a", 0), ("a", 1)], label_words=["b", "c"], chat="yes"), ValueError, "chat='yes'"),
         (lambda m, t: label_accuracy(m, t, [], label_words=["b", "c"]), ValueError, "empty"),
         (lambda m, t: cloze_accuracy(m, t, []), ValueError, "empty"),
         (lambda m, t: cloze_accuracy(m, t, [("a", "")]), ValueError, "token of its own"),

@@ -693,6 +693,18 @@ def test_a_diverged_run_is_said(finished, tmp_path):
     assert "full, seed 1, diverged at step 12" in repr(read_tuning(tmp_path)) and "seed 1, diverged" not in repr(finished[1])
 
 
+def test_saved_tables_are_read_as_they_were(finished, tmp_path):
+    results = finished[1]
+    results.save(tmp_path)
+    read = read_tuning(tmp_path)
+    for name in ("runs", "curves", "sweep", "intervals"):
+        pd.testing.assert_frame_equal(getattr(read, name), getattr(results, name), check_exact=True)
+    assert read.facts == json.loads(json.dumps(results.facts)) and repr(read) == repr(results)
+    assert set(read_tuning(tmp_path, arms=["key"]).runs["arm"]) == {"key"}
+    with pytest.raises(ValueError, match="saved tables"):
+        read_tuning(tmp_path, seeds=[0])
+
+
 def test_nothing_finished_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished run"):
         read_tuning(tmp_path)

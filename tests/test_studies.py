@@ -1,0 +1,499 @@
+"""Pins the studies: planted neurons are found to matter, masks do what hooks by hand do (also late-bound ones), an interrupted study ends with the same table, and no verdict goes beyond its rule."""
+
+import copy
+import json
+import math
+import warnings
+from dataclasses import replace
+
+import families
+import numpy as np
+import pandas as pd
+import planted
+import pytest
+import torch
+
+from llmfact_nb.activations import capture
+from llmfact_nb.evaluate import EvalSet, perplexity
+from llmfact_nb.experiments import PRESETS, Settings
+from llmfact_nb.interventions import Intervention, injected_norm
+from llmfact_nb.lesion import Lesion
+from llmfact_nb.masks import NeuronMask
+from llmfact_nb.networks import FunctionalNetworks
+from llmfact_nb.published import late_binding_evidence, published
+from llmfact_nb.recurrence import METHODS, recurrence_counts, recurrence_study
+from llmfact_nb.measures import Bench, answers_on, loss_on
+from llmfact_nb.selections import CONTROLS, Candidates, find_candidates, gradient_times_activation, network_score, wanda_score
+from llmfact_nb.statistics import control_p_value
+from llmfact_nb.studies import (
+    COLUMNS, amplification_study, contrasts, cross_task_study, damage_curve, lesion_study, measured_table, network_study, preservation_study, union_study,
+)  # fmt: skip
+from llmfact_nb.verdicts import verdict_table
+from llmfact_nb.whole_study import (
+    CountingBench, StudyTexts, WholeSettings, _yardsticks, found_networks, placeholder, read_study, study_tables, wanted_networks, whole_study,
+)  # fmt: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:FastICA has not converged")
+TOKENIZER = families.tokenizer()
+SETTINGS = Settings(n_components=14, n_init=1, fit_tokens=1000, fit_length=40, fraction=0.125, exclude="first")
+
+
+@pytest.fixture(scope="module")
+def world():
+    "The planted model, what is found in it, its held-out texts, and activations of it."
+    model = planted.model()
+    fit = planted.texts(25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = find_candidates(model, TOKENIZER, fit, SETTINGS, progress=False)
+    acts = capture(model, TOKENIZER, fit[:4], "mlp_hidden", progress=False)
+    return model, found, [loss_on("topics", EvalSet(TOKENIZER, planted.texts(12, 24, seed=99)))], acts
+
+
+def bench(model, folder=None):
+    return Bench(model, folder, progress=False)
+
+
+def counting(model):
+    "A list that grows with every forward pass of the whole model."
+    seen = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda *_: seen.append(1))
+    return seen, handle
+
+
+# planted neurons
+
+
+def test_planted_neurons_rank_above_every_control(world):
+    model, found, topics, acts = world
+    state, b = families.state(model), bench(model)
+    truth = found.mask(torch.arange(3 * planted.WIDTH) % planted.WIDTH < planted.PLANTED)
+    assert (found.key & truth).n >= 0.9 * truth.n, "ICA finds what was planted"
+    table = union_study(b, found, topics, {c: 3 for c in CONTROLS}, sample=acts)
+    damage = lambda arm: table[table.arm == arm].damage
+    assert damage("key").item() > 1.0 and table[table.arm == "key"].ci_low.item() > 0
+    for arm in ("random", "matched random", "top variance", "least active"):
+        assert damage(arm).max() < 0.2 * damage("key").item(), arm
+    assert damage("gradient x activation").item() > 0.9 * damage("key").item(), "the gradient knows"
+    injected = lambda arm: table[table.arm == arm].injected.max()
+    assert injected("all off") < 1.0 + 1e-9 and injected("key") > injected("random")
+    recovered = table.set_index("arm").recovered
+    assert recovered["all off"] == pytest.approx(0, abs=1e-9) and recovered["keep key"] > 0.9 > 0.5 > recovered["keep random"]
+    key_random = contrasts(table, b).query("arm == 'key' and against == 'random'").iloc[0]
+    assert key_random.seeds == 3 and math.isnan(key_random.p) and key_random.ci_low > 0
+    assert key_random.difference == pytest.approx(damage("key").item() - damage("random").mean(), abs=1e-6)
+    assert families.state(model) == state and list(table.columns) == list(COLUMNS)
+
+
+def test_more_neurons_more_damage_and_the_norm_beside(world):
+    model, found, topics, acts = world
+    curve = damage_curve(bench(model), found, topics, (0.01, 0.05, 0.125), {"random": 1}, sample=acts)
+    key = curve[curve.arm == "key"]
+    assert key.damage.is_monotonic_increasing and key.injected.is_monotonic_increasing and key.units.tolist() == [4, 19, 48]
+    assert {"key", "PCA", "rotation", "gradient x activation", "Wanda score", "random", "unmasked"} == set(curve.arm)
+    with pytest.raises(ValueError, match="fractions="):
+        damage_curve(bench(model), found, topics, (0.0,))
+
+
+def test_single_networks_have_p_values_and_topics_of_their_own(world):
+    model, found, topics, _ = world
+    b = bench(model)
+    which = [i for i, m in enumerate(found.network_masks()) if m.n][:2]
+    table = network_study(b, found, topics, which, control_seeds=19)
+    of = contrasts(table, b)
+    assert of.network.tolist() == which and (of.seeds == 19).all() and of.p.between(0.05, 1).all()
+    for i in which:
+        group = table[table.network == i]
+        ours = group[group.arm == "network"].damage.item()
+        assert of[of.network == i].p.item() == pytest.approx((1 + (group[group.arm == "random"].damage >= ours).sum()) / 20)
+        assert {c for c in group.counts} == {" ".join(map(str, found.network_masks()[i].counts))}, "controls have as many units in each layer"
+
+
+# masks against hooks by hand
+
+
+def by_hand(model, texts, rows, keep):
+    "Mean token loss when each layer's inputs of the down projection are zeroed (or all others are), one text at a time."
+    handles = []
+    for (_, module), row in zip(families.down_projections("llama", model), rows):
+        gone = ~row if keep else row
+        handles.append(module.register_forward_pre_hook(lambda m, a, gone=gone: (a[0].masked_fill(gone, 0.0),)))
+    total = n = 0
+    with torch.no_grad():
+        for ids in texts.ids:
+            ids = torch.tensor([ids])
+            total += float(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+            n += ids.shape[1] - 1
+    for h in handles:
+        h.remove()
+    return total / n
+
+
+@pytest.mark.parametrize("operation", ["ablate", "keep"])
+def test_late_binding_and_right_masks_are_those_of_hooks_by_hand(operation):
+    model, texts = families.build("llama"), EvalSet(TOKENIZER, [families.words(n, n) for n in (20, 13)])
+    rows = [torch.arange(24) < n for n in (3, 8, 15)]
+    b, y = bench(model), [loss_on("words", texts)]
+    arms = [Intervention("key", NeuronMask.from_layers(rows, "mlp_hidden"), operation=operation, late_binding=late) for late in (False, True)]
+    table = measured_table(b, "test", [({}, a) for a in arms], y).iloc[1:]
+    wanted = [by_hand(model, texts, rows, operation == "keep"), by_hand(model, texts, [rows[-1]] * 3, operation == "keep")]
+    assert table.value.tolist() == pytest.approx(wanted, abs=1e-5) and abs(wanted[0] - wanted[1]) > 1e-3
+    assert table.counts.tolist() == (["3 8 15", "15 15 15"] if operation == "ablate" else ["21 16 9", "9 9 9"]) and table.late_binding.tolist() == [False, True]
+
+
+def test_with_late_binding_the_preservation_curve_looks_like_the_published_one(world):
+    "Networks whose units crowd in the last layer, as they do in raw MLP outputs: a full last row keeps everything if it is bound late, and the right mask keeps next to nothing."
+    model, found, topics, _ = world
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[:, : planted.PLANTED] = 0  # what matters lies in the layers before the last
+    at_k = {}
+    for k, units in ((10, 20), (64, 90), (256, planted.WIDTH)):
+        maps = torch.zeros(k, 3 * planted.WIDTH)
+        maps[0, -units:] = 10.0
+        networks = FunctionalNetworks(k)
+        networks.__dict__.update(found.networks.__dict__ | {"maps_": maps, "sign_": torch.ones(k)})
+        at_k[k] = replace(found, networks=networks, key_rule={"alpha": 3.6, "tail": "positive", "fraction": None})
+    table = preservation_study(bench(model), at_k, topics, fractions=())
+    keep = lambda late: table[(table.arm == "keep key") & (table.late_binding == late)].set_index("k")
+    late, right = keep(True), keep(False)
+    assert late.value[256] == late.unmasked[256] and late.recovered[256] == 1, "equal to the last digit, as in the published runs"
+    assert late.recovered.is_monotonic_increasing and late.recovered[10] < 0.1
+    assert (right.recovered < 0.1).all() and right.units[256] == 2 * planted.WIDTH  # what is gone: two layers
+
+
+def test_k_beyond_the_texts_is_a_row_and_the_study_goes_on(world):
+    model, found, topics, _ = world
+    table = preservation_study(bench(model), {10: found, 5000: "n_components=5000 is above what 1,000 tokens can carry"}, topics, fractions=(0.125,))
+    gone = table[table.k == 5000]
+    assert len(gone) == 1 and gone.damage.isna().all() and "5000" in gone.note.item() and gone.part.item() == ""
+    assert table[table.k == 10].damage.notna().all() and {"keep key", "keep PCA", "keep top variance"} <= set(table[table.fraction == 0.125].arm)
+    with pytest.raises(ValueError, match="at_k"):
+        preservation_study(bench(model), {5000: "too many"}, topics)
+
+
+def test_amplification_is_the_formula_it_says(world):
+    model, found, topics, _ = world
+    table = amplification_study(bench(model), found, topics, gains=(0.0, 1.0, 2.0), adds=(1.0,), controls={})
+    key = table[table.arm == "key"].set_index(["gain", "about", "add_sd"])
+    assert abs(key.damage[(1.0, "zero", 0.0)]) < 1e-6 and abs(key.damage[(1.0, "mean", 0.0)]) < 1e-6
+    assert abs(key.damage[(2.0, "zero", 0.0)] - key.damage[(2.0, "mean", 0.0)]) > 1e-4
+    ablated = union_study(bench(model), found, topics, {}, ("mean", "after-first"), ["key"], keep=False)
+    assert key.damage[(0.0, "mean", 0.0)] == pytest.approx(ablated[ablated.arm == "key"].damage.item(), abs=1e-6)
+    x = torch.randn(5, 384)
+    a = Intervention("key", found.key, operation="amplify", about="mean", mean=found.mean, gain=3.0, add=found.variance)
+    wanted = torch.where(found.key.flat, found.mean + 3 * (x - found.mean) + found.variance, x)
+    assert torch.allclose(a.change(x), wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_injected_norm_by_hand(world):
+    model, found, _, acts = world
+    rows, total, change = found.key.layers, 0.0, 0.0
+    for i, (_, module) in enumerate(families.down_projections("llama", model)):
+        x = acts.layer(i)[~acts.sinks].double()
+        w = module.weight.detach().double()
+        total += float((x @ w.T).square().sum())
+        change += float(((x * rows[i]) @ w.T).square().sum())
+    assert injected_norm(model, Intervention("key", found.key), acts) == pytest.approx((change / total) ** 0.5, rel=1e-4)
+    everything = Intervention("off", NeuronMask.full(found.key.widths, "mlp_hidden"))
+    assert injected_norm(model, everything, acts) == pytest.approx(1, abs=1e-6)
+
+
+# scores of neurons
+
+
+@pytest.mark.parametrize("family, site", [("gpt2", "mlp_hidden"), ("llama", "mlp_hidden"), ("llama", "mlp_out")])
+def test_scores_of_neurons_by_hand(family, site):
+    model, texts = families.build(family), EvalSet(TOKENIZER, [families.words(9, 1), families.words(6, 2)])
+    state = families.state(model)
+    gradient, wanda = gradient_times_activation(model, texts, site), wanda_score(model, texts, site)
+    assert families.state(model) == state
+    wanted, squares, n = 0.0, [0.0] * 3, 0
+    modules = [m for _, m in families.down_projections(family, model)]
+    for ids in texts.ids:  # alone, without padding
+        seen, inputs, handles = {}, {}, []
+        for i, m in enumerate(modules):
+
+            def keep(module, args, out, i=i):
+                inputs[i] = args[0].detach()[0, 1:]
+                if site == "mlp_out":
+                    seen[i] = out
+                    out.retain_grad()
+
+            def keep_input(module, args, i=i):
+                if site == "mlp_hidden":
+                    seen[i] = args[0]
+                    args[0].retain_grad()
+
+            handles += [m.register_forward_pre_hook(keep_input), m.register_forward_hook(keep)]
+        ids = torch.tensor([ids])
+        torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum").backward()
+        wanted = wanted + torch.cat([(seen[i].detach() * seen[i].grad)[0, 1:].abs().sum(0) for i in range(3)])
+        squares = [s + inputs[i].square().sum(0) for i, s in enumerate(squares)]
+        n += ids.shape[1] - 1
+        for h in handles:
+            h.remove()
+    weights = [m.weight.detach().T if family == "gpt2" else m.weight.detach() for m in modules]
+    assert torch.allclose(gradient, wanted / n, rtol=1e-3, atol=1e-6)
+    loud = [(s / n).sqrt() for s in squares]
+    by_weight = [w.abs().sum(0) * s if site == "mlp_hidden" else w.abs() @ s for w, s in zip(weights, loud)]
+    assert torch.allclose(wanda, torch.cat(by_weight), rtol=1e-4)
+
+
+def test_selections_and_controls(world):
+    _, found, _, _ = world
+    assert found.select("key") == found.key and torch.equal(network_score(found.networks).topk(5).indices.sort().values, found.select("key", 5).flat.nonzero()[:, 0])
+    pca = found.networks.alternative("pca").key_neurons(**found.key_rule)
+    assert found.select("PCA") == pca != found.key and found.select("rotation", seed=1) != found.select("rotation", seed=2)
+    by_alpha = replace(found, key_rule={"alpha": 2.5, "tail": "raw", "fraction": None})
+    assert by_alpha.select("key") == by_alpha.key == found.networks.key_neurons(2.5, "raw")
+    quiet = found.control("least active", found.key)
+    loudness = found.variance + found.mean**2
+    for row, score, n in zip(quiet.layers, loudness.split(planted.WIDTH), found.key.counts):
+        assert int(row.sum()) == n and score[row].max() <= score[~row].min()
+    for call, says in ((lambda: found.select("ICA"), "selection='ICA'"), (lambda: found.control("none", found.key), "control='none'"), (lambda: found.select("key", 0), "n=0")):
+        with pytest.raises(ValueError, match=says):
+            call()
+
+
+def test_candidates_come_back_from_their_folder(world, tmp_path):
+    _, found, _, _ = world
+    found.save(tmp_path)
+    again = Candidates.load(tmp_path)
+    assert again.key == found.key and again.key_rule == found.key_rule and again.facts == json.loads(json.dumps(found.facts))
+    assert all(torch.equal(again.score(s), found.score(s)) for s in found.selections) and torch.equal(again.variance, found.variance)
+
+
+# lesions
+
+
+@pytest.mark.parametrize("positions", ["all", "after-first"])
+def test_a_lesion_by_hand(world, positions):
+    model, found, _, _ = world
+    networks, state = found.networks, families.state(model)
+    texts = EvalSet(TOKENIZER, planted.texts(3, 12, seed=5))
+    with Lesion(networks, (1, 4), positions=positions).on(model):
+        got = perplexity(model, None, texts, progress=False).token_nats
+    assert families.state(model) == state
+    maps = networks.mixing_.double()
+    wanted = []
+    for ids in texts.ids:
+        ids, seen, handles = torch.tensor([ids]), [], []
+        modules = [m for _, m in families.down_projections("llama", model)]
+        handles = [m.register_forward_pre_hook(lambda m, a: seen.append(a[0][0])) for m in modules]
+        with torch.no_grad():
+            model(ids)
+        for h in handles:
+            h.remove()
+        centred = (torch.cat(seen, 1).double() - networks.mean_.double()) / networks.scale_.double()
+        fitted = torch.linalg.lstsq(maps.T, centred.T).solution[[1, 4]]  # (2, T)
+        if positions == "after-first":
+            fitted[:, 0] = 0
+        gone = (fitted.T @ maps[[1, 4]] * networks.scale_.double()).float().split(planted.WIDTH, 1)
+        handles = [m.register_forward_pre_hook(lambda m, a, part=part: (a[0] - part,)) for m, part in zip(modules, gone)]
+        with torch.no_grad():
+            wanted.append(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+        for h in handles:
+            h.remove()
+    wanted = torch.cat(wanted)
+    plain = perplexity(model, None, texts, progress=False).token_nats
+    assert torch.allclose(got, wanted, atol=2e-3) and (wanted - plain).abs().max() > 0.05
+
+
+def test_lesions_refuse_and_leave_nothing_behind(world):
+    model, found, topics, _ = world
+    for bad in ((), (0, 0), (14,), (-1,)):
+        with pytest.raises(ValueError, match="components="):
+            Lesion(found.networks, bad)
+    state, ids = families.state(model), torch.tensor([[5, 6, 7]])
+    lesion = Lesion(found.networks, (0,))
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cache"), lesion.on(model):
+        model(ids, past_key_values=cache)
+    assert families.state(model) == state
+    with lesion.on(model):
+        assert model.generate(ids, max_new_tokens=2, use_cache=False, do_sample=False, pad_token_id=0).shape == (1, 5)
+    table = lesion_study(bench(model), found, topics, [0])
+    lesions = table[table.operation == "lesion"]
+    assert lesions.network.isna().tolist() == [False, True] and lesions.damage.abs().min() > 1e-3 and lesions.counts.tolist() == ["128 128 128"] * 2
+
+
+# resuming
+
+
+def test_the_same_seed_gives_the_same_table_twice_and_a_folder_measures_nothing_again(world, tmp_path):
+    model, found, topics, _ = world
+    run = lambda folder: union_study(bench(model, folder), found, topics, {"random": 2}, keep=False)
+    whole = run(None)
+    pd.testing.assert_frame_equal(run(None), whole, check_exact=True)
+    pd.testing.assert_frame_equal(run(tmp_path), whole, check_exact=True)
+    seen, handle = counting(model)
+    pd.testing.assert_frame_equal(run(tmp_path), whole, check_exact=True)
+    handle.remove()
+    assert not seen
+
+
+def test_interrupted_in_the_middle_and_resumed(world, tmp_path):
+    model, found, topics, _ = world
+    run = lambda folder: cross_task_study(bench(model, folder), {"topics": found}, topics, {"random": 3})
+    whole, state, calls = run(None), families.state(model), []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    handle = model.get_output_embeddings().register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    handle.remove()
+    assert families.state(model) == state and len(list(tmp_path.glob("*.safetensors"))) == 3 and not list(tmp_path.glob(".*"))
+    seen, handle = counting(model)
+    pd.testing.assert_frame_equal(run(tmp_path), whole, check_exact=True)
+    handle.remove()
+    assert len(seen) == len(whole) - 3
+
+
+def test_another_model_is_refused_with_the_difference(tmp_path):
+    Bench(families.build("llama"), tmp_path)
+    other = families.build("llama")
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="weights: '[0-9a-f]+' there, '[0-9a-f]+' now"):
+        Bench(other, tmp_path)
+
+
+# yardsticks
+
+
+def test_answers_are_scored_by_hand():
+    model, data = families.build("llama"), [("w5 w6", 1), ("w7", 0), ("w8 w9 w10", 1), ("w30", 1)]
+    y = answers_on("words", TOKENIZER, data, "w11 {text} w12", ["w20", "w21"])
+    scores = y.score(model)
+    right, nats = [], []
+    for text, label in data:
+        ids = torch.tensor([[int(w[1:]) for w in f"w11 {text} w12".split()]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, -1, [20, 21]].double()
+        right.append(float(logits.argmax() == label))
+        nats.append(float(-logits.log_softmax(0)[label]))
+    assert scores.sums["accuracy"].tolist() == right and scores.sums["label nats"].tolist() == pytest.approx(nats, abs=1e-5)
+    assert y.levels == {"chance": 0.5, "majority": 0.75}
+    off = Intervention("all off", NeuronMask.full((24,) * 3, "mlp_hidden"))
+    table = measured_table(bench(model), "test", [({}, off)], [y])
+    worse = table[(table.arm == "all off") & (table.measure == "accuracy")].iloc[0]
+    assert worse.damage == pytest.approx(worse.unmasked - worse.value), "fewer right answers are damage"
+
+
+# recurrence
+
+
+def test_recurrence(world, tmp_path):
+    model, _, _, _ = world
+    kinds = {"a": planted.texts(3, 60, seed=1), "b": planted.texts(2, 60, seed=2)}
+    single = {"a": planted.texts(2, 60, seed=3) + ["w5 w6"], "b": planted.texts(1, 60, seed=4)}
+    run = lambda folder, **kw: recurrence_study(model, TOKENIZER, kinds, single, n_templates=4, site="mlp_hidden", standardize=True, alpha=2.0, folder=folder, progress=False, **kw)
+    with pytest.warns(UserWarning, match="1 of 4 texts do not carry 4 networks"):
+        whole = run(tmp_path)
+    assert len(whole) == 3 * 4 * len(METHODS) and whole.groupby(["method", "texts"]).text.nunique().loc["ICA"].to_dict() == {"a": 2, "b": 1}
+    assert whole[whole.method == "ICA"].r.mean() > whole[whole.method == "shuffled"].r.mean() + 0.2 and whole.r.between(0, 1).all()
+    assert (whole[whole.matched].similar >= 1).all() and recurrence_counts(whole)["all"].sum() == whole.similar.sum()
+    (tmp_path / "b-0.json").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pd.testing.assert_frame_equal(run(tmp_path), whole)
+        with pytest.raises(ValueError, match="max_iter"):
+            run(tmp_path, max_iter=50)
+
+
+# verdicts
+
+
+def made_up(arm, value, low, high, **more):
+    return {"study": "preservation", "arm": arm, "measure": "nats", "k": 64, "fraction": math.nan, "recovered": value, "recovered_low": low, "recovered_high": high, "share": 0.9} | more
+
+
+@pytest.mark.parametrize("low, high, verdict", [(0.91, 0.99, "holds"), (0.2, 0.89, "fails"), (0.85, 0.95, "undecided"), (math.nan, math.nan, "undecided")])
+def test_t9_follows_its_rule_and_looks_at_the_largest_k(low, high, verdict):
+    rows = [made_up("keep key", 0.5, 0.4, 0.6, k=10, late_binding=False), made_up("keep key", 0.9, low, high, late_binding=False), made_up("keep key", 1.0, 1.0, 1.0, late_binding=True)]
+    of = verdict_table({"preservation": pd.DataFrame(rows)}).set_index("id")
+    assert of.verdict["T9"] == verdict and of.verdict["T9 late"] == "holds" and (of.ci_low["T9"], of.ci_high["T9"]) == pytest.approx((low, high), nan_ok=True)
+    assert of.verdict["T6"] == "undecided" and "no table 'contrasts'" in of.why["T6"]
+
+
+@pytest.mark.parametrize("against, low, seeds, p, verdicts", [
+    (0.2, 0.8, 19, 0.05, ("holds", "holds")), (0.8, 0.1, 19, 0.05, ("undecided", "holds")), (0.2, 0.8, 3, math.nan, ("undecided", "undecided")),
+    (1.5, -0.9, 19, 0.9, ("fails", "fails")), (0.9, -0.2, 19, 0.6, ("fails", "fails")), (0.9, -0.2, 19, 0.2, ("undecided", "undecided")),
+])  # fmt: skip
+def test_t6_follows_its_rule(against, low, seeds, p, verdicts):
+    row = {"study": "union", "setting": "baseline", "arm": "key", "measure": "nats", "damage": 1.0, "against_damage": against, "against_low": 0, "against_high": 2, "difference": 1.0 - against, "ci_low": low, "ci_high": low + 0.8, "seeds": seeds, "p": p}
+    row["ci_high"] = min(row["ci_high"], -0.1) if against > 1 else row["ci_high"]
+    of = verdict_table({"contrasts": pd.DataFrame([row | {"against": a} for a in ("random", "matched shuffle")])}).set_index("id").verdict
+    assert (of["T6"], of["T6b"]) == verdicts
+
+
+def test_p_values_need_nineteen_draws():
+    with pytest.raises(ValueError, match="18 control draws.*at least 19"):
+        control_p_value(1.0, [0.0] * 18)
+
+
+def test_published_numbers_are_in_the_package():
+    assert late_binding_evidence().equal.all() and len(late_binding_evidence()) == 5
+    assert {name: len(published(name)) for name in ("preservation", "ablation", "networks", "recurrence")} == {"preservation": 110, "ablation": 59, "networks": 10, "recurrence": 12}
+    assert published("networks").attrs["source"].startswith("2502.20408, Table 4")
+    with pytest.raises(ValueError, match="table='Table 4'"):
+        published("Table 4")
+
+
+# all of it
+
+WHOLE = WholeSettings(
+    find=SETTINGS, published=replace(PRESETS["paper"], alpha=2.0, fit_tokens=400, fit_length=80), eval_tokens=120, sentences=6, short_length=12, short_sentences=4, seeds=1, draws=2, ks=(4, 300), fractions=(0.05, 0.125),
+    kept=(0.1,), gains=(0.0, 2.0, 4.0), adds=(1.0,), networks=1, more_seeds=(1,), more_texts=1, variant_restarts=1, recurrence_texts=2, sample_tokens=40,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_whole_study_interrupted_and_resumed(tmp_path):
+    model = planted.model()
+    texts = StudyTexts({"topics": planted.texts(40, 80), "others": planted.texts(30, 80, seed=7)}, {"topics": planted.texts(5, 80, seed=8), "others": planted.texts(3, 80, seed=9)}, [(f"w{5 + i} w{6 + i}", i % 2) for i in range(6)], "w4 {text}", ["w20", "w30"])
+    run = lambda folder, settings=WHOLE: whole_study(model, TOKENIZER, folder, settings, texts, progress=False)
+    whole, state = run(tmp_path / "a"), families.state(model)
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 60:
+            raise KeyboardInterrupt
+
+    handle = model.get_output_embeddings().register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b")
+    handle.remove()
+    assert families.state(model) == state and not (tmp_path / "b" / "tables").exists()
+    resumed = run(tmp_path / "b")
+    for name, table in whole.items():
+        pd.testing.assert_frame_equal(resumed[name], table, check_exact=True, obj=name)
+    assert {"union", "damage", "preservation", "amplification", "networks", "lesion", "cross-task", "random share", "factors", "contrasts", "sizes", "recurrence", "facts", "verdicts"} == set(whole)
+    again = read_study(tmp_path / "a")
+    assert set(again) == set(whole) and again["union"].damage.tolist() == pytest.approx(whole["union"].damage.tolist(), nan_ok=True) and (again["union"].dtypes == whole["union"].dtypes).all()
+    gone = whole["preservation"].query("k == 300")
+    assert len(gone) == 3 and gone.note.str.contains("300").all() and gone.damage.isna().all() and whole["verdicts"].set_index("id").verdict["T6"] == "undecided"  # two draws give no p-value
+    lacking = {row.id for row in whole["verdicts"].itertuples() if "no table" in row.why or "no row" in row.why}
+    assert lacking == {"T2"}, "every rule finds its rows; T2 needs several models"
+    assert {"kind spatial", "site mlp_out", "k 4", "ICA seed 1", "texts 1", "zero, all"} <= set(whole["factors"].setting)
+    factors = whole["factors"]
+    assert (factors.damage.isna() == (factors.note != "")).all() and set(factors[factors.note != ""].setting) <= {"k 28"}, "only what the tiny model's rank cannot carry has no numbers, and a reason"
+    with pytest.raises(ValueError, match="seeds: 1 there, 2 now"):
+        run(tmp_path / "a", replace(WHOLE, seeds=2))
+
+    counting = CountingBench(Bench(model, progress=False))
+    wanted = wanted_networks(WHOLE, ["topics", "others"])
+    found = {name: found_networks(model, TOKENIZER, name, of, [], tmp_path / "a" / "networks") for name, of in wanted.items()}
+    study_tables(counting, found, _yardsticks(TOKENIZER, texts, WHOLE), WHOLE, ["topics", "others"])
+    files = list((tmp_path / "a" / "scores").glob("*.safetensors"))
+    assert sum(counting.arms.values()) == len(files), "the estimate counts what is measured"
+    guessed = CountingBench(Bench(model, progress=False))
+    study_tables(guessed, {name: placeholder(model, of) if isinstance(found[name], Candidates) else found[name] for name, of in wanted.items()}, _yardsticks(TOKENIZER, texts, WHOLE), WHOLE, ["topics", "others"])
+    assert sum(guessed.arms.values()) == pytest.approx(len(files), rel=0.1), "also before the networks are known"

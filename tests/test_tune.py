@@ -1,0 +1,105 @@
+"""Pins a fine-tuning from beginning to end on a tiny model: what trains, what stays, Ctrl-C and resume, files that give the same model again."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+
+import families
+import pytest
+import torch
+
+from llmfact_nb.masks import NeuronMask
+from llmfact_nb.resources import load_model, load_texts
+from llmfact_nb.sharing import load_neurons
+from llmfact_nb.tasks import score, window_examples
+from llmfact_nb.tune import Steps, TuneSettings, tune
+
+MASK = NeuronMask.from_layers([torch.arange(families.HIDDEN) < n for n in (5, 0, 3)], "mlp_hidden")
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Settings for a tiny model and text, saved to disk."""
+    folder = tmp_path_factory.mktemp("tune")
+    families.build("llama").save_pretrained(folder / "model")
+    families.tokenizer().save_pretrained(folder / "model")
+    rng = random.Random(0)
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"title": f"t{i}", "text": " ".join(f"w{rng.randrange(4, families.VOCAB)}" for _ in range(60))}) for i in range(30)))
+    return TuneSettings(str(folder / "model"), str(folder / "texts.jsonl"), steps=6, batch_size=2, max_length=12, warmup=1, eval_windows=6, lr=0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(asked, tmp_path_factory):
+    """The facts and the folder of a training that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    return tune(asked, MASK, folder, merge=True, save_every=4, progress=False), folder
+
+
+def loss_of(model, tokenizer, asked):
+    return score(model, window_examples(tokenizer, load_texts(asked.texts, "eval")["text"], asked.eval_windows, asked.max_length)).loss
+
+
+def test_what_trains_and_what_is_written(asked, whole):
+    facts, folder = whole
+    base, tokenizer = load_model(asked.model)
+    assert facts["trained parameters"] == MASK.n * 3 * families.D and facts["frozen weights intact"] is True
+    assert facts["loss before"] == pytest.approx(loss_of(base, tokenizer, asked)) and facts["loss before"] != pytest.approx(facts["loss after"], abs=1e-6)
+    merged, _ = load_model(folder / "model")
+    moved = {n for (n, a), (_, b) in zip(base.named_parameters(), merged.named_parameters()) if not torch.equal(a, b)}
+    assert moved and all(".mlp." in n and ".layers.1." not in n for n in moved), "the second layer has no chosen neuron"
+    ids = torch.tensor([[5, 9, 11, 4]])
+    assert loss_of(load_neurons(base, folder / "neurons.safetensors", verbose=False), tokenizer, asked) == pytest.approx(facts["loss after"], rel=1e-6)
+    assert torch.allclose(base(ids).logits, merged(ids).logits, atol=1e-5)
+    assert sorted(p.name for p in folder.iterdir()) == ["losses.csv", "model", "neurons.safetensors", "settings.json", "start.json", "tuned.json"]
+    assert len((folder / "losses.csv").read_text().splitlines()) == 1 + asked.steps
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_ctrl_c_keeps_a_checkpoint_and_the_rest_is_the_same(asked, whole, tmp_path, monkeypatch, step):
+    """A real SIGINT in the middle of a step."""
+    end = Steps.on_step_end
+    monkeypatch.setattr(Steps, "on_step_end", lambda self, args, state, control, **kw: (state.global_step == step and os.kill(os.getpid(), signal.SIGINT), end(self, args, state, control, **kw))[1])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        tune(asked, MASK, tmp_path, save_every=4, progress=False)
+    assert signal.getsignal(signal.SIGINT) is before and (tmp_path / "checkpoints" / f"checkpoint-{step}").is_dir() and not (tmp_path / "tuned.json").exists()
+    monkeypatch.setattr(Steps, "on_step_end", end)
+    facts = tune(asked, MASK, tmp_path, save_every=4, progress=False)
+    assert facts["loss after"] == pytest.approx(whole[0]["loss after"], rel=1e-6) and not (tmp_path / "checkpoints").exists()
+
+
+def test_a_training_that_died_after_its_last_step(asked, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as m, pytest.raises(OSError, match="full"):
+        m.setattr("llmfact_nb.tune._keep", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        tune(asked, MASK, tmp_path, save_every=4, progress=False)
+    assert (tmp_path / "checkpoints" / "checkpoint-6").is_dir()
+    assert tune(asked, MASK, tmp_path, save_every=4, progress=False)["loss after"] == pytest.approx(whole[0]["loss after"], rel=1e-6)
+
+
+def test_finished_is_not_done_again_and_others_are_refused(asked, whole, monkeypatch):
+    facts, folder = whole
+    with monkeypatch.context() as m:
+        m.setattr("llmfact_nb.tune._train", lambda *_: pytest.fail("it was finished"))
+        assert tune(asked, MASK, folder, merge=True, progress=False) == facts
+    for settings, mask, says in ((dataclasses.replace(asked, lr=0.01), MASK, "lr: 0.02 there, 0.01 now"), (asked, ~MASK, "neurons")):
+        with pytest.raises(ValueError, match=says):
+            tune(settings, mask, folder, progress=False)
+
+
+@pytest.mark.parametrize("mode", ["rest", "full"])
+def test_other_modes_write_the_model(asked, tmp_path, mode):
+    facts = tune(dataclasses.replace(asked, mode=mode, steps=2), MASK, tmp_path, progress=False)
+    assert facts["files"] == ["losses.csv", "model"] and facts["frozen weights intact"] is (True if mode == "rest" else None)
+    (base, tokenizer), (tuned, _) = load_model(asked.model), load_model(tmp_path / "model")
+    assert loss_of(tuned, tokenizer, asked) == pytest.approx(facts["loss after"], rel=1e-6)
+    rows = [(base.get_parameter(n), tuned.get_parameter(n)) for n in ("model.layers.0.mlp.up_proj.weight",)]
+    same = torch.stack([(a == b).all(1) for a, b in rows])[0]
+    assert same[:5].all() == (mode == "rest") and not same[5:].any()
+
+
+@pytest.mark.parametrize("wrong, says", [(dict(mode="some"), "mode='some'"), (dict(steps=0), "steps=0"), (dict(lr=-1.0), "lr=-1.0"), (dict(max_length=1), "max_length=1")])
+def test_settings_are_checked(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        TuneSettings(**wrong)
