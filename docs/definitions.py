@@ -122,7 +122,7 @@ def _define(node: ast.AST, module: str, lines: list[str], comments: dict[int, st
         elif _decorators(node) & {"dataclass", "dataclasses.dataclass"}:
             fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")]
             found.parameters = [Parameter(n.target.id, _type(n.annotation), _default(n.value), comments.get(n.end_lineno, "")) for n in fields]
-        found.members = [_define(f, module, lines, comments, f"{name}.") for f in functions if not f.name.startswith("_")]
+        found.members = [_define(f, module, lines, comments, f"{name}.") for f in functions if not f.name.startswith("_") and f"{f.name}.setter" not in _decorators(f)]
         return found
     kind = "property" if _decorators(node) & {"property", "functools.cached_property", "cached_property"} else "function"
     found = Definition(name, module, text, kind, doc, _parameters(node, comments))

@@ -30,7 +30,6 @@ _NAMES = {
     "studies": "damage_curve preservation_study amplification_study network_study lesion_study cross_task_study union_study",
     "recurrence": "recurrence_study",
     "verdicts": "verdict_table",
-    "whole_study": "read_study",
     "finetune": "NeuronTuningConfig get_neuron_model merge_and_unload neuron_training neuron_parameters",
     "schedules": "NetworkUnfreezeCallback NetworkActivateCallback FrozenGuardCallback",
     "sharing": "save_neurons load_neurons to_peft_lora",

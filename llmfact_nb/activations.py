@@ -293,11 +293,11 @@ def capture(
 
     def run(target) -> None:
         "Fill the rows; `target(indices)` gives the place of each of those texts, and is called again with what was read."
-        from tqdm import tqdm
+        from llmfact_nb.progress import progress_bar
 
         # an automatic batch keeps the model busy and the copied activations under about half a gigabyte
         tokens = min(2048 if reader.device.type == "cpu" else 16384, 2**29 // (4 * sites.n_neurons))
-        with evaluation_mode(model), tqdm(total=starts[-1], unit="tok", desc=f"capture {sites.site}", disable=not progress) as bar:
+        with evaluation_mode(model), progress_bar(starts[-1], f"capture {sites.site}", "tok", progress) as bar:
             for group in length_batches(lengths, batch_size, tokens):
                 rows = target(group)
                 reader.read([lists[i] for i in group], rows)

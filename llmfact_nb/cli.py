@@ -102,7 +102,7 @@ def _without_nan(value):
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and value - value != 0 else str(value) if isinstance(value, Path) else value
 
-# %% ../nbs/12_cli.ipynb #71ea692f
+# %% ../nbs/12_cli.ipynb #9846ea9b
 app = typer.Typer(
     help="Functional networks in language models: find them, look at them, ablate them, train them.",
     epilog=_EPILOG, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -146,6 +146,7 @@ def options(
     quiet: Annotated[bool, _COMMON["quiet"][0]] = False,
     debug: Annotated[bool, _COMMON["debug"][0]] = False,
 ) -> None:
+    "Take down what is asked of every command."
     _asked.json, _asked.quiet, _asked.debug = json, quiet, debug
 
 

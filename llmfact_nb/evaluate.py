@@ -89,7 +89,7 @@ def _score_tokens(
     description: str,  # what the bar is called
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     "Return for each sequence (log-probabilities, first choice?) of its tokens from `starts` on, as `_read_logits` does. Raises TypeError or ValueError if the model cannot read them."
-    from tqdm import tqdm
+    from llmfact_nb.progress import progress_bar
 
     require_causal(model)
     embedding = model.get_input_embeddings().weight
@@ -105,7 +105,7 @@ def _score_tokens(
     inputs, results = list(shared), [None] * len(sequences)
     tokens = min(8192, _LOGITS_BYTES // (4 * _vocabulary(model)))
     selective = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
-    with evaluation_mode(model), tqdm(total=sum(map(len, inputs)), unit="tok", desc=description, disable=not progress) as bar:
+    with evaluation_mode(model), progress_bar(sum(map(len, inputs)), description, "tok", progress) as bar:
         for batch in length_batches([len(x) for x in inputs], batch_size, tokens):
             ids, real = padded([inputs[b] for b in batch], device)
             wanted = {i: range(starts[i] - 1, len(inputs[b])) for b in batch for i in shared[inputs[b]]}

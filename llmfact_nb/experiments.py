@@ -175,7 +175,7 @@ def ablation_study(
     Columns: condition, replace, positions, arm, seed, units (masked), share (of all units), nats (mean token loss), damage (nats over the unmasked model), ci_low, ci_high
     (95 % bootstrap over documents, of the damage), perplexity, broken (perplexity above the vocabulary size), counts (units masked per layer)."""
     import pandas as pd
-    from tqdm import tqdm
+    from llmfact_nb.progress import progress_bar
 
     if not arms or not conditions:
         raise ValueError(f"arms has {len(arms)} entries and conditions {len(conditions)}; both need at least one.")
@@ -216,7 +216,7 @@ def ablation_study(
         return result
 
     rows = []
-    with tqdm(total=1 + len(arms) * len(conditions), unit="arm", desc="ablation", disable=not progress) as bar:
+    with progress_bar(1 + len(arms) * len(conditions), "ablation", "arm", progress) as bar:
         base = measure("unmasked")
         bar.update()
         rows.append(_row(base, base, None, "", ""))

@@ -93,7 +93,7 @@ def generate_texts(
 
     The model comes back as it was. Warns of prompts that do not fit the model together with `max_new_tokens`; they are marked `too_long`. Raises ValueError on no prompts, prompts without a token, if none fits, and on unusable numbers;
     TypeError if the model is not a causal language model."""
-    from tqdm import tqdm
+    from llmfact_nb.progress import progress_bar
 
     require_causal(model)
     chat, prompts = uses_chat(tokenizer, chat), text_list(prompts, "prompt")
@@ -108,7 +108,7 @@ def generate_texts(
     end = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or [0])[0]
     batches = length_batches([len(ids[i]) + max_new_tokens for i in kept], batch_size, 2048)
-    with evaluation_mode(model), _own_settings_aside(model, pad, end), tqdm(total=len(kept), unit="text", desc="generation", disable=not progress) as bar:
+    with evaluation_mode(model), _own_settings_aside(model, pad, end), progress_bar(len(kept), "generation", "text", progress) as bar:
         for batch in batches:
             rows = [kept[b] for b in batch]
             found = _continue(model, [ids[i] for i in rows], rows, max_new_tokens, temperature, seed, pad, end)

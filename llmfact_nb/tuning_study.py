@@ -701,7 +701,7 @@ class _Study:
             rates.append(further)
 
     def __call__(self, arms: Sequence[str], seeds: Sequence[int]) -> None:
-        from tqdm import tqdm
+        from llmfact_nb.progress import progress_bar
 
         claim_study(self.folder, self.identity(arms), late=("peft",))
         self.found, self.at_start = self.neurons(), self.start()
@@ -710,7 +710,7 @@ class _Study:
         finals = [(arm, seed) for seed in seeds for arm in arms if not self.run_path(arm, seed).exists()]
         if self.progress:
             self.announce(sweeps, finals, arms)
-        with tqdm(total=len(sweeps) * s.sweep_steps + len(finals) * s.steps, unit="step", desc=self.task.name, disable=not self.progress) as bar:
+        with progress_bar(len(sweeps) * s.sweep_steps + len(finals) * s.steps, self.task.name, "step", self.progress) as bar:
             best = {arm: self.swept(arm, bar) for arm in arms}
             for arm, seed in finals:
                 bar.set_postfix_str(f"{arm}, seed {seed}")

@@ -417,7 +417,7 @@ attempt("folder again", lambda: fit("folder again", my_share(parts)))
 dist.barrier()
 report["written again"] = [p.name for p in (folder / "kept").iterdir() if p.stat().st_mtime_ns != written.get(p.name)]
 report["written"] = len(written)
-attempt("seedless", lambda: fit("seedless", my_share(parts), random_state=None))
+attempt("seedless", lambda: fit("seedless", my_share(parts), random_state=None, tol=1e-14))  # from another start than the one it is compared with, so what is left is the angle, the root of tol
 attempt("stranger", lambda: fit("stranger", parts[:2] if rank == 0 else [replace(parts[2], model="another model")]))
 attempt("nan", lambda: fit("nan", parts[:2] if rank == 0 else [replace(parts[3], values=nan)]))
 attempt("missing", lambda: fit("missing", parts[:2] if rank == 0 else [folder / "gone.safetensors"]))
