@@ -24,8 +24,8 @@ slow: .venv/installed-dev  ## the long cells and tests that `make test` leaves o
 
 study: .venv/installed-peft  ## does it matter which neurons are fine-tuned? Both tasks side by side, one thread each; hours, and the same command goes on
 	$(BIN)/llmfact fetch smollm2-135m wiki sotu rotten-tomatoes
-	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning_study --task reviews --folder out/tuning & \
-	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning_study --task speeches --folder out/tuning; wait
+	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning_study --task reviews --folder out/tuning & reviews=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning_study --task speeches --folder out/tuning; speeches=$$?; wait $$reviews && exit $$speeches
 
 lab: .venv/installed-lab  ## read and run the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

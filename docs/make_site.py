@@ -196,7 +196,7 @@ def write_source(files: dict[str, bytes], folder: Path) -> None:
 def inputs() -> list[Path]:
     "Every file the site is made from."
     folders = (("nbs", "*.ipynb"), ("nbs", "*.png"), ("llmfact_nb", "*.py"), ("docs", "*"))
-    listed = [p for folder, pattern in folders for p in (ROOT / folder).rglob(pattern) if p.is_file() and not {"__pycache__", ".ipynb_checkpoints", "out", "words.txt"} & set(p.parts)]
+    listed = [p for folder, pattern in folders for p in (ROOT / folder).rglob(pattern) if p.is_file() and not {"__pycache__", ".ipynb_checkpoints", "out", "words.txt"} & set(p.relative_to(ROOT).parts)]
     return [*listed, ROOT / "settings.ini", ROOT / "CHANGELOG.md"]
 
 
@@ -214,7 +214,11 @@ def build(site: Path = SITE, source: Path = SOURCE, fresh: bool = False) -> None
         shutil.rmtree(source.parent, ignore_errors=True)
         shutil.rmtree(site, ignore_errors=True)
     os.chdir(ROOT)  # nbdev looks for settings.ini from here
-    write_source(Site().everything(), source)
+    files = Site().everything()
+    write_source(files, source)
+    for page in [p for folder in ("api", "modules", "tutorials") for p in (site / folder).glob("*.html")]:
+        if page.relative_to(site).with_suffix(".md").as_posix() not in files:
+            page.unlink()  # of a name or notebook that is gone
     pages_read = source.parent / "doctrees"
     if build_main(["-q", "-W", "--keep-going", "-b", "html", "-c", str(ROOT / "docs"), "-d", str(pages_read), str(source), str(site)]):
         (site / "index.html").unlink(missing_ok=True)

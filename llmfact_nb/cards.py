@@ -41,7 +41,7 @@ def size_name(
     n_bytes: int,  # a size in bytes
 ) -> str:
     "Return a size in the unit that keeps it short, in powers of 1000: 754 MB."
-    unit = min(int(math.log10(max(n_bytes, 1)) // 3), 4)
+    unit = next((u for u in range(4) if n_bytes / 1000**u < 999.5), 4)
     return f"{n_bytes / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 # %% ../nbs/00_cards.ipynb #12a458cf

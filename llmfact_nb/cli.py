@@ -315,7 +315,7 @@ def _page(found: "Found", settings: "Settings", sources, path: Path) -> None:
 
     model, tokenizer = sources.load()
     acts = capture(model, tokenizer, first_texts(sources.texts("eval"), settings.eval_texts), settings.site, max_length=settings.eval_length, progress=progress())
-    found.networks.to_html(path, acts, tokenizer)
+    found.networks.to_html(path, acts, tokenizer, **({} if settings.fraction is None else {"fraction": settings.fraction}))
 
 # %% ../nbs/12_cli.ipynb #b1850c43
 @command
@@ -427,7 +427,7 @@ def chosen_neurons(
     if key:
         return "key", found.networks.key_neurons(**settings.key_rule)
     usual = reading_rule(found, settings)
-    masks = found.networks.masks(alpha or usual[0], tail or usual[1])
+    masks = found.networks.masks(usual[0] if alpha is None else alpha, usual[1] if tail is None else tail)
     if wrong := [i for i in network if not 0 <= i < len(masks)]:
         raise ValueError(f"network={wrong[0]} is not there; the folder holds {len(masks)} networks, 0 to {len(masks) - 1}. `llmfact networks` lists them.")
     return f"network{'' if len(set(network)) == 1 else 's'} {', '.join(map(str, dict.fromkeys(network)))}", union(masks[i] for i in network)

@@ -75,8 +75,9 @@ def bytes_to_fetch(
 
     if kind == "model":
         try:
-            snapshot_download(name, local_files_only=True)
-            return 0
+            here = Path(snapshot_download(name, local_files_only=True))
+            if any(here.glob("*.safetensors")) or any(here.glob("*.bin")):  # a lone config.json, which is fetched to know the size, is not the model
+                return 0
         except (OSError, ValueError):  # not here yet, or no name of the hub; the run itself says which
             pass
     try:

@@ -341,8 +341,9 @@ def claim_folder(
         if different:
             raise ValueError(f"out={str(folder)!r} holds a run with other settings ({'; '.join(different)}). Choose another folder, or delete this one.")
     else:
-        if (folder / "parts" / "facts.json").exists():
-            (folder / "parts" / "facts.json").unlink()  # parts without settings could be anybody's
+        for name in ("facts.json", "loaded.json", "courses.safetensors"):
+            if (folder / "parts" / name).exists():
+                (folder / "parts" / name).unlink()  # parts without settings, or of networks never finished, could be anybody's
         write_json(path, ours)
     return folder
 

@@ -79,9 +79,11 @@ def answers_on(
     'Return the yardstick "accuracy" and "label nats": does the likeliest label word belong to the right label, and how likely is the right one? Raises as `label_accuracy` does, when it is used.'
     pairs = list(zip(labelled["text"], labelled["label"])) if hasattr(labelled, "column_names") else list(labelled)
     labels = np.array([label for _, label in pairs])
-    words = list(label_words.values()) if isinstance(label_words, Mapping) else label_words
-    of = hashlib.sha256(repr((pairs, template, words, type(tokenizer).__name__, len(tokenizer))).encode()).hexdigest()
-    tokens = sum(len(tokenizer(template.replace("{text}", text))["input_ids"]) for text, _ in pairs)
+    words = sorted(label_words.items()) if isinstance(label_words, Mapping) else label_words
+    names = labelled.features["label"].names if hasattr(labelled, "column_names") and hasattr(labelled.features["label"], "names") else None  # which word belongs to which label
+    prompts = [tokenizer(template.replace("{text}", text))["input_ids"] for text, _ in pairs]
+    of = hashlib.sha256(repr((labels.tolist(), prompts, template, words, names, type(tokenizer).__name__, len(tokenizer))).encode()).hexdigest()
+    tokens = sum(map(len, prompts))
 
     def score(model: nn.Module) -> Scores:
         result = label_accuracy(model, tokenizer, labelled, template, label_words, progress=False)

@@ -95,7 +95,8 @@ def network_table(
     rows, key = [], found.networks.key_neurons(**settings.key_rule)
     for i, mask in enumerate(found.networks.masks(*reading_rule(found, settings))):
         layers = sorted((d for d, n in zip(mask.depths, mask.counts) if n), key=lambda d: -mask.counts[mask.depths.index(d)])[:3]
-        top = held_out.fitted[:, i].topk(min(6, len(held_out.tokens))).indices.tolist()
+        turned = float(found.networks.sign_[i]) if reading_rule(found, settings)[1] == "raw" else 1.0  # the units listed are those of the raw sign
+        top = (turned * held_out.fitted[:, i]).topk(min(6, len(held_out.tokens))).indices.tolist()
         stability = float(found.networks.stability_[i])
         rows.append({
             "network": i, "units": mask.n, "of them key": (mask & key).n, "most units in layers": ", ".join(map(str, layers)),

@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .cost import LIBRARIES, Cost, bytes_to_fetch, conversion_bytes, model_size, pace
+from .experiments import file_marks
 from .files import read_json, write_json, write_text
 from .finetune import MODES, NeuronTuningConfig, get_neuron_model, merge_and_unload
 from .forward import padded
@@ -130,7 +131,8 @@ def tune(
 
     folder, config = Path(out), NeuronTuningConfig(settings.mode, None if settings.mode == "full" else masks)
     chosen = {name: [m.n, hashlib.sha256(m.bits).hexdigest()[:16]] for name, m in config.given().items()}
-    claim_study(folder, asdict(settings) | {"neurons": chosen} | {k: str(v) for k, v in load_options.items()})
+    marks = {"model files": file_marks(settings.model), "text files": file_marks(settings.texts)}
+    claim_study(folder, asdict(settings) | {"neurons": chosen} | marks | {k: str(v) for k, v in load_options.items()})
     if (folder / "tuned.json").exists():
         return _finished(folder, settings, merge, device, load_options)
     fit, held_out = (list(load_texts(settings.texts, split)["text"]) for split in ("fit", "eval"))

@@ -4,16 +4,19 @@ A page opened through `browser_page` is watched: an error in its console, a requ
 a line in the test."""
 
 import functools
+import hashlib
 import http.server
 import importlib.util
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -101,7 +104,8 @@ def site():
     if any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_parser", "furo", "sphinx_copybutton", "latex2mathml")):
         pytest.skip("the site's packages are missing; pip install -e '.[docs]'")
     build = [sys.executable, str(ROOT / "docs" / "make_site.py"), "--if-older"]
-    done = subprocess.run(build, capture_output=True, text=True, cwd=ROOT)
+    with FileLock(Path(tempfile.gettempdir()) / f"site-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]}.lock"):  # several test processes share the folder
+        done = subprocess.run(build, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return ROOT / "_docs"
 
