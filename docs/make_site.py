@@ -33,14 +33,14 @@ class Site:
     def __init__(self, root: Path = ROOT):
         settings = read_settings()
         self.repository, self.home = settings["git_url"], settings["doc_host"] + settings["doc_baseurl"]
-        self.library, self.exposed = read_library(root / "llmfact_nb"), exposed_names(root / "llmfact_nb" / "__init__.py")
+        self.rooms, self.exposed = read_library(root / "llmfact_nb"), exposed_names(root / "llmfact_nb" / "__init__.py")
         folder = root / "nbs"
         self.index = Notebook(folder / "index.ipynb", folder)
         self.chapters = [Notebook(p, folder) for p in sorted(folder.glob("[0-9]*.ipynb"))]
         known = {name: i for i, name in enumerate(TUTORIALS)}
         paths = sorted(folder.glob("tutorials/*.ipynb"), key=lambda p: (known.get(p.stem, len(known)), p.stem))
         self.tutorials = [Notebook(p, folder) for p in paths]
-        self.examples = examples([*self.chapters, *self.tutorials, self.index], self.library)
+        self.examples = examples([*self.chapters, *self.tutorials, self.index], self.rooms)
         self.pages = {n.page.split("/")[-1]: n.page for n in [*self.chapters, *self.tutorials, self.index]}
 
     def place(self, module: str, name: str, page: str) -> str:
@@ -56,9 +56,9 @@ class Site:
         A name of the page's own module, one that `llmfact_nb` exposes, or one that no plain word looks like."""
         first, _, rest = name.partition(".")
         own = page.split("/")[-1]
-        modules = [m for m in (own, self.exposed.get(first), *(self.library if "_" in first or first[:1].isupper() else ())) if m in self.library]
-        module = next((m for m in modules if first in self.library[m].definitions), None)
-        if module is None or rest and name not in {m.name for m in self.library[module].definitions[first].members}:
+        modules = [m for m in (own, self.exposed.get(first), *(self.rooms if "_" in first or first[:1].isupper() else ())) if m in self.rooms]
+        module = next((m for m in modules if first in self.rooms[m].definitions), None)
+        if module is None or rest and name not in {m.name for m in self.rooms[module].definitions[first].members}:
             return ""
         return self.place(module, name, page)
 
@@ -85,14 +85,14 @@ class Site:
         parts = [f"[Notebook](https://github.com/{blob})"]
         if not any("colab.research.google.com" in cell.source for cell in notebook.cells):  # tutorials say it themselves
             parts.append(f"[Open in Colab](https://colab.research.google.com/github/{blob})")
-        if notebook.page in self.library:
+        if notebook.page in self.rooms:
             parts = [f"Module `llmfact_nb.{notebook.page}`", f"[Reference](modules/{notebook.page}.md)", *parts]
         header = "" if notebook is self.index else "{.where}\n" + " · ".join(parts)
-        return page_markdown(notebook, self.library, self.chapter_entry, self.relink, header)
+        return page_markdown(notebook, self.rooms, self.chapter_entry, self.relink, header)
 
     def full_entry(self, d: Definition, level: int, page: str, title: str | None = None) -> str:
         "A definition with its methods, example and place in the chapters."
-        module, up, link = self.library[d.module], "../" * page.count("/"), self.link_names(page)
+        module, up, link = self.rooms[d.module], "../" * page.count("/"), self.link_names(page)
         example = self.examples.get((d.module, d.name))
         blocks = [entry(d, level, link, title), example_block(example, up)]
         if example is None:
@@ -105,7 +105,7 @@ class Site:
         return "\n\n".join(b for b in blocks if b)
 
     def name_page(self, name: str) -> str:
-        d = self.library[self.exposed[name]].definitions[name]
+        d = self.rooms[self.exposed[name]].definitions[name]
         page = f"api/{name}"
         head = f"---\norphan: true\n---\n\n# {name}\n\n{{.where}}\n[`llmfact_nb.{d.module}`](../modules/{d.module}.md) · `from llmfact_nb import {name}`"
         body = self.full_entry(d, 1, page)
@@ -135,13 +135,13 @@ class Site:
         for title, high in PARTS:
             trees.append(tree(title, [n.page for n in self.chapters if low < int(re.match(r"\d+", n.path.stem)[0]) <= high]))
             low = high
-        trees += [tree("Reference", ["names", *(f"modules/{m}" for m in self.library)]), tree("About", ["glossary", "traps", "cite", "changelog"])]
+        trees += [tree("Reference", ["names", *(f"modules/{m}" for m in self.rooms)]), tree("About", ["glossary", "traps", "cite", "changelog"])]
         return "\n\n".join([text, *filter(None, trees)]) + "\n", files
 
     def names_page(self) -> str:
         "All names of the package by alphabet."
         rows = []
-        for name, module in sorted(((d.name, m.name) for m in self.library.values() for d in m.definitions.values()), key=lambda pair: (pair[0].lower(), pair[1])):
+        for name, module in sorted(((d.name, m.name) for m in self.rooms.values() for d in m.definitions.values()), key=lambda pair: (pair[0].lower(), pair[1])):
             place = f"api/{name}.md" if self.exposed.get(name) == module else f"modules/{module}.md#{slug(name)}"
             if self.exposed.get(name) == module:
                 rows.append(f"- [**`{name}`**]({place}) {module}")
@@ -160,7 +160,7 @@ class Site:
         files["index.md"] = text.encode()
         files.update({f"figures/{name}": data for name, data in pictures.items()})
         files["names.md"] = self.names_page().encode()
-        for module in self.library.values():
+        for module in self.rooms.values():
             files[f"modules/{module.name}.md"] = self.module_page(module).encode()
         for name in self.exposed:
             files[f"api/{name}.md"] = self.name_page(name).encode()

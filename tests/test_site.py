@@ -211,13 +211,13 @@ def test_every_public_name_has_a_page_with_words_parameters_and_an_example(pages
     made = pages.Site()
     for name, module in made.exposed.items():
         text = made.name_page(name)
-        d = made.library[module].definitions[name]
+        d = made.rooms[module].definitions[name]
         assert f"api/{name}.html" in built
         assert d.doc or d.kind == "constant", f"{module}.{name} has no docstring"
         assert "**Example**" in text or "At work inside" in text, f"no notebook shows {name}"
         for p in d.parameters:
             assert f"`{p.name}`" in text
-    for module in made.library.values():
+    for module in made.rooms.values():
         text = made.module_page(module)
         for d in module.definitions.values():
             assert f"api/{d.name}.md" in text or f"# `{d.name}`" in text, d.name
