@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'SETTING_COLUMNS', 'MEAN', 'as_table', 'measured_table', '
            'preservation_study', 'amplification_study', 'network_study', 'lesion_study', 'cross_task_study',
            'contrasts']
 
-# %% ../nbs/09_studies.ipynb #c0059ab8
+# %% ../nbs/09_studies.ipynb #2c039d17
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ import torch
 from .activations import Activations
 from .interventions import Intervention, injected_norm
 from .lesion import Lesion
-from .masks import NeuronMask
+from .masks import NeuronMask, score_match
 from .measures import WORSE, Bench, Yardstick
 from .selections import CONTROLS, DRAWN, Candidates
 from .statistics import LEAST_DRAWS, control_p_value, document_estimate
@@ -26,7 +26,7 @@ from .statistics import LEAST_DRAWS, control_p_value, document_estimate
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../nbs/09_studies.ipynb #d51b00d9
+# %% ../nbs/09_studies.ipynb #897c22fb
 COLUMNS: dict[str, str] = {
     "study": "which study: damage, preservation, ...",
     "setting": "what differs from the baseline; \"baseline\" if nothing does",
@@ -44,6 +44,8 @@ COLUMNS: dict[str, str] = {
     "late_binding": "whether every layer got the last layer's mask row, as in the published code",
     "units": "that were really touched",
     "share": "of all units that were really touched",
+    "variance_ratio": "of a control: geometric mean variance of its units over that of the units it stands against; 1 is a perfect match",
+    "overlap": "of a control: share of its units that are among those it stands against",
     "injected": "norm of the change to the MLP outputs, as a share of their norm",
     "data": "texts on which it was measured",
     "measure": "nats (of a token), accuracy (share of answers) or label nats",
@@ -75,11 +77,11 @@ def as_table(
 
     frame = pd.DataFrame([{c: row.get(c) for c in COLUMNS} for row in rows], columns=list(COLUMNS))
     whole = ("seed", "network", "k", "units", "documents", "items")
-    real = ("fraction", "gain", "add_sd", "share", "injected", "value", "unmasked", "damage", "ci_low", "ci_high", "recovered", "recovered_low", "recovered_high", "chance", "majority")
+    real = ("fraction", "gain", "add_sd", "share", "variance_ratio", "overlap", "injected", "value", "unmasked", "damage", "ci_low", "ci_high", "recovered", "recovered_low", "recovered_high", "chance", "majority")
     words = ("study", "setting", "arm", "found_on", "operation", "about", "positions", "data", "measure", "counts", "note", "part")
     return frame.astype({c: "Int64" for c in whole} | {c: float for c in real} | {c: "boolean" for c in ("late_binding", "broken")} | {c: object for c in words}).fillna({c: "" for c in words})
 
-# %% ../nbs/09_studies.ipynb #97f9bbfd
+# %% ../nbs/09_studies.ipynb #7efe4d65
 def measured_table(
     bench: Bench,
     study: str,  # its name
@@ -134,11 +136,18 @@ def all_off(
 def _with_controls(found: Candidates, mask: NeuronMask, controls: Mapping[str, int], condition, about: Mapping, operation: str = "ablate") -> list[tuple[dict, Intervention]]:
     "The controls of one mask; a control that is not drawn has one version, whatever number is asked for."
     name = lambda control: control if operation != "keep" else f"keep {control}"
-    return [
-        (dict(about), _ablation(found, name(control), found.control(control, mask, seed), condition, seed if control in DRAWN else None, operation))
-        for control, seeds in controls.items()
-        for seed in range(seeds if control in DRAWN else min(1, seeds))
-    ]
+    entries = []
+    for control, seeds in controls.items():
+        for seed in range(seeds if control in DRAWN else min(1, seeds)):
+            drawn = found.control(control, mask, seed)
+            entries.append((dict(about) | _closeness(found, mask, drawn), _ablation(found, name(control), drawn, condition, seed if control in DRAWN else None, operation)))
+    return entries
+
+
+def _closeness(found: Candidates, mask: NeuronMask, control: NeuronMask) -> dict[str, float]:
+    "How much the control's variance is like that of the mask, as two entries of a row."
+    match = score_match(mask, control, found.variance)
+    return {"variance_ratio": math.exp(match["log_ratio"]), "overlap": match["overlap"]}
 
 
 MEAN = ("mean", "after-first")  # the baseline condition: a neuron falls silent where ordinary tokens are
@@ -164,13 +173,13 @@ def union_study(
         entries += _with_controls(found, found.key, {"random": 1}, condition, about, "keep")
     return measured_table(bench, "union", entries, yardsticks, all_off(found, condition) if keep else None, sample)
 
-# %% ../nbs/09_studies.ipynb #fc20b8a4
+# %% ../nbs/09_studies.ipynb #93088384
 def damage_curve(
     bench: Bench,
     found: Candidates,
     yardsticks: Sequence[Yardstick],
     fractions: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1),  # of all units
-    controls: Mapping[str, int] = {"random": 2, "matched random": 1, "top variance": 1},  # control of the key neurons at that size -> seeds
+    controls: Mapping[str, int] = {"random": 2, "matched shuffle": 1, "top variance": 1},  # control of the key neurons at that size -> seeds
     condition: tuple[str, str] = MEAN,  # (about, positions)
     sample: Activations | None = None,  # of the unmasked model at this site; without it there is no norm
 ) -> "pd.DataFrame":
@@ -224,14 +233,14 @@ def preservation_study(
     entries.append(({}, off))
     return measured_table(bench, "preservation", entries, yardsticks, off)
 
-# %% ../nbs/09_studies.ipynb #c8030f63
+# %% ../nbs/09_studies.ipynb #61ecedd0
 def amplification_study(
     bench: Bench,
     found: Candidates,
     yardsticks: Sequence[Yardstick],
     gains: Sequence[float] = (0.0, 0.5, 1.25, 1.5, 2.0, 4.0),  # factors; 1 changes nothing
     adds: Sequence[float] = (-2.0, -1.0, 1.0, 2.0),  # in standard deviations of each neuron
-    controls: Mapping[str, int] = {"random": 1, "matched random": 1},  # control -> seeds
+    controls: Mapping[str, int] = {"random": 1, "matched shuffle": 1},  # control -> seeds
     positions: str = "after-first",  # "all" or "after-first"
     masks: Mapping[str, NeuronMask] | None = None,  # what to amplify, by arm; None: the key neurons
     sample: Activations | None = None,  # for the column `injected`
@@ -242,12 +251,13 @@ def amplification_study(
     arms += [(c, s if c in DRAWN else None, found.control(c, first, s)) for c, seeds in controls.items() for s in range(seeds if c in DRAWN else min(1, seeds))]
     spread, entries = found.variance.sqrt(), []
     for name, seed, mask in arms:
+        close = _closeness(found, first, mask) if name in CONTROLS else {}
         for gain in gains:
             for about in ("zero", "mean"):
                 mean = found.mean if about == "mean" else None
-                entries.append(({"gain": gain, "add_sd": 0.0}, Intervention(name, mask, seed, "amplify", about, mean, gain=float(gain), positions=positions)))
+                entries.append(({"gain": gain, "add_sd": 0.0} | close, Intervention(name, mask, seed, "amplify", about, mean, gain=float(gain), positions=positions)))
         for add in adds:
-            entries.append(({"gain": 1.0, "add_sd": add}, Intervention(name, mask, seed, "amplify", add=add * spread, positions=positions)))
+            entries.append(({"gain": 1.0, "add_sd": add} | close, Intervention(name, mask, seed, "amplify", add=add * spread, positions=positions)))
     return measured_table(bench, "amplification", entries, yardsticks, sample=sample)
 
 # %% ../nbs/09_studies.ipynb #879fcedb
@@ -291,12 +301,12 @@ def lesion_study(
     entries += [({"k": k}, Lesion(found.networks, tuple(range(k)), positions=condition[1])), ({"k": k}, _ablation(found, "key", found.key, condition))]
     return measured_table(bench, "lesion", entries, yardsticks, sample=sample)
 
-# %% ../nbs/09_studies.ipynb #0532f3cc
+# %% ../nbs/09_studies.ipynb #34228167
 def cross_task_study(
     bench: Bench,
     found_on: Mapping[str, Candidates],  # name of the fit texts -> what was found there
     yardsticks: Sequence[Yardstick],
-    controls: Mapping[str, int] = {"random": 1, "matched random": 1},  # control -> seeds
+    controls: Mapping[str, int] = {"random": 1, "matched shuffle": 1},  # control -> seeds
     condition: tuple[str, str] = MEAN,  # (about, positions)
 ) -> "pd.DataFrame":
     "Ablate the key neurons of each kind of text, and measure on all kinds. Study \"cross-task\"."
@@ -306,7 +316,7 @@ def cross_task_study(
         entries += [(about, _ablation(found, "key", found.key, condition))] + _with_controls(found, found.key, controls, condition, about)
     return measured_table(bench, "cross-task", entries, yardsticks)
 
-# %% ../nbs/09_studies.ipynb #e065c67e
+# %% ../nbs/09_studies.ipynb #33243ef4
 def contrasts(
     table: "pd.DataFrame",  # of a study
     bench: Bench,  # that measured it
@@ -316,7 +326,7 @@ def contrasts(
     """Return one row per comparison of an arm with the mean of another arm's seeds in the same setting.
 
     Columns: those of SETTING_COLUMNS, arm, against, seeds, units (of the arm), damage (of the arm), against_damage (mean over seeds), against_low and against_high (range over seeds), difference (of the damages) with ci_low and ci_high (bootstrap over documents),
-    p (rank among the seeds; missing with fewer than 19). Positive: the arm hurts more."""
+    p (rank among the seeds; missing with fewer than 19), variance_ratio and overlap (means over the seeds), note (where a damage is not finite: then nothing is compared). Positive: the arm hurts more. Raises KeyError if the bench does not hold the scores."""
     import pandas as pd
 
     rows, keys = [], list(SETTING_COLUMNS)
@@ -327,13 +337,17 @@ def contrasts(
             others = [a for a in group.arm.unique() if a != arm and not a.startswith(("keep", "all off"))] if against is None else [a for a in against if a != arm and (group.arm == a).any()]
             for other in others:
                 theirs = group[group.arm == other]
-                known, sign = bench.known, WORSE[ours.measure]
-                sums = [known[part].sums[ours.measure] for part in (ours.part, *theirs.part)]
-                of = document_estimate(lambda a, *b: sign * (a - np.mean(b, axis=0)), sums, known[ours.part].counts)
+                sign, scores = WORSE[ours.measure], [bench.kept(part) for part in (ours.part, *theirs.part)]
+                of = document_estimate(lambda a, *b: sign * (a - np.mean(b, axis=0)), [x.sums[ours.measure] for x in scores], scores[0].counts)
+                lost = int((~np.isfinite(theirs.damage)).sum())
+                whole = math.isfinite(ours.damage) and not lost
                 rows.append(dict(zip(keys, setting)) | {
                     "arm": arm, "against": other, "seeds": len(theirs), "units": ours.units, "damage": ours.damage, "against_damage": theirs.damage.mean(),
-                    "against_low": theirs.damage.min(), "against_high": theirs.damage.max(), "difference": of.value, "ci_low": of.low, "ci_high": of.high,
-                    "p": control_p_value(ours.damage, theirs.damage.tolist()) if len(theirs) >= LEAST_DRAWS and theirs.damage.notna().all() else math.nan,
+                    "against_low": theirs.damage.min(), "against_high": theirs.damage.max(),
+                    "difference": of.value if whole else math.nan, "ci_low": of.low if whole else math.nan, "ci_high": of.high if whole else math.nan,
+                    "p": control_p_value(ours.damage, theirs.damage.tolist()) if whole and len(theirs) >= LEAST_DRAWS else math.nan,
+                    "variance_ratio": theirs.variance_ratio.mean(), "overlap": theirs.overlap.mean(),
+                    "note": "" if whole else f"not finite: {lost} of {len(theirs)} draws of {other}" + ("" if math.isfinite(ours.damage) else f", and {arm} itself"),
                 })  # fmt: skip
-    columns = [*keys, "arm", "against", "seeds", "units", "damage", "against_damage", "against_low", "against_high", "difference", "ci_low", "ci_high", "p"]
+    columns = [*keys, "arm", "against", "seeds", "units", "damage", "against_damage", "against_low", "against_high", "difference", "ci_low", "ci_high", "p", "variance_ratio", "overlap", "note"]
     return pd.DataFrame(rows, columns=columns)

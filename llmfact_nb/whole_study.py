@@ -6,7 +6,7 @@
 __all__ = ['QUICK', 'WholeSettings', 'StudyTexts', 'wanted_networks', 'found_networks', 'network_sizes', 'study_tables',
            'CountingBench', 'placeholder', 'hash_seed', 'whole_study', 'read_study', 'main']
 
-# %% ../nbs/09_whole_study.ipynb #a500cbda
+# %% ../nbs/09_whole_study.ipynb #251c66c5
 import hashlib
 import math
 import os
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .activations import Activations, capture
-from .evaluate import EvalSet
+from .evaluate import EvalSet, positions_of
 from .experiments import PRESETS, Settings
 from .files import read_json, write_json, write_text
 from .ica import ConvergenceWarning
@@ -31,7 +31,7 @@ from .masks import NeuronMask
 from .networks import FunctionalNetworks, z_scores
 from .progress import note
 from .recurrence import recurrence_study, text_kinds
-from .measures import Bench, Scores, Yardstick, answers_on, claim_configuration, loss_on
+from .measures import Bench, Scores, Yardstick, answers_on, claim_configuration, loss_on, model_fingerprint
 from .selections import CONTROLS, Candidates, find_candidates
 from .sites import neuron_sites
 from .statistics import LEAST_DRAWS
@@ -43,7 +43,7 @@ from .verdicts import verdict_table
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../nbs/09_whole_study.ipynb #a284400e
+# %% ../nbs/09_whole_study.ipynb #51254fd6
 @dataclass(frozen=True)
 class WholeSettings:
     "Everything but model and texts that decides the tables. Raises ValueError, naming the argument, for what makes no sense."
@@ -100,7 +100,8 @@ class StudyTexts:
     def fingerprint(self) -> str:
         "A checksum of everything in it."
         rows = list(zip(self.labelled["text"], self.labelled["label"])) if hasattr(self.labelled, "column_names") else list(self.labelled)
-        return hashlib.sha256(repr((self.fit, self.held_out, rows, self.template, self.label_words)).encode()).hexdigest()[:16]
+        label = getattr(self.labelled, "features", {}).get("label")
+        return hashlib.sha256(repr((self.fit, self.held_out, rows, getattr(label, "names", None), self.template, self.label_words)).encode()).hexdigest()[:16]
 
 # %% ../nbs/09_whole_study.ipynb #8d0726b4
 @dataclass(frozen=True)
@@ -144,9 +145,19 @@ def wanted_networks(
     add("published, z-scored", settings.published, standardize=True, exclude="sinks")
     return wanted
 
-# %% ../nbs/09_whole_study.ipynb #d487ea35
+# %% ../nbs/09_whole_study.ipynb #dcdc56b8
 def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def _further(tokenizer, texts: Sequence[str], wanted: _Wanted) -> list[str]:
+    "The texts after those that are passed over. Raises ValueError if there are not enough of them: other networks would share texts with the baseline's."
+    chosen, s = list(texts)[wanted.skip :], wanted.settings
+    if wanted.skip:
+        n = sum(min(s.fit_length, len(tokenizer(t[: 20 * s.fit_length])["input_ids"])) for t in chosen)
+        if n < s.fit_tokens:
+            raise ValueError(f"after the first {wanted.skip} texts there are {n:,} further tokens at {s.fit_length} a text; {s.fit_tokens:,} are needed. Give more fit texts.")
+    return chosen
 
 
 def found_networks(
@@ -169,7 +180,7 @@ def found_networks(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the table `sizes` says which fits have not converged
-            chosen = list(texts)[wanted.skip :] or list(texts)
+            chosen = _further(tokenizer, texts, wanted)
             found = find_candidates(model, tokenizer, chosen, wanted.settings, ("gradient x activation", "Wanda score") if wanted.scores else (), progress=False)
         found.key  # no unit at this threshold is a reason too
     except ValueError as e:
@@ -197,14 +208,14 @@ def network_sizes(
         })  # fmt: skip
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_whole_study.ipynb #d00ad35b
-def _yardsticks(tokenizer, texts: StudyTexts, s: WholeSettings) -> dict[str, Yardstick]:
-    "\"full\", \"answers\" and \"answers, short\" of the baseline's texts; \"short\" and by kind the beginnings."
+# %% ../nbs/09_whole_study.ipynb #daefc52c
+def _yardsticks(tokenizer, texts: StudyTexts, s: WholeSettings, limit: float = math.inf) -> dict[str, Yardstick]:
+    "\"full\", \"answers\" and \"answers, short\" of the baseline's texts; \"short\" and by kind the beginnings. No text is longer than the model's `limit` of positions."
     base = next(iter(texts.held_out))
-    length = max(2, min(1024, -(-s.eval_tokens // len(texts.held_out[base]))))
+    length = int(max(2, min(1024, limit, -(-s.eval_tokens // len(texts.held_out[base])))))
     rows = texts.labelled.select(range(min(s.short_sentences, len(texts.labelled)))) if hasattr(texts.labelled, "select") else texts.labelled[: s.short_sentences]
     answers = lambda name, of: answers_on(name, tokenizer, of, texts.template, texts.label_words)
-    kinds = {kind: loss_on(f"{kind}, short", EvalSet(tokenizer, of, s.short_length)) for kind, of in texts.held_out.items()}
+    kinds = {kind: loss_on(f"{kind}, short", EvalSet(tokenizer, of, int(min(s.short_length, limit)))) for kind, of in texts.held_out.items()}
     return {"full": loss_on(base, EvalSet(tokenizer, texts.held_out[base], length)), "short": kinds[base], "answers": answers("sentences", texts.labelled), "answers, short": answers("sentences, short", rows), **kinds}
 
 
@@ -212,8 +223,8 @@ def _named(table: "pd.DataFrame", setting: str) -> "pd.DataFrame":
     return table.assign(setting=setting)
 
 
-def _noted(study: str, setting: str, why: str) -> "pd.DataFrame":
-    return as_table([{"study": study, "setting": setting, "arm": "key", "note": why}])
+def _noted(study: str, setting: str, why: str, **of) -> "pd.DataFrame":
+    return as_table([{"study": study, "setting": setting, "arm": "key", "note": why, **of}])
 
 
 def study_tables(
@@ -231,23 +242,28 @@ def study_tables(
     if isinstance(base, str):
         raise ValueError(f"the baseline's networks could not be found: {base}")
     full, short, both = [yard["full"], yard["answers"]], [yard["short"]], [yard["short"], yard["answers, short"]]
-    few = {"random": s.seeds, "matched random": s.seeds}
+    few = {"random": s.seeds, "matched shuffle": s.seeds}
     there = lambda name: isinstance(found[name], Candidates)
     tables: dict[str, pd.DataFrame] = {}
     tables["union"] = pd.concat([
-        union_study(bench, base, full, {c: s.seeds for c in CONTROLS}, sample=sample),
+        union_study(bench, base, full, {c: 1 if c == "matched shuffle" else s.seeds for c in CONTROLS}, sample=sample),  # 19 draws of it follow
         union_study(bench, base, short, dict.fromkeys(("random", "matched random", "matched shuffle"), s.draws), selections=["key"], keep=False, sample=sample),
     ], ignore_index=True)  # fmt: skip
     tables["damage"] = damage_curve(bench, base, short, s.fractions, sample=sample)
     at_k = {k: found[f"published k {k}"] for k in s.ks}
     if any(isinstance(c, Candidates) for c in at_k.values()):
         tables["preservation"] = preservation_study(bench, at_k, both, s.kept)
+    else:
+        tables["preservation"] = pd.concat([_noted("preservation", "baseline", str(why), k=k) for k, why in at_k.items()], ignore_index=True)
     tables["amplification"] = amplification_study(bench, base, both, s.gains, s.adds, {"random": 1}, sample=sample)
     which = list(range(min(s.networks, len(base.networks.maps_))))
     tables["networks"] = network_study(bench, base, short, which, s.draws)
     tables["lesion"] = lesion_study(bench, base, short, which, sample=sample)
     on = {kind: base if i == 0 else found[f"found on {kind}"] for i, kind in enumerate(kinds)}
-    tables["cross-task"] = cross_task_study(bench, {k: c for k, c in on.items() if isinstance(c, Candidates)}, [yard[k] for k in kinds])
+    tables["cross-task"] = pd.concat([
+        cross_task_study(bench, {k: c for k, c in on.items() if isinstance(c, Candidates)}, [yard[k] for k in kinds]),
+        *(_noted("cross-task", "baseline", c, found_on=k) for k, c in on.items() if isinstance(c, str)),
+    ], ignore_index=True)  # fmt: skip
     tables["random share"] = _random_share(bench, base, both, s)
     parts = [_named(union_study(bench, base, short, few, c, ["key"], keep=False), f"{c[0]}, {c[1]}") for c in (("zero", "after-first"), ("zero", "all"))]
     if base.key_rule.get("fraction") is not None:
@@ -267,14 +283,15 @@ def study_tables(
 
 
 def _random_share(bench: Bench, base: Candidates, yardsticks: Sequence[Yardstick], s: WholeSettings, share: float = 0.15) -> "pd.DataFrame":
-    "Random units, the same share of every layer."
-    widths, entries = base.key.widths, []
-    some = base.mask(torch.cat([torch.arange(w) < round(share * w) for w in widths]))
-    for about in (("zero", "all"), MEAN):
-        mean = base.mean if about[0] == "mean" else None
-        for seed in range(s.seeds):
-            entries.append(({"fraction": share}, Intervention(f"random {100 * share:.0f} %", some.matched_random(seed, disjoint=False), seed, "ablate", about[0], mean, positions=about[1])))
-    return measured_table(bench, "random share", entries, yardsticks, all_off(base, ("zero", "all")))
+    "Random units, the same share of every layer; each way to silence them beside all neurons silenced that way."
+    import pandas as pd
+
+    some, parts = base.mask(torch.cat([torch.arange(w) < round(share * w) for w in base.key.widths])), []
+    for about, positions in (("zero", "all"), MEAN):
+        mean = base.mean if about == "mean" else None
+        draws = (Intervention(f"random {100 * share:.0f} %", some.matched_random(seed, disjoint=False), seed, "ablate", about, mean, positions=positions) for seed in range(s.seeds))
+        parts.append(measured_table(bench, "random share", [({"fraction": share}, i) for i in draws], yardsticks, all_off(base, (about, positions))))
+    return pd.concat(parts, ignore_index=True)
 
 # %% ../nbs/09_whole_study.ipynb #86dc775c
 class CountingBench(Bench):
@@ -323,7 +340,11 @@ def hash_seed(text: str) -> int:
     "Return a seed that depends on a text alone."
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
-# %% ../nbs/09_whole_study.ipynb #60708397
+# %% ../nbs/09_whole_study.ipynb #2620a4d1
+def _write_table(folder: Path, name: str, table: "pd.DataFrame") -> None:
+    write_text(folder / "tables" / f"{_slug(name)}.csv", table.to_csv(index=False))
+
+
 def whole_study(
     model: nn.Module,  # a causal language model
     tokenizer,  # its tokenizer
@@ -338,10 +359,11 @@ def whole_study(
     texts or another model."""
     import pandas as pd
 
+    started = time.perf_counter()
     folder, texts = Path(folder), texts or StudyTexts.default(settings)
     bench = Bench(model, folder / "scores", progress)
-    claim_configuration(folder, _plain(asdict(settings)) | {"texts": texts.fingerprint} | bench.about)
-    kinds, yard = list(texts.held_out), _yardsticks(tokenizer, texts, settings)
+    claim_configuration(folder, _plain(asdict(settings)) | {"texts": texts.fingerprint} | model_fingerprint(model, tokenizer))
+    kinds, yard = list(texts.held_out), _yardsticks(tokenizer, texts, settings, positions_of(model))
     wanted, at = wanted_networks(settings, kinds), folder / "networks"
     if progress:
         _announce(model, bench, wanted, yard, settings, kinds, at)
@@ -359,9 +381,12 @@ def whole_study(
             p = settings.published
             tables["recurrence"] = recurrence_study(model, tokenizer, group, single, settings.ks[0], p.site, p.standardize, p.exclude, p.alpha or 3.6, p.fit_length, p.ica_seed, folder / "recurrence", progress)
     tables["facts"] = pd.DataFrame([{"setting": n, "fact": k, "value": str(v)} for n, c in found.items() if isinstance(c, Candidates) for k, v in c.facts.items()])
-    tables["verdicts"] = verdict_table(tables)
     for name, table in tables.items():
-        write_text(folder / "tables" / f"{_slug(name)}.csv", table.to_csv(index=False))
+        _write_table(folder, name, table)
+    tables["verdicts"] = verdict_table(tables)
+    _write_table(folder, "verdicts", tables["verdicts"])
+    write_json(folder / "study.json", {"settings": _plain(asdict(settings)), "model": model_fingerprint(model, tokenizer), "threads": torch.get_num_threads(), "seconds": round(time.perf_counter() - started)})
+    note(f"{len(tables)} tables in {folder / 'tables'}", progress)
     return tables
 
 
@@ -381,7 +406,7 @@ def _announce(model, bench, wanted, yard, settings, kinds, at: Path) -> None:
     stand_in = {name: Candidates.load(at / _slug(name)) if there[name] else placeholder(model, of) for name, of in wanted.items()}
     study_tables(counting, stand_in, yard, settings, kinds)
     new = [of for name, of in wanted.items() if isinstance(of, _Wanted) and not there[name]]
-    a = torch.randn(1024, 1024)
+    a = torch.ones(1024, 1024)
     begun = time.perf_counter()
     a @ a
     flops = 2 * 1024**3 / (time.perf_counter() - begun)

@@ -109,6 +109,37 @@ def test_single_networks_have_p_values_and_topics_of_their_own(world):
         assert {c for c in group.counts} == {" ".join(map(str, found.network_masks()[i].counts))}, "controls have as many units in each layer"
 
 
+def test_numbers_that_are_not_finite_are_compared_with_nothing(world, tmp_path):
+    model, found, topics, _ = world
+    b = bench(model, tmp_path)
+    table = union_study(b, found, topics, {"random": 19, "top variance": 1}, selections=["key"], keep=False)
+    sound = contrasts(table, b).set_index("against")
+    pd.testing.assert_frame_equal(contrasts(table, bench(model, tmp_path)).set_index("against"), sound, obj="from the folder alone")
+    with pytest.raises(KeyError, match="was not measured"):
+        contrasts(table, bench(model))
+    for bad in (math.inf, math.nan):
+        hurt = table.copy()
+        at = hurt.index[hurt.arm == "random"][3]
+        b.kept(hurt.part[at]).sums["nats"][0], before = bad, b.kept(hurt.part[at]).sums["nats"][0]
+        hurt.loc[at, "damage"] = bad
+        of = contrasts(hurt, b).set_index("against")
+        assert of.loc["random", ["difference", "ci_low", "ci_high", "p"]].isna().all() and of.note["random"] == "not finite: 1 of 19 draws of random"
+        pd.testing.assert_series_equal(of.loc["top variance"], sound.loc["top variance"])
+        b.kept(hurt.part[at]).sums["nats"][0] = before
+    assert sound.p["random"] == pytest.approx(0.05) and (sound.note == "").all()
+
+
+def test_a_control_says_how_close_its_variance_comes(world):
+    model, found, topics, _ = world
+    table = union_study(bench(model), found, topics, {"random": 1, "matched shuffle": 1, "top variance": 1}, selections=["key"], keep=False).set_index("arm")
+    variance = found.variance
+    for arm in ("random", "matched shuffle", "top variance"):
+        drawn = found.control(arm, found.key, 0)
+        assert table.variance_ratio[arm] == pytest.approx(math.exp(float(variance[drawn.flat].log().mean() - variance[found.key.flat].log().mean())), rel=1e-4)
+        assert table.overlap[arm] == pytest.approx((drawn & found.key).n / found.key.n)
+    assert table.overlap["random"] == 0 and math.isnan(table.variance_ratio["key"]) and table.variance_ratio["top variance"] >= table.variance_ratio["random"]
+
+
 # masks against hooks by hand
 
 
@@ -457,7 +488,7 @@ WHOLE = WholeSettings(
 @pytest.mark.slow
 def test_the_whole_study_interrupted_and_resumed(tmp_path):
     model = planted.model()
-    texts = StudyTexts({"topics": planted.texts(40, 80), "others": planted.texts(30, 80, seed=7)}, {"topics": planted.texts(5, 80, seed=8), "others": planted.texts(3, 80, seed=9)}, [(f"w{5 + i} w{6 + i}", i % 2) for i in range(6)], "w4 {text}", ["w20", "w30"])
+    texts = StudyTexts({"topics": planted.texts(60, 80), "others": planted.texts(30, 80, seed=7)}, {"topics": planted.texts(5, 80, seed=8), "others": planted.texts(3, 80, seed=9)}, [(f"w{5 + i} w{6 + i}", i % 2) for i in range(6)], "w4 {text}", ["w20", "w30"])
     run = lambda folder, settings=WHOLE: whole_study(model, TOKENIZER, folder, settings, texts, progress=False)
     whole, state = run(tmp_path / "a"), families.state(model)
     calls = []
@@ -485,6 +516,10 @@ def test_the_whole_study_interrupted_and_resumed(tmp_path):
     assert {"kind spatial", "site mlp_out", "k 4", "ICA seed 1", "texts 1", "zero, all"} <= set(whole["factors"].setting)
     factors = whole["factors"]
     assert (factors.damage.isna() == (factors.note != "")).all() and set(factors[factors.note != ""].setting) <= {"k 28"}, "only what the tiny model's rank cannot carry has no numbers, and a reason"
+    assert set(whole["random share"].query("about == 'mean'").recovered.notna()) == {True} and (tmp_path / "a" / "study.json").exists()
+    few = found_networks(model, TOKENIZER, "texts 1", wanted_networks(WHOLE, ["topics"])["texts 1"], texts.fit["topics"][:40], tmp_path / "c")
+    assert "further tokens" in few, "never the baseline's own texts"
+    assert max(map(len, EvalSet(TOKENIZER, texts.held_out["topics"], 80).ids)) > 9 and _yardsticks(TOKENIZER, texts, WHOLE, 9)["short"].tokens <= 9 * 5
     with pytest.raises(ValueError, match="seeds: 1 there, 2 now"):
         run(tmp_path / "a", replace(WHOLE, seeds=2))
 
