@@ -38,8 +38,8 @@ _NAMES = {
     "tuning_study": "read_tuning",
     "masked_text": "side_by_side",
     "run": "run_settings read_run",
-    "network_card": "network_card",
-    "whole_study": "whole_study read_study",
+    "network_cards": "network_card",
+    "whole_study": "read_study",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmfact_nb.activations import capture
-from llmfact_nb.network_card import network_card, plot_network_card, pushed_logits, written_direction
+from llmfact_nb.network_cards import network_card, plot_network_card, pushed_logits, written_direction
 from llmfact_nb.networks import FunctionalNetworks
 
 TOKENIZER = families.tokenizer()
