@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# %% ../nbs/08_accuracy.ipynb #c4853acd
+# %% ../nbs/08_accuracy.ipynb #9c7031ae
 _Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
 
 
 def wilson(
-    hits: int,  # right answers
+    hits: float,  # right answers; a share of one for what was tried several times
     n: int,  # answers
 ) -> tuple[float, float]:
     "Return the 95 % Wilson score interval of hits / n (Wilson 1927), (nan, nan) without answers. Raises ValueError unless 0 <= hits <= n."

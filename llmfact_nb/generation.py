@@ -158,7 +158,7 @@ def generation_row(
     measured = dict(tokens=len(new.tokens), ended=new.ended, distinct_1=distinct(new.tokens, 1), distinct_2=distinct(new.tokens, 2))
     return dict(text=new.text, too_long=new.too_long, **measured, empty=not any(c.isalnum() for c in new.text), looping=loops <= 0.5)
 
-# %% ../nbs/08_generation.ipynb #49cca8b0
+# %% ../nbs/08_generation.ipynb #2d9d0675
 def generation_samples(
     model: nn.Module,  # a causal language model
     tokenizer,  # its tokenizer
@@ -190,7 +190,7 @@ def generation_samples(
 def generation_summary(
     samples: "pd.DataFrame",  # of `generation_samples`
 ) -> "pd.DataFrame":
-    "Return one row per arm: how many texts, mean number of tokens, shares of empty and looping texts and of texts the model ended (95 % Wilson intervals), mean distinct-2 (bootstrap over prompts)."
+    "Return one row per arm: how many texts, mean number of tokens, shares of empty and looping texts and of texts the model ended (95 % Wilson intervals over prompts: all seeds of a prompt count as one observation), mean distinct-2 (bootstrap over prompts)."
     import pandas as pd
 
     rows = []
@@ -198,7 +198,8 @@ def generation_summary(
         texts = every[~every.too_long]
         row = dict(arm=arm, n=len(texts), n_too_long=len(every) - len(texts), tokens=texts.tokens.mean())
         for share in ("empty", "looping", "ended"):
-            low, high = wilson(int(texts[share].sum()), len(texts))
+            by_prompt = texts.groupby("item")[share].mean()
+            low, high = wilson(float(by_prompt.sum()), len(by_prompt))
             row |= {share: texts[share].mean(), f"{share}_low": low, f"{share}_high": high}
         by_prompt = texts.dropna(subset="distinct_2").groupby("item").distinct_2.agg(["sum", "count"])
         low, high = bootstrap_interval(by_prompt["sum"].to_numpy(float), by_prompt["count"].to_numpy(float), 1000, 0)

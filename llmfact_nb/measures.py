@@ -129,7 +129,7 @@ def model_fingerprint(
         about["tokenizer"] = of((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), sorted(map(repr, tokenizer.special_tokens_map.items()))))
     return about | {"llmfact_nb": __version__} | {name: version(name) for name in ("torch", "transformers")}
 
-# %% ../nbs/09_measures.ipynb #83f8003f
+# %% ../nbs/09_measures.ipynb #25c54fc6
 class Bench:
     "A model to be measured again and again, and the scores that are known already."
 
@@ -138,8 +138,9 @@ class Bench:
         model: nn.Module,  # a causal language model, unmasked
         folder: str | os.PathLike | None = None,  # keep scores here and take them from here; None: in memory only
         progress: bool = True,  # show a progress bar
+        backwards: bool = False,  # measure the last first: a second process that shares the folder then meets the first one in the middle
     ):
-        self.model, self.progress, self.known = model, progress, {}
+        self.model, self.progress, self.known, self.backwards = model, progress, {}, backwards
         self.about = model_fingerprint(model)
         self.folder = None if folder is None else claim_configuration(folder, self.about, "model.json")
 
@@ -179,7 +180,7 @@ class Bench:
         if not todo:
             return
         with progress_bar(sum(y.tokens for _, y in todo), description, "tok", self.progress) as bar:
-            for intervention, yardstick in todo:
+            for intervention, yardstick in reversed(todo) if self.backwards else todo:
                 bar.set_postfix_str("unmasked" if intervention is None else intervention.arm)
                 self.scores(intervention, yardstick)
                 bar.update(yardstick.tokens)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'library_code', 'text_kinds', 'match_text', 'recurrence_study', 'recurrence_counts']
 
-# %% ../nbs/09_recurrence.ipynb #8bbd3a72
+# %% ../nbs/09_recurrence.ipynb #6ab1cc5b
 import hashlib
 import json
 import os
@@ -24,12 +24,12 @@ from .files import read_json, write_json
 from .networks import FunctionalNetworks, match_networks
 from .progress import progress_bar
 from .reproducibility import match_maps
-from .measures import claim_configuration
+from .measures import claim_configuration, model_fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../nbs/09_recurrence.ipynb #74c18576
+# %% ../nbs/09_recurrence.ipynb #b75a93b2
 def library_code(
     split: str = "fit",  # "fit" or "eval"
     n: int = 20,  # how many files
@@ -52,16 +52,16 @@ def library_code(
 
 def text_kinds(
     split: str = "fit",  # "fit" or "eval"
-    n: int = 20,  # texts of each kind
+    n: int = 20,  # texts of each kind, at most
     joined: int = 20,  # reviews in one text
 ) -> dict[str, list[str]]:
-    "Return texts of four kinds: encyclopaedia, speeches, reviews, code. Fetches what is not there yet."
+    "Return the first texts of four kinds: encyclopaedia, speeches, reviews, code; `n` of each, or as many as there are. Fetches what is not there yet."
     from llmfact_nb.resources import load_labelled, load_texts
 
-    rows = list(load_labelled("rotten-tomatoes", split, n * joined)["text"])
+    rows = list(load_labelled("rotten-tomatoes", split)["text"])[: n * joined]
     return {
-        "encyclopaedia": list(load_texts("wiki", split, n)["text"]),
-        "speeches": list(load_texts("sotu", split, n)["text"]),
+        "encyclopaedia": list(load_texts("wiki", split)["text"])[:n],
+        "speeches": list(load_texts("sotu", split)["text"])[:n],
         "reviews": ["\n".join(rows[i : i + joined]) for i in range(0, len(rows), joined)],
         "code": library_code(split, n),
     }
@@ -109,7 +109,7 @@ def _with_maps(networks: FunctionalNetworks, maps: torch.Tensor) -> FunctionalNe
     other.maps_ = maps
     return other
 
-# %% ../nbs/09_recurrence.ipynb #fa26e9c8
+# %% ../nbs/09_recurrence.ipynb #7b038142
 def _stacked(parts: Sequence[Activations]) -> Activations:
     "Several captures of one model, one after the other."
     offset, ids = 0, []
@@ -118,6 +118,12 @@ def _stacked(parts: Sequence[Activations]) -> Activations:
         offset += int(p.text_ids.max()) + 1
     tensors = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("values", "positions", "token_ids", "sinks")}
     return replace(parts[0], text_ids=torch.cat(ids), **tensors)
+
+
+def _file_name(kind: str, number: int) -> str:
+    "Where a text's rows are kept, whatever its kind is called."
+    readable = "".join(c if c.isascii() and c.isalnum() else "-" for c in kind)[:40]
+    return f"{readable}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}-{number}.json"
 
 
 def recurrence_study(
@@ -139,13 +145,15 @@ def recurrence_study(
     """Match the networks of single texts with group templates. Returns one row per method, template and text.
 
     Columns: method ("ICA" and the nulls "PCA", "rotation", "shuffled"), texts (kind), text (number), template, units (of the template), similar (how many networks of the text have IoU > 0.2 with it, the paper's count), matched (it has a one-to-one partner above 0.2), iou (the largest), r (|r| with its
-    one-to-one partner, no threshold), converged (both fits). Raises ValueError if the folder belongs to another configuration."""
+    one-to-one partner, no threshold), converged (both fits). Raises ValueError without texts on either side, and if the folder belongs to another configuration."""
     import pandas as pd
 
-    settings = {"n_templates": n_templates, "site": site, "standardize": standardize, "exclude": exclude, "alpha": alpha, "max_length": max_length, "seed": seed, **ica}
+    for name, of in (("group_texts", group_texts), ("single_texts", single_texts)):
+        if not of or not all(map(len, of.values())):
+            raise ValueError(f"{name} has {({k: len(v) for k, v in of.items()})} texts by kind; expected at least one kind, and at least one text of each.")
+    settings = {"n_templates": n_templates, "site": site, "standardize": standardize, "exclude": exclude, "alpha": alpha, "max_length": max_length, "seed": seed, **{f"ICA's {k}": v for k, v in ica.items()}}
     texts_mark = hashlib.sha256(json.dumps([{k: list(v) for k, v in t.items()} for t in (group_texts, single_texts)]).encode()).hexdigest()[:16]
-    weights = hashlib.sha256(b"".join(p.detach().flatten()[:64].float().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()[:16]
-    folder = None if folder is None else claim_configuration(folder, settings | {"texts": texts_mark, "weights": weights})
+    folder = None if folder is None else claim_configuration(folder, settings | {"texts": texts_mark} | model_fingerprint(model, tokenizer))
     fit = lambda acts: FunctionalNetworks(n_templates, "temporal", standardize, exclude, random_state=seed, **ica).fit(acts)
     read = lambda texts: capture(model, tokenizer, list(texts), site, max_length=max_length, progress=False)
     templates, at = None, None if folder is None else folder / "templates.safetensors"
@@ -161,7 +169,7 @@ def recurrence_study(
         for kind, texts in single_texts.items():
             for i, text in enumerate(texts):
                 number += 1
-                path = None if folder is None else folder / f"{kind}-{i}.json"
+                path = None if folder is None else folder / _file_name(kind, i)
                 if path is not None and path.exists():
                     found = read_json(path)
                 else:

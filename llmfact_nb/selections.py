@@ -113,7 +113,7 @@ def network_score(
     maps = networks.maps_
     return {"both": maps.abs(), "positive": maps, "raw": maps * networks.sign_[:, None]}[tail].amax(0)
 
-# %% ../nbs/09_selections.ipynb #b490f6f6
+# %% ../nbs/09_selections.ipynb #bc097fb5
 SELECTIONS = ("key", "PCA", "rotation", "gradient x activation", "Wanda score")
 CONTROLS = ("random", "matched random", "matched shuffle", "top variance", "least active")
 DRAWN = ("random", "matched random", "matched shuffle")  # controls that differ between seeds
@@ -192,11 +192,11 @@ class Candidates:
             raise ValueError(f"control={name!r} is not accepted; accepted: {', '.join(map(repr, CONTROLS))}.")
         if name in ("top variance", "least active"):
             return mask.matched_top(self.variance if name == "top variance" else -(self.variance + self.mean.square()))
-        if name == "random":
-            return mask.matched_random(seed)
         bins = max(1, min(_BINS, min(mask.widths) // _UNITS_A_BIN))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # how close the draws come is reported by score_match
+            warnings.simplefilter("ignore")  # how close the draws come, and how far they overlap, stands in the studies' columns variance_ratio and overlap
+            if name == "random":
+                return mask.matched_random(seed)
             return mask.matched_random(seed, score=self.variance, bins=bins, disjoint=name == "matched random")
 
     def network_masks(self) -> list[NeuronMask]:

@@ -6,13 +6,17 @@
 __all__ = ['QUICK', 'WholeSettings', 'StudyTexts', 'wanted_networks', 'found_networks', 'network_sizes', 'study_tables',
            'CountingBench', 'placeholder', 'hash_seed', 'whole_study', 'read_study', 'main']
 
-# %% ../nbs/09_whole_study.ipynb #251c66c5
+# %% ../nbs/09_whole_study.ipynb #dc176165
 import hashlib
 import math
 import os
+import signal
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +47,7 @@ from .verdicts import verdict_table
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../nbs/09_whole_study.ipynb #51254fd6
+# %% ../nbs/09_whole_study.ipynb #7608e383
 @dataclass(frozen=True)
 class WholeSettings:
     "Everything but model and texts that decides the tables. Raises ValueError, naming the argument, for what makes no sense."
@@ -52,8 +56,8 @@ class WholeSettings:
     published: Settings = replace(PRESETS["paper"], alpha=3.6)  # the published way, with the threshold of its notebooks
     eval_tokens: int = 20_000  # held-out tokens for the arms of the baseline, spread over all documents
     sentences: int = 500  # labelled sentences for them
-    short_length: int = 128  # tokens of each document for everything else
-    short_sentences: int = 100  # labelled sentences for the curves over k and gain
+    short_length: int = 80  # tokens of each document for everything else
+    short_sentences: int = 60  # labelled sentences for the curves over k and gain
     seeds: int = 3  # draws of each random control of the baseline
     draws: int = LEAST_DRAWS  # draws where a p-value is given
     ks: tuple[int, ...] = (10, 64, 128, 256)  # numbers of networks for preservation
@@ -208,7 +212,7 @@ def network_sizes(
         })  # fmt: skip
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_whole_study.ipynb #daefc52c
+# %% ../nbs/09_whole_study.ipynb #5967273c
 def _yardsticks(tokenizer, texts: StudyTexts, s: WholeSettings, limit: float = math.inf) -> dict[str, Yardstick]:
     "\"full\", \"answers\" and \"answers, short\" of the baseline's texts; \"short\" and by kind the beginnings. No text is longer than the model's `limit` of positions."
     base = next(iter(texts.held_out))
@@ -261,7 +265,7 @@ def study_tables(
     tables["lesion"] = lesion_study(bench, base, short, which, sample=sample)
     on = {kind: base if i == 0 else found[f"found on {kind}"] for i, kind in enumerate(kinds)}
     tables["cross-task"] = pd.concat([
-        cross_task_study(bench, {k: c for k, c in on.items() if isinstance(c, Candidates)}, [yard[k] for k in kinds]),
+        cross_task_study(bench, {k: c for k, c in on.items() if isinstance(c, Candidates)}, [yard[k] for k in kinds], {"random": 2, "matched shuffle": 1}),
         *(_noted("cross-task", "baseline", c, found_on=k) for k, c in on.items() if isinstance(c, str)),
     ], ignore_index=True)  # fmt: skip
     tables["random share"] = _random_share(bench, base, both, s)
@@ -293,12 +297,12 @@ def _random_share(bench: Bench, base: Candidates, yardsticks: Sequence[Yardstick
         parts.append(measured_table(bench, "random share", [({"fraction": share}, i) for i in draws], yardsticks, all_off(base, (about, positions))))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/09_whole_study.ipynb #86dc775c
+# %% ../nbs/09_whole_study.ipynb #2b86fea6
 class CountingBench(Bench):
     "Counts what a bench has to measure, and measures nothing: `tokens` by study."
 
     def __init__(self, bench: Bench):
-        self.model, self.progress, self.known, self.about, self.folder = bench.model, False, {}, bench.about, bench.folder
+        self.model, self.progress, self.known, self.about, self.folder, self.backwards = bench.model, False, {}, bench.about, bench.folder, False
         self.tokens: dict[str, int] = {}
         self.arms: dict[str, int] = {}
         self.seen: set[str] = set()
@@ -340,7 +344,7 @@ def hash_seed(text: str) -> int:
     "Return a seed that depends on a text alone."
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
-# %% ../nbs/09_whole_study.ipynb #2620a4d1
+# %% ../nbs/09_whole_study.ipynb #53720c9a
 def _write_table(folder: Path, name: str, table: "pd.DataFrame") -> None:
     write_text(folder / "tables" / f"{_slug(name)}.csv", table.to_csv(index=False))
 
@@ -352,34 +356,37 @@ def whole_study(
     settings: WholeSettings = WholeSettings(),
     texts: StudyTexts | None = None,  # None: the embedded ones
     progress: bool = True,  # print an estimate first, show progress
+    assist: bool = False,  # be the second process beside one that does the same without it: begin at the other end, and leave tables and verdicts to that one
 ) -> dict[str, "pd.DataFrame"]:
     """Find all networks, measure all studies, judge all claims. Return the tables by name; `folder/tables` holds them as csv, and `read_study(folder)` reads them.
 
-    Tables: union, damage, preservation, amplification, networks, lesion, cross-task, random share, factors (the columns of `studies.COLUMNS`), contrasts, sizes, recurrence, facts, verdicts. The same call goes on where it stopped. Raises ValueError with the difference if the folder belongs to other settings,
+    Tables: union, damage, preservation, amplification, networks, lesion, cross-task, random share, factors (the columns of `studies.COLUMNS`), contrasts, sizes, recurrence, facts, verdicts. The same call goes on where it stopped; what two processes find or measure in one folder each of them has. Raises ValueError with the difference if the folder belongs to other settings,
     texts or another model."""
     import pandas as pd
 
     started = time.perf_counter()
     folder, texts = Path(folder), texts or StudyTexts.default(settings)
-    bench = Bench(model, folder / "scores", progress)
+    bench = Bench(model, folder / "scores", progress, backwards=assist)
     claim_configuration(folder, _plain(asdict(settings)) | {"texts": texts.fingerprint} | model_fingerprint(model, tokenizer))
     kinds, yard = list(texts.held_out), _yardsticks(tokenizer, texts, settings, positions_of(model))
     wanted, at = wanted_networks(settings, kinds), folder / "networks"
-    if progress:
+    if progress and not assist:
         _announce(model, bench, wanted, yard, settings, kinds, at)
     found: dict[str, Candidates | str] = {}
-    for i, (name, of) in enumerate(wanted.items()):
+    for i, (name, of) in enumerate(reversed(wanted.items()) if assist else wanted.items()):
         begun = time.perf_counter()
         found[name] = found_networks(model, tokenizer, name, of, texts.fit[of.read] if isinstance(of, _Wanted) else (), at, progress)
         note(f"networks {i + 1} of {len(wanted)}, {name}: {found[name] if isinstance(found[name], str) else f'{found[name].key.n:,} key neurons'}, {time.perf_counter() - begun:.0f} s", progress)
-    sample = capture(model, tokenizer, texts.fit[kinds[0]][:1], settings.find.site, max_length=settings.sample_tokens, progress=False)
+    found = {name: found[name] for name in wanted}
+    if assist:
+        _recurrence(model, tokenizer, texts, settings, kinds, folder, progress)  # the other process comes to it last
+    sample = None if assist else capture(model, tokenizer, texts.fit[kinds[0]][:1], settings.find.site, max_length=settings.sample_tokens, progress=False)
     tables = study_tables(bench, found, yard, settings, kinds, sample)
-    if settings.recurrence_texts:
-        group, single = ({k: of[k][: settings.recurrence_texts] for k in kinds} for of in (texts.fit, texts.held_out))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the table's column `converged` says it
-            p = settings.published
-            tables["recurrence"] = recurrence_study(model, tokenizer, group, single, settings.ks[0], p.site, p.standardize, p.exclude, p.alpha or 3.6, p.fit_length, p.ica_seed, folder / "recurrence", progress)
+    if assist:
+        return tables
+    recurrence = _recurrence(model, tokenizer, texts, settings, kinds, folder, progress)
+    if recurrence is not None:
+        tables["recurrence"] = recurrence
     tables["facts"] = pd.DataFrame([{"setting": n, "fact": k, "value": str(v)} for n, c in found.items() if isinstance(c, Candidates) for k, v in c.facts.items()])
     for name, table in tables.items():
         _write_table(folder, name, table)
@@ -388,6 +395,17 @@ def whole_study(
     write_json(folder / "study.json", {"settings": _plain(asdict(settings)), "model": model_fingerprint(model, tokenizer), "threads": torch.get_num_threads(), "seconds": round(time.perf_counter() - started)})
     note(f"{len(tables)} tables in {folder / 'tables'}", progress)
     return tables
+
+
+def _recurrence(model, tokenizer, texts: StudyTexts, settings: WholeSettings, kinds: Sequence[str], folder: Path, progress: bool) -> "pd.DataFrame | None":
+    "Recurrence of the networks of single texts, found in the published way; None if it is not wanted."
+    if not settings.recurrence_texts:
+        return None
+    group, single = ({k: of[k][: settings.recurrence_texts] for k in kinds} for of in (texts.fit, texts.held_out))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the table's column `converged` says it
+        p = settings.published
+        return recurrence_study(model, tokenizer, group, single, settings.ks[0], p.site, p.standardize, p.exclude, p.alpha or 3.6, p.fit_length, p.ica_seed, folder / "recurrence", progress)
 
 
 def _plain(value):
@@ -441,7 +459,7 @@ def read_study(
         tables[name] = as_table(table.astype(object).where(table.notna(), None).to_dict("records")) if list(table.columns) == list(COLUMNS) else table
     return tables
 
-# %% ../nbs/09_whole_study.ipynb #2b3c67dc
+# %% ../nbs/09_whole_study.ipynb #adf65819
 def main(
     arguments: Sequence[str] | None = None,  # None: those of the command line
 ) -> None:
@@ -454,14 +472,32 @@ def main(
     p.add_argument("--eval-tokens", type=int, default=WholeSettings.eval_tokens, help="held-out tokens for the arms of the baseline")
     p.add_argument("--sentences", type=int, default=WholeSettings.sentences, help="labelled sentences for them")
     p.add_argument("--quick", action="store_true", help="few networks, little text: to see that it works")
+    p.add_argument("--processes", type=int, choices=(1, 2), default=1, help="2: half of the threads each, and twice the memory; faster on a CPU, where a small model does not keep all threads busy")
+    p.add_argument("--assist", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args(arguments)
     from llmfact_nb.resources import load_model
 
     settings = QUICK if a.quick else WholeSettings(eval_tokens=a.eval_tokens, sentences=a.sentences)
-    model, tokenizer = load_model(a.model)
-    tables = whole_study(model, tokenizer, a.out, settings)
-    for row in tables["verdicts"].itertuples():
+    with _second_process(a) if a.processes == 2 and not a.assist else nullcontext():
+        model, tokenizer = load_model(a.model)
+        tables = whole_study(model, tokenizer, a.out, settings, progress=not a.assist, assist=a.assist)
+    for row in () if a.assist else tables["verdicts"].itertuples():
         print(f"{row.id} {row.verdict.upper()}: {row.claim}\n    {row.why}")
+
+
+@contextmanager
+def _second_process(a) -> Iterator[None]:
+    "Another process does the same from the other end while the block runs; if it fails, the block has more to do."
+    threads = max(1, torch.get_num_threads() // 2)
+    torch.set_num_threads(threads)
+    command = [sys.executable, "-m", "llmfact_nb.whole_study", "--assist", "--model", a.model, "--out", a.out, "--eval-tokens", str(a.eval_tokens), "--sentences", str(a.sentences), *(["--quick"] if a.quick else [])]
+    second = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        second.terminate()
+        if second.wait() not in (0, -signal.SIGTERM):
+            note(f"the second process ended with {second.returncode}; everything was done by this one", True)
 
 
 QUICK = WholeSettings(

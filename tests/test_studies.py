@@ -7,7 +7,6 @@ import warnings
 from dataclasses import replace
 
 import families
-import numpy as np
 import pandas as pd
 import planted
 import pytest
@@ -21,14 +20,12 @@ from llmfact_nb.lesion import Lesion
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.networks import FunctionalNetworks
 from llmfact_nb.published import late_binding_evidence, published
-from llmfact_nb.recurrence import METHODS, recurrence_counts, recurrence_study
 from llmfact_nb.measures import Bench, answers_on, loss_on
 from llmfact_nb.selections import CONTROLS, Candidates, find_candidates, gradient_times_activation, network_score, wanda_score
 from llmfact_nb.statistics import control_p_value
 from llmfact_nb.studies import (
     COLUMNS, amplification_study, contrasts, cross_task_study, damage_curve, lesion_study, measured_table, network_study, preservation_study, union_study,
 )  # fmt: skip
-from llmfact_nb.verdicts import verdict_table
 from llmfact_nb.whole_study import (
     CountingBench, StudyTexts, WholeSettings, _yardsticks, found_networks, placeholder, read_study, study_tables, wanted_networks, whole_study,
 )  # fmt: skip
@@ -417,51 +414,7 @@ def test_answers_are_scored_by_hand():
     assert worse.damage == pytest.approx(worse.unmasked - worse.value), "fewer right answers are damage"
 
 
-# recurrence
-
-
-def test_recurrence(world, tmp_path):
-    model, _, _, _ = world
-    kinds = {"a": planted.texts(3, 60, seed=1), "b": planted.texts(2, 60, seed=2)}
-    single = {"a": planted.texts(2, 60, seed=3) + ["w5 w6"], "b": planted.texts(1, 60, seed=4)}
-    run = lambda folder, **kw: recurrence_study(model, TOKENIZER, kinds, single, n_templates=4, site="mlp_hidden", standardize=True, alpha=2.0, folder=folder, progress=False, **kw)
-    with pytest.warns(UserWarning, match="1 of 4 texts do not carry 4 networks"):
-        whole = run(tmp_path)
-    assert len(whole) == 3 * 4 * len(METHODS) and whole.groupby(["method", "texts"]).text.nunique().loc["ICA"].to_dict() == {"a": 2, "b": 1}
-    assert whole[whole.method == "ICA"].r.mean() > whole[whole.method == "shuffled"].r.mean() + 0.2 and whole.r.between(0, 1).all()
-    assert (whole[whole.matched].similar >= 1).all() and recurrence_counts(whole)["all"].sum() == whole.similar.sum()
-    (tmp_path / "b-0.json").unlink()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pd.testing.assert_frame_equal(run(tmp_path), whole)
-        with pytest.raises(ValueError, match="max_iter"):
-            run(tmp_path, max_iter=50)
-
-
-# verdicts
-
-
-def made_up(arm, value, low, high, **more):
-    return {"study": "preservation", "arm": arm, "measure": "nats", "k": 64, "fraction": math.nan, "recovered": value, "recovered_low": low, "recovered_high": high, "share": 0.9} | more
-
-
-@pytest.mark.parametrize("low, high, verdict", [(0.91, 0.99, "holds"), (0.2, 0.89, "fails"), (0.85, 0.95, "undecided"), (math.nan, math.nan, "undecided")])
-def test_t9_follows_its_rule_and_looks_at_the_largest_k(low, high, verdict):
-    rows = [made_up("keep key", 0.5, 0.4, 0.6, k=10, late_binding=False), made_up("keep key", 0.9, low, high, late_binding=False), made_up("keep key", 1.0, 1.0, 1.0, late_binding=True)]
-    of = verdict_table({"preservation": pd.DataFrame(rows)}).set_index("id")
-    assert of.verdict["T9"] == verdict and of.verdict["T9 late"] == "holds" and (of.ci_low["T9"], of.ci_high["T9"]) == pytest.approx((low, high), nan_ok=True)
-    assert of.verdict["T6"] == "undecided" and "no table 'contrasts'" in of.why["T6"]
-
-
-@pytest.mark.parametrize("against, low, seeds, p, verdicts", [
-    (0.2, 0.8, 19, 0.05, ("holds", "holds")), (0.8, 0.1, 19, 0.05, ("undecided", "holds")), (0.2, 0.8, 3, math.nan, ("undecided", "undecided")),
-    (1.5, -0.9, 19, 0.9, ("fails", "fails")), (0.9, -0.2, 19, 0.6, ("fails", "fails")), (0.9, -0.2, 19, 0.2, ("undecided", "undecided")),
-])  # fmt: skip
-def test_t6_follows_its_rule(against, low, seeds, p, verdicts):
-    row = {"study": "union", "setting": "baseline", "arm": "key", "measure": "nats", "damage": 1.0, "against_damage": against, "against_low": 0, "against_high": 2, "difference": 1.0 - against, "ci_low": low, "ci_high": low + 0.8, "seeds": seeds, "p": p}
-    row["ci_high"] = min(row["ci_high"], -0.1) if against > 1 else row["ci_high"]
-    of = verdict_table({"contrasts": pd.DataFrame([row | {"against": a} for a in ("random", "matched shuffle")])}).set_index("id").verdict
-    assert (of["T6"], of["T6b"]) == verdicts
+# p-values and published numbers
 
 
 def test_p_values_need_nineteen_draws():
@@ -507,6 +460,12 @@ def test_the_whole_study_interrupted_and_resumed(tmp_path):
     for name, table in whole.items():
         pd.testing.assert_frame_equal(resumed[name], table, check_exact=True, obj=name)
     assert {"union", "damage", "preservation", "amplification", "networks", "lesion", "cross-task", "random share", "factors", "contrasts", "sizes", "recurrence", "facts", "verdicts"} == set(whole)
+    half = whole_study(model, TOKENIZER, tmp_path / "d", WHOLE, texts, progress=False, assist=True)  # what a second process does, beginning at the other end
+    assert "verdicts" not in half and not (tmp_path / "d" / "tables").exists()
+    there = sorted(p.name for p in (tmp_path / "d").rglob("*.safetensors"))
+    assert there == sorted(p.name for p in (tmp_path / "a").rglob("*.safetensors"))
+    for name, table in run(tmp_path / "d").items():
+        pd.testing.assert_frame_equal(table, whole[name], check_exact=True, obj=name)
     again = read_study(tmp_path / "a")
     assert set(again) == set(whole) and again["union"].damage.tolist() == pytest.approx(whole["union"].damage.tolist(), nan_ok=True) and (again["union"].dtypes == whole["union"].dtypes).all()
     gone = whole["preservation"].query("k == 300")
