@@ -135,7 +135,7 @@ class Site:
         for title, high in PARTS:
             trees.append(tree(title, [n.page for n in self.chapters if low < int(re.match(r"\d+", n.path.stem)[0]) <= high]))
             low = high
-        trees += [tree("Reference", ["names", *(f"modules/{m}" for m in self.rooms)]), tree("About", ["glossary", "traps", "cite", "changelog"])]
+        trees += [tree("Reference", ["names", *(f"modules/{m}" for m in self.rooms)]), tree("About", ["architectures", "glossary", "traps", "cite", "changelog"])]
         return "\n\n".join([text, *filter(None, trees)]) + "\n", files
 
     def names_page(self) -> str:

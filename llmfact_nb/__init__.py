@@ -40,6 +40,7 @@ _NAMES = {
     "run": "run_settings read_run",
     "network_cards": "network_card",
     "whole_study": "read_study",
+    "paper_figures": "draw_paper paper_table",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Activations', 'longest_input', 'capture', 'sink_tokens']
 
-# %% ../nbs/02_activations.ipynb #0786e742
+# %% ../nbs/02_activations.ipynb #faac654b
 import inspect
 import json
 import os
@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from .cards import always_shown, bars, card, site_name, size_name
-from .files import HEADER, read_header, write_atomic
+from .files import HEADER, read_header, reading, write_atomic
 from .forward import evaluation_mode, input_device, length_batches, padded, text_list
 from .sites import NeuronSites, attach, neuron_sites, refuse_compiled
 
-# %% ../nbs/02_activations.ipynb #513bfe9b
+# %% ../nbs/02_activations.ipynb #f5feca89
 @dataclass(frozen=True, eq=False)
 class Activations:
     "Activations of T tokens at N neurons, with what each row and column is."
@@ -132,9 +132,16 @@ class Activations:
         "Open a saved capture. The matrix is memory-mapped: opening is instant and costs no memory, however large it is. Raises as `files.read_header` does."
         columns = ("values", "text_ids", "positions", "token_ids", "sinks")
         meta = read_header(path, "activations", (*columns, "widths", "depths", "site", "model", "n_cut"))
-        about = {k: meta[k] for k in ("model", "n_cut")}
-        site = meta["site"] if isinstance(meta["site"], str) else tuple(meta["site"])
-        return cls(**_mapped(path), widths=tuple(meta["widths"]), depths=tuple(meta["depths"]), site=site, **about)
+        with reading(path, "capture"):
+            arrays, about = _mapped(path), {k: meta[k] for k in ("model", "n_cut")}
+            site = meta["site"] if isinstance(meta["site"], str) else tuple(meta["site"])
+            acts = cls(**{k: arrays[k] for k in columns}, widths=tuple(meta["widths"]), depths=tuple(meta["depths"]), site=site, **about)
+            if not acts.values.is_floating_point() or acts.values.shape != (len(acts.text_ids), sum(acts.widths)) or len(acts.depths) != len(acts.widths):
+                raise ValueError(f"values of shape {tuple(acts.values.shape)} do not fit {len(acts.text_ids)} tokens and widths {acts.widths}")
+            for name in columns[1:]:
+                if getattr(acts, name).shape != acts.text_ids.shape or getattr(acts, name).dtype != (torch.bool if name == "sinks" else torch.int64):
+                    raise ValueError(f"{name} is not one whole number, or yes or no, for each of {len(acts.text_ids)} tokens")
+        return acts
 
 # %% ../nbs/02_activations.ipynb #f41c7771
 _TYPES = {"F32": (torch.float32, np.float32), "BF16": (torch.bfloat16, np.uint16), "I64": (torch.int64, np.int64), "BOOL": (torch.bool, np.bool_)}

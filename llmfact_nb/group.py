@@ -6,7 +6,7 @@
 __all__ = ['Shard', 'leading_rows', 'TextShard', 'text_shards', 'my_share', 'memory_bound', 'GroupICA', 'DualRegression',
            'dual_regression']
 
-# %% ../nbs/05_group.ipynb #cac01a07
+# %% ../nbs/05_group.ipynb #03fbde54
 import hashlib
 import json
 import math
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .activations import Activations, capture, text_list
-from .files import digest, load_tensors, save_tensors
+from .files import digest, load_tensors, reading, save_tensors
 from .ica import ICA, CentredX, choose_solver, differences, gram, leading_directions, sketch, there_and_back
 from .sites import neuron_sites
 
@@ -229,7 +229,7 @@ def my_share(
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     return list(shards[len(shards) * rank // size : len(shards) * (rank + 1) // size])
 
-# %% ../nbs/05_group.ipynb #fac2a539
+# %% ../nbs/05_group.ipynb #b8c6c6a7
 class _Kept:
     "What a fit keeps between its passes: in memory, or in a folder, where an interrupted fit finds it again."
 
@@ -243,9 +243,10 @@ class _Kept:
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             return None
-        tensors, meta = load_tensors(path, "group ICA step")
-        old = meta["made_from"]
-        changed = differences(meta["settings"], self.settings) or differences(old | {"basis": 0}, made_from | {"basis": 0})
+        tensors, meta = load_tensors(path, "group ICA step", ("made_from", "settings"))
+        with reading(path, "step of a group ICA"):
+            old = meta["made_from"]
+            changed = differences(meta["settings"], self.settings) or differences(old | {"basis": 0}, made_from | {"basis": 0})
         if changed:
             raise ValueError(f"folder={str(self.folder)!r} holds another fit: in {path.name} {changed}. Fit as before to go on with it, or choose another folder.")
         return tensors if old == made_from else None

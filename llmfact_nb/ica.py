@@ -7,7 +7,7 @@ __all__ = ['SOLVERS', 'CONTRASTS', 'LOGCOSH_OF_A_GAUSSIAN', 'CentredX', 'refuse_
            'leading_directions', 'choose_solver', 'Whitened', 'whiten', 'fixed_point_step', 'decorrelate', 'fastica',
            'consensus', 'negentropy', 'differences', 'kept_whitening', 'ConvergenceWarning', 'ICA']
 
-# %% ../nbs/03_ica.ipynb #5b021129
+# %% ../nbs/03_ica.ipynb #fc8ec42e
 import inspect
 import math
 import os
@@ -18,7 +18,7 @@ from typing import Callable, Iterator, NamedTuple
 import numpy as np
 import torch
 
-from .files import digest, load_tensors, refuse_unwritable, save_tensors
+from .files import digest, load_tensors, reading, refuse_unwritable, save_tensors
 
 # %% ../nbs/03_ica.ipynb #ae661799
 class CentredX:
@@ -412,7 +412,7 @@ def negentropy(
         mean += (a + torch.log1p(torch.exp(-2 * a)) - math.log(2)).sum(1).double()  # log cosh without overflow
     return (mean / S.shape[1] - LOGCOSH_OF_A_GAUSSIAN).square()
 
-# %% ../nbs/03_ica.ipynb #bc3a365c
+# %% ../nbs/03_ica.ipynb #0694a333
 def differences(
     old: dict,
     new: dict,
@@ -437,14 +437,22 @@ def kept_whitening(
         save_tensors(path, {k: v for k, v in kept.items() if k != "report"}, "whitened data", {"made_from": made_from, "report": made.report, "total": data.total})
         return made
     tensors, meta = load_tensors(path, "whitened data", ("time", "singular", "neurons", *measured, "made_from", "report", "total"))
-    changed = differences(meta["made_from"], made_from)
-    if changed:
-        raise ValueError(f"path={os.fspath(path)!r} holds the whitened data of another fit: {changed}. Fit as before to go on from them, or choose another path.")
-    tensors = {k: v.to(data.device) for k, v in tensors.items()}
-    for name in measured:
-        setattr(data, name, tensors.pop(name))
-    data.total = meta["total"]
-    return Whitened(**tensors, report=f"{meta['report']}; read from {os.fspath(path)}")
+    with reading(path, "file of whitened data"):
+        changed = differences(meta["made_from"], made_from)
+        if changed:
+            raise ValueError(f"path={os.fspath(path)!r} holds the whitened data of another fit: {changed}. Fit as before to go on from them, or choose another path.")
+        k = len(tensors["singular"])
+        shapes = {"time": (data.T, k), "neurons": (data.N, k), "singular": (k,)} | {name: getattr(data, name).shape for name in measured}
+        if wrong := [name for name, shape in shapes.items() if tensors[name].shape != shape or not torch.isfinite(tensors[name]).all()]:
+            raise ValueError(f"{', '.join(wrong)} have another shape than these data give, or hold nan or infinity")
+        singular, sides = tensors["singular"], (tensors["time"], tensors["neurons"])
+        if not all(t.is_floating_point() for t in (singular, *sides)) or not (singular > 0).all() or not (singular.diff() <= 0).all() or any(abs(float(t.double().square().sum()) - k) > 0.01 * k for t in sides):
+            raise ValueError("it does not hold orthonormal columns and falling singular values")
+        kept = {name: tensors[name].to(data.device) for name in shapes}
+        for name in measured:
+            setattr(data, name, kept.pop(name).to(getattr(data, name).dtype))
+        data.total = float(meta["total"])
+        return Whitened(**kept, report=f"{meta['report']}; read from {os.fspath(path)}")
 
 # %% ../nbs/03_ica.ipynb #92f20d31
 class ConvergenceWarning(UserWarning):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['with_controls', 'closeness', 'continue_text', 'side_by_side', 'damage_of']
 
-# %% ../nbs/11_masked_text.ipynb #3c4eb9aa
+# %% ../nbs/11_masked_text.ipynb #c975851e
 import dataclasses
 import warnings
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from .evaluate import EvalSet, paired_difference, perplexity, prompt_tokens, uses_chat
-from .forward import evaluation_mode, input_device
+from .evaluate import EvalSet, paired_difference, perplexity
+from .generation import generate_texts
 from .interventions import Intervention
 from .masks import score_match
 
@@ -42,7 +42,7 @@ def closeness(
     "Return, for each control, the ratio of its units' variance to that of the first arm's (geometric mean); 1 is a perfect match."
     return {a.arm: float(torch.tensor(score_match(arms[0].mask, a.mask, variance)["log_ratio"]).exp()) for a in arms[1:] if arms[0].mask.n}
 
-# %% ../nbs/11_masked_text.ipynb #bd431080
+# %% ../nbs/11_masked_text.ipynb #1b79d87c
 def continue_text(
     model: nn.Module,  # a causal language model; masks and other hooks it carries stay in force
     tokenizer,  # its tokenizer
@@ -52,18 +52,8 @@ def continue_text(
     temperature: float = 0.0,  # 0: the likeliest token each time; above: drawn
     seed: int = 0,  # of the draws
 ) -> str:
-    "Return the continuation, without the prompt. Raises ValueError for an empty prompt, fewer than 1 token, a negative temperature, or a chat without a template."
-    if n_tokens < 1 or not 0 <= temperature < float("inf"):
-        raise ValueError(f"n_tokens={n_tokens}, temperature={temperature}: accepted are at least 1 token and a temperature of at least 0.")
-    ids = torch.tensor([prompt_tokens(tokenizer, prompt, uses_chat(tokenizer, chat))], dtype=torch.long, device=input_device(model))
-    if not ids.shape[1]:
-        raise ValueError(f"prompt={prompt!r} has no token to start from; give at least one word.")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    with evaluation_mode(model), torch.random.fork_rng(devices=[ids.device] if ids.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, pad_token_id=pad, **how)
-    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    "Return the continuation, without the prompt. Raises as `generate_texts` does, such as ValueError for a prompt without a token."
+    return generate_texts(model, tokenizer, [prompt], n_tokens, temperature, seed, chat, progress=False)[0].text
 
 
 def side_by_side(

@@ -6,7 +6,7 @@
 __all__ = ['Masks', 'NeuronMask', 'common_site', 'named_masks', 'union', 'disjoint', 'n_shared', 'score_match',
            'apply_mask_and_average', 'apply_mask_any']
 
-# %% ../nbs/04_masks.ipynb #277c056e
+# %% ../nbs/04_masks.ipynb #741d678e
 import functools
 import operator
 import os
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .cards import always_shown, bars, card, site_name
-from .files import load_tensors, save_tensors
+from .files import load_tensors, reading, save_tensors
 
 # %% ../nbs/04_masks.ipynb #2b2e59be
 def _booleans(
@@ -82,7 +82,7 @@ def _draw(
         drawn[nearest], free[nearest] = True, False
     return drawn, len(left_over)
 
-# %% ../nbs/04_masks.ipynb #f974e88e
+# %% ../nbs/04_masks.ipynb #4011efbe
 @dataclass(frozen=True, repr=False)
 class NeuronMask:
     """A set of neurons: one boolean per unit, layers side by side in order of depth. Immutable, hashable, on the CPU.
@@ -218,7 +218,8 @@ class NeuronMask:
     def load(cls, path: str | os.PathLike) -> "NeuronMask":  # file written by `save`
         "Return the mask stored in `path`. Raises FileNotFoundError, or ValueError if the file is damaged or holds something else."
         tensors, meta = load_tensors(path, "mask", ("flat", "widths", "site", "depths"))
-        return cls.from_flat(tensors["flat"], meta["widths"], meta["site"], meta["depths"])
+        with reading(path, "mask"):
+            return cls.from_flat(tensors["flat"], meta["widths"], meta["site"], meta["depths"])
 
     def matched_random(
         self,

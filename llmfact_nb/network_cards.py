@@ -203,7 +203,7 @@ def _text(activations: Activations, n_tokens: int, device) -> tuple[torch.Tensor
             break
     return padded(rows, device)
 
-# %% ../nbs/11_network_cards.ipynb #90f7d884
+# %% ../nbs/11_network_cards.ipynb #de8300a1
 def plot_network_card(
     card: NetworkCard,
     fig=None,  # figure to draw on
@@ -221,7 +221,7 @@ def plot_network_card(
         both = [*card.up[:5], *reversed(card.down[:5])]
         values = [x for _, x in both]
         pushes.barh(range(len(both)), values, color=[OKABE_ITO["vermillion"] if x > 0 else OKABE_ITO["blue"] for x in values])
-        pushes.set_yticks(range(len(both)), [_short(t, 16) for t, _ in both])
+        pushes.set_yticks(range(len(both)), [_short(t, 10) for t, _ in both])
         pushes.invert_yaxis()
         pushes.axvline(0, color=FAINT, linewidth=0.8)
         pushes.set(xlabel="logits per SD of the time course", title="next tokens it pushes up and down")

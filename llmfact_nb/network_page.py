@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNITS_KEPT', 'LOWEST', 'PAGE', 'STYLE', 'SCRIPT', 'token_pieces', 'safe_json', 'write_network_page']
 
-# %% ../nbs/05_network_page.ipynb #97f82564
+# %% ../nbs/05_network_page.ipynb #ffbc55a8
 import base64
 import hashlib
 import json
@@ -19,7 +19,7 @@ from string import Template
 
 import torch
 
-from .cards import plain_text, safe_text
+from .cards import PAGE_STYLE, plain_text, safe_text
 from .files import write_text
 
 # %% ../nbs/05_network_page.ipynb #d09df47d
@@ -193,20 +193,9 @@ $facts</section>
 </html>
 """)
 
-# %% ../nbs/05_network_page.ipynb #6a359ffb
-STYLE = """
-:root { --ink: #1d1f23; --soft: #5a5f69; --paper: #ffffff; --line: #d9dce1; --band: #f3f4f6; --link: #005a8c; --high: #c24f00; --low: #0072b2; --warn-ink: #8a3c00; --warn: #fdeadb; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e7ea; --soft: #a4a9b3; --paper: #16181c; --line: #363a42; --band: #21242a; --link: #7cc4f0; --high: #f0853a; --low: #56a8e0; --warn-ink: #ffb98a; --warn: #4a2a14; }
-}
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
-body { margin: 0 auto; max-width: 78rem; padding: 1.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
-.note { color: var(--soft); font-size: .875rem; max-width: 46rem; margin: .4rem 0; }
+# %% ../nbs/05_network_page.ipynb #596e940e
+STYLE = PAGE_STYLE + """[hidden] { display: none !important; }
+body { max-width: 78rem; }
 button, select { font: inherit; font-size: .9rem; color: var(--ink); background: var(--band); border: 1px solid var(--line); border-radius: 6px; padding: .2rem .6rem; max-width: 100%; }
 button { cursor: pointer; }
 button:hover, select:hover { border-color: var(--soft); }
@@ -234,7 +223,6 @@ legend { font-weight: 600; padding: 0; }
 .controls input { flex: 1 1 9rem; max-width: 20rem; min-width: 0; accent-color: var(--link); }
 output { display: inline-block; min-width: 2.2em; font-weight: 600; font-variant-numeric: tabular-nums; }
 figure { margin: .6rem 0; }
-figcaption { color: var(--soft); font-size: .875rem; max-width: 46rem; }
 svg { display: block; max-width: 100%; }
 svg text { fill: var(--soft); font-size: 11px; }
 .high { fill: var(--high); background: var(--high); }
@@ -248,14 +236,8 @@ svg text { fill: var(--soft); font-size: 11px; }
 .cursor { stroke: var(--link); stroke-width: 1.5; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; vertical-align: -.05em; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: 0 2rem; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; line-height: 1.35; }
-th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; font-variant-numeric: tabular-nums; }
-thead th { border-bottom: 1px solid var(--line); color: var(--soft); font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 400; }
-tbody tr + tr { border-top: 1px solid var(--line); }
-.number { text-align: right; white-space: nowrap; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; margin: .6rem 0; }
-.scroll table { overflow-wrap: normal; min-width: 36rem; }
+.number { white-space: nowrap; }
+.scroll table { min-width: 36rem; }
 .all th, .all td:nth-child(3) { white-space: nowrap; }
 .scroll table.all { min-width: 44rem; }
 #tokens td { white-space: pre; }
@@ -265,7 +247,6 @@ tbody tr + tr { border-top: 1px solid var(--line); }
 #tokens .token { padding: .2rem .15rem; text-align: center; }
 #tokens .token button { background: color-mix(in srgb, var(--high) 30%, var(--paper)); border: 0; border-radius: 4px; padding: .1rem .2rem; white-space: pre; }
 #tokens .token button:disabled { color: inherit; cursor: default; }
-.badge { background: var(--warn); color: var(--warn-ink); border-radius: 4px; padding: 0 .4em; font-size: .85em; font-weight: 600; }
 #words { white-space: pre-wrap; line-height: 1.9; max-width: 50rem; max-height: 28rem; overflow-y: auto; padding: .6rem .8rem; border: 1px solid var(--line); border-radius: 6px; position: relative; }
 #words span { border-radius: 3px; padding: .1em 0; cursor: default; unicode-bidi: isolate; }
 #words .sink { outline: 1px dashed var(--soft); outline-offset: -1px; }
@@ -273,9 +254,6 @@ tbody tr + tr { border-top: 1px solid var(--line); }
 #readout { min-height: 1.6em; margin: .2rem 0; font-size: .9rem; font-variant-numeric: tabular-nums; white-space: pre-wrap; }
 .legend { display: inline-flex; align-items: center; gap: .4rem; color: var(--soft); font-size: .8rem; }
 .legend i { width: 7rem; height: .8rem; border-radius: 3px; background: linear-gradient(90deg, rgba(0,114,178,.75), transparent, rgba(213,94,0,.75)); }
-dl { display: grid; grid-template-columns: minmax(6rem, 14rem) minmax(0, 1fr); gap: .25rem 1rem; margin: 0; font-size: .9rem; }
-dt { color: var(--soft); }
-dd { margin: 0; }
 @media (max-width: 54rem) {
   body { padding: 1rem .9rem 3rem; }
   h1 { font-size: 1.4rem; }

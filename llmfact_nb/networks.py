@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAILS', 'z_scores', 'gaussian_union', 'FunctionalNetworks', 'iou', 'NetworkMatch', 'match_networks']
 
-# %% ../nbs/05_networks.ipynb #d45a8a44
+# %% ../nbs/05_networks.ipynb #90575d1f
 import math
 import numbers
 import os
@@ -17,7 +17,7 @@ import torch
 
 from .activations import Activations
 from .cards import always_shown, bars, card, dots, site_name
-from .files import load_tensors, save_tensors
+from .files import load_tensors, reading, save_tensors
 from .group import GroupICA
 from .ica import ICA
 from .masks import NeuronMask, common_site
@@ -52,7 +52,7 @@ def gaussian_union(
     one_side = math.erfc(alpha / math.sqrt(2)) / 2
     return 1 - (1 - one_side * (2 if tail == "both" else 1)) ** k
 
-# %% ../nbs/05_networks.ipynb #20c06b29
+# %% ../nbs/05_networks.ipynb #4a9b72e0
 class FunctionalNetworks:
     """Independent components of a model's activations, as z-scored maps over neurons.
 
@@ -305,12 +305,26 @@ class FunctionalNetworks:
     def load(cls, path: str | os.PathLike) -> "FunctionalNetworks":
         "Return the networks stored in `path`. Raises as `files.load_tensors` does."
         tensors, meta = load_tensors(path, "networks", (*_TENSORS, "settings", "learned"))
-        networks = cls(**meta["settings"])
-        networks.__dict__.update(tensors | meta["learned"])
-        networks.widths, networks.depths = tuple(networks.widths), tuple(networks.depths)
-        networks.site = networks.site if isinstance(networks.site, str) else tuple(networks.site)
-        networks.maps_ = z_scores(networks.mixing_)
+        with reading(path, "set of networks"):
+            networks = cls(**meta["settings"])
+            networks.__dict__.update({k: tensors[k] for k in _TENSORS} | {k: meta["learned"][k] for k in _PLAIN})
+            networks.widths, networks.depths = tuple(networks.widths), tuple(networks.depths)
+            networks.site = networks.site if isinstance(networks.site, str) else tuple(networks.site)
+            networks._refuse_untrue()
+            networks.maps_ = z_scores(networks.mixing_)
         return networks
+
+    def _refuse_untrue(self) -> None:
+        "Raise ValueError if what was read from a file does not fit together."
+        k, n = self.mixing_.shape
+        shapes = {"rotation_": (k, k), "sign_": (k,), "mean_": (n,), "scale_": (n,), "stability_": (k,), "explained_variance_ratio_": (k,), "time_courses_": (int(self.rows_.sum()), k)}
+        if wrong := [name for name, shape in shapes.items() if tuple(getattr(self, name).shape) != shape or not getattr(self, name).is_floating_point()]:
+            raise ValueError(f"{', '.join(wrong)} do not fit {k} networks of {n} neurons")
+        if self.rows_.dtype != torch.bool or self.rows_.dim() != 1 or not k or not torch.isfinite(self.mixing_.double()).all():
+            raise ValueError("there are no maps, they hold nan or infinity, or the rows are no row of booleans")
+        if not all(type(w) is int and w > 0 for w in self.widths) or sum(self.widths) != n:
+            raise ValueError(f"widths={self.widths} do not sum to the maps' {n} neurons")
+        NeuronMask.empty(self.widths, self.site, self.depths)  # refuses what is no site, and layers out of order
 
 
 _TENSORS = (

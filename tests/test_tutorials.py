@@ -23,7 +23,7 @@ def cells(name: str) -> list[tuple[str, str]]:
 
 
 def test_the_promised_tutorials_are_there():
-    assert {"quickstart.ipynb", "functional_networks.ipynb", "selective_finetuning.ipynb", "coming_from_llmfact.ipynb"} <= set(TUTORIALS)
+    assert {"quickstart.ipynb", "functional_networks.ipynb", "paper_figures.ipynb", "selective_finetuning.ipynb", "coming_from_llmfact.ipynb"} <= set(TUTORIALS)
 
 
 @pytest.mark.parametrize("name", TUTORIALS)

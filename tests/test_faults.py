@@ -1,0 +1,634 @@
+"""Pins what is left when something breaks: exceptions at every step of a run, kills, a full disk, a cache that cannot be written, two processes at once, a clock that runs backwards.
+
+The model comes back as it was, no file is ever half a file, and the same call afterwards gives the table of a run that nothing happened to.
+
+Kills need a process of their own. To start one takes seconds, so one process imports everything once (`nursery`) and forks for every trial."""
+
+import errno
+import hashlib
+import importlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llmfact_nb import resources
+from llmfact_nb import run as run_module
+from llmfact_nb.experiments import Settings
+from llmfact_nb.files import digest, load_tensors, save_tensors, sole_use, write_json, write_text
+from llmfact_nb.networks import FunctionalNetworks
+from llmfact_nb.resources import RESOURCES, Resource, fetch, is_whole, seal
+from llmfact_nb.run import run_settings
+
+pytestmark = pytest.mark.filterwarnings("ignore:FastICA has not converged")
+SMALL = dict(n_components=3, n_init=2, fit_tokens=300, fit_length=48, eval_texts=3, eval_length=30, control_seeds=1, fraction=0.1, conditions=(("mean", "after-first"), ("zero", "all")))
+N_ARMS = 1 + 2 * 9  # unmasked, and nine arms under two conditions
+
+
+def small_world(folder: Path) -> Path:
+    "A saved random model and a text file: everything a run needs, offline."
+    families.build("llama").save_pretrained(folder / "model")
+    vocabulary = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, families.VOCAB)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder / "model")
+    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"title": f"t{i}", "text": families.words(60, i)}) for i in range(30)))
+    return folder
+
+
+def small_run(world: Path, out: Path, **changes):
+    return run_settings(Settings(model=str(world / "model"), texts=str(world / "texts.jsonl"), **SMALL | changes), out, progress=False)
+
+
+def tables(out: Path) -> dict[str, str]:
+    "What a run says, file by file: checksums of the bytes."
+    return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in ("results.csv", "networks.csv", "manifest.json", "networks.safetensors", "networks.html")}
+
+
+def broken_files(folder: Path) -> list[str]:
+    "The files that stand there under their own name and are not whole."
+    import pandas as pd
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    def check(path: Path) -> None:
+        if path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".csv":
+            assert path.read_text().endswith("\n") and len(pd.read_csv(path))
+        elif path.suffix == ".html":
+            assert path.read_text().rstrip().endswith("</html>")
+        elif path.suffix == ".png":
+            Image.open(path).load()
+
+    broken = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".partial"):
+        try:
+            check(path)
+        except Exception as e:  # whatever the reader says of half a file
+            broken.append(f"{path.relative_to(folder)}: {e}")
+    return broken
+
+
+# exceptions
+
+
+class Fault(Exception):
+    "What the tests throw."
+
+
+class AtCall:
+    "Counts calls, and raises at the n-th."
+
+    def __init__(self, n: int | None = None, error: BaseException | None = None):
+        self.n, self.calls, self.error = n, 0, error or Fault("thrown by the test")
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == self.n:
+            raise self.error
+
+    def around(self, function):
+        def wrapped(*args, **kwargs):
+            self()
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    def behind(self, function):
+        "As `around`, but after the work is done."
+
+        def wrapped(*args, **kwargs):
+            result = function(*args, **kwargs)
+            self()
+            return result
+
+        return wrapped
+
+
+def throw_in(place: str, at: AtCall, model, m: pytest.MonkeyPatch) -> None:
+    "Let a place of a run fail at the n-th time that it is passed."
+    from llmfact_nb import experiments, masked_model
+
+    Module = torch.nn.Module
+    if place == "forward":  # the first thing in every pass
+        embed = model.get_input_embeddings()
+        m.setattr(embed, "forward", at.around(embed.forward))
+    elif place == "layer":  # behind the hooks of the last layer
+        down = families.down_projections("llama", model)[-1][1]
+        m.setattr(down, "forward", at.around(down.forward))
+    elif place == "hook":
+        for name in ("register_forward_hook", "register_forward_pre_hook"):
+            register = getattr(Module, name)
+            m.setattr(Module, name, lambda self, hook, *a, register=register, **kw: register(self, at.around(hook), *a, **kw))
+    elif place == "attaching":
+        for name in ("register_forward_hook", "register_forward_pre_hook"):
+            m.setattr(Module, name, at.around(getattr(Module, name)))
+    elif place == "evaluation":
+        m.setattr(experiments, "perplexity", at.behind(experiments.perplexity))
+    elif place == "fit":
+        m.setattr(FunctionalNetworks, "fit", at.behind(FunctionalNetworks.fit))
+    elif place == "masking":
+        m.setattr(masked_model.MaskedModel, "ablate", at.around(masked_model.MaskedModel.ablate))
+    elif place == "replace":
+        m.setattr(os, "replace", at.around(os.replace))
+    elif place == "flush":
+        m.setattr(os, "fsync", at.around(os.fsync))
+    else:
+        raise AssertionError(place)
+
+
+PLACES = ("forward", "layer", "hook", "attaching", "evaluation", "fit", "masking", "replace", "flush")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def in_memory(world, monkeypatch):
+    "The model that every run of the test gets, in memory; figures are not drawn."
+    model, tokenizer = resources.load_model(world / "model")
+    monkeypatch.setattr(resources, "load_model", lambda *a, **kw: (model, tokenizer))
+    monkeypatch.setattr(run_module, "publish", lambda run: None)
+    return model
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    "The tables of a run that nothing happened to."
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(run_module, "publish", lambda run: None)
+        out = tmp_path_factory.mktemp("undisturbed")
+        small_run(world, out)
+    return tables(out)
+
+
+def thrown(place, n, model, world, out, undisturbed, error=None) -> None:
+    "A run in which the n-th passage of a place fails, and the same run again."
+    before, weights = families.state(model), digest(*model.parameters())
+    with pytest.MonkeyPatch.context() as m:
+        at = AtCall(n, error)
+        throw_in(place, at, model, m)
+        with pytest.raises(type(at.error)) as e:
+            small_run(world, out)
+    assert e.value is at.error or isinstance(e.value.__cause__, type(at.error)), "the fault is not swallowed, nor taken for another"
+    assert families.state(model) == before and digest(*model.parameters()) == weights, f"{place} {n}: the model has changed"
+    assert not list(out.rglob("*.partial")) and not broken_files(out), f"{place} {n}"
+    assert not (out / "manifest.json").exists()
+    small_run(world, out)
+    assert tables(out) == undisturbed, f"{place} {n}"
+
+
+def passages(place, model, world, out) -> int:
+    "How often a run passes a place."
+    with pytest.MonkeyPatch.context() as m:
+        at = AtCall()
+        throw_in(place, at, model, m)
+        small_run(world, out)
+    return at.calls
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_fault_leaves_the_model_and_the_next_run_as_they_were(place, in_memory, world, undisturbed, tmp_path):
+    "A passage drawn at random; of the writing and reading places also the last, which is that of the manifest, or of the last arm."
+    n = passages(place, in_memory, world, tmp_path / "count")
+    assert n >= (1 if place == "fit" else N_ARMS - 1), "the place is passed"
+    rng = random.Random(place)
+    for i in {rng.randint(1, n), *([n] if place in ("replace", "forward") else [])}:
+        thrown(place, i, in_memory, world, tmp_path / str(i), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_a_fault_at_every_passage(place, in_memory, world, undisturbed, tmp_path):
+    "Every n of a small run; of the hooks, which are passed hundreds of times, sixty."
+    n = passages(place, in_memory, world, tmp_path / "count")
+    every = range(1, n + 1) if n <= 60 else sorted(random.Random(place).sample(range(1, n + 1), 60))
+    for i in every:
+        thrown(place, i, in_memory, world, tmp_path / str(i), undisturbed)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("thrown by the test")], ids=lambda e: type(e).__name__)
+def test_other_faults_in_the_middle_of_an_arm(error, in_memory, world, undisturbed, tmp_path):
+    thrown("layer", 12, in_memory, world, tmp_path, undisturbed, error)
+
+
+# a full disk
+
+
+@pytest.mark.parametrize("place", ["replace", "flush"])
+def test_a_full_disk_names_the_file_and_keeps_the_old_one(place, tmp_path, monkeypatch):
+    old = write_text(tmp_path / "table.csv", "old\n")
+    save_tensors(tmp_path / "maps.safetensors", {"x": torch.ones(3)}, "maps")
+    throw_in(place, AtCall(1, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), None, monkeypatch)
+    with pytest.raises(OSError, match="table.csv.*could not be written whole: No space left on device. Make room") as e:
+        write_text(old, "new\n")
+    assert e.value.errno == errno.ENOSPC and old.read_text() == "old\n"
+    assert load_tensors(tmp_path / "maps.safetensors", "maps")[0]["x"].tolist() == [1, 1, 1] and not list(tmp_path.glob(".*"))
+
+
+# the cache
+
+CONTENT = bytes(range(256)) * 300
+NO_WRITING = OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def toy() -> Resource:
+    return Resource("toy", "texts", "toy", "1.0", "", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), 1, "none", "bytes")
+
+
+def downloaded(package, version, folder: Path) -> Path:
+    (folder / "toy.whl").write_bytes(CONTENT)
+    return folder / "toy.whl"
+
+
+def unreachable(package, version, folder):
+    raise ConnectionError("no network in this test")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("LLMFACT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(RESOURCES, "toy", toy())
+    return tmp_path / "cache"
+
+
+def test_a_corrupted_file_in_the_cache_is_never_given(cache):
+    "Flipped bytes, cut, grown, emptied, replaced: fetched again; without network refused."
+    path, rng = fetch("toy", download=downloaded), random.Random(0)
+    for trial in range(30):
+        data = bytearray(CONTENT)
+        kind = trial % 5
+        if kind == 0:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[rng.randrange(len(data)) :]
+        elif kind == 2:
+            data += b"\0"
+        elif kind == 3:
+            at = rng.randrange(len(data) - 99)
+            data[at : at + 99] = bytes(99)
+        else:
+            data[:] = rng.randbytes(len(data))
+        for download in (unreachable, downloaded):
+            path.write_bytes(data)
+            with pytest.warns(UserWarning, match="is damaged"):
+                if download is unreachable:
+                    with pytest.raises(ConnectionError, match="toy is not in the cache and could not be fetched"):
+                        fetch("toy", download=download, pause=0)
+                else:
+                    assert fetch("toy", download=download) == path and path.read_bytes() == CONTENT
+
+
+def test_a_cache_that_cannot_be_written(cache, monkeypatch):
+    "What is there is used; what is missing is refused with the way out."
+    path = fetch("toy", download=downloaded)
+
+    def refuse(*args, **kwargs):
+        raise NO_WRITING
+
+    for name in ("mkdtemp", "mkstemp"):
+        monkeypatch.setattr(tempfile, name, refuse)
+    assert fetch("toy", download=unreachable) == path
+    path.unlink()
+    with pytest.raises(PermissionError, match="Read-only file system.*LLMFACT_CACHE"):
+        fetch("toy", download=downloaded, pause=0)
+    with pytest.raises(OSError, match="x.json.*cannot be written: Read-only file system"):
+        write_json(cache / "x.json", {})
+
+
+@pytest.mark.parametrize("list_", ["{}", "[]", "7", '{"a": 3}', '{"a": {"size": 1}}', '{"../../etc/passwd": {"size": 0, "changed": 0, "sha256": ""}}', "[" * 9999, '{"a\\u0000b": {"size": 0, "changed": 0, "sha256": 0}}'])
+def test_a_converted_model_with_a_damaged_list_is_not_whole(tmp_path, list_):
+    (tmp_path / "a").write_text("abc")
+    seal(tmp_path)
+    assert is_whole(tmp_path)
+    (tmp_path / "sealed.json").write_text(list_)
+    assert not is_whole(tmp_path)
+
+
+# the clock
+
+
+def test_a_clock_that_runs_backwards(in_memory, world, undisturbed, tmp_path, monkeypatch):
+    started, real = time.time(), time.time
+    monkeypatch.setattr(time, "time", lambda: 2 * started - real() - 86_400 * 400)
+    small_run(world, tmp_path / "run")
+    assert tables(tmp_path / "run") == undisturbed
+    small_run(world, tmp_path / "run")  # and finds its parts again
+    assert tables(tmp_path / "run") == undisturbed
+
+
+def test_a_clock_that_jumps_does_not_lose_a_download(cache, monkeypatch):
+    real, calls = time.time, iter(range(1000))
+    monkeypatch.setattr(time, "time", lambda: real() + (-1) ** next(calls) * 10**8)
+    assert fetch("toy", download=downloaded).read_bytes() == CONTENT
+
+
+# one folder, two workers
+
+
+def test_a_folder_is_held_by_one(tmp_path):
+    with sole_use(tmp_path / "run"):
+        with pytest.raises(BlockingIOError, match="run' is in use: another process works there"):
+            with sole_use(tmp_path / "run"):
+                pass
+        with sole_use(tmp_path / "other"):
+            pass
+    for _ in range(2):  # free again, also after an exception
+        with pytest.raises(Fault), sole_use(tmp_path / "run"):
+            raise Fault
+    with sole_use(tmp_path / "run"):
+        refused = []
+
+        def second():
+            try:
+                with sole_use(tmp_path / "run"):
+                    pass
+            except BlockingIOError as e:
+                refused.append(e)
+
+        t = threading.Thread(target=second)
+        t.start()
+        t.join()
+    assert len(refused) == 1 and not list((tmp_path / "run").iterdir())
+
+
+# processes
+
+
+def forked(job) -> int:
+    "Start a child that does the job and ends: with 0, or with 3 and what it said in `said`; return its number."
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 0
+    try:
+        job()
+    except BaseException as e:  # the child must never return into the parent's code
+        code = 3 if isinstance(e, (OSError, ValueError)) else 4
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid: int, seconds: float = 180.0) -> int:
+    "Wait for a child's end and return its exit code; a child that hangs is killed, and 99 returned."
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        there, status = os.waitpid(pid, os.WNOHANG)
+        if there:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return 99
+
+
+def import_what_it_imports(job, note: Path) -> None:
+    "Do the job once in a child, and import here the modules that it came to need. The job itself starts threads, and a process with threads cannot be forked safely."
+    assert ended(forked(lambda: (job(), note.write_text("\n".join(sys.modules))))) == 0
+    for name in note.read_text().split():
+        if name not in sys.modules and not name.startswith(("__", "_pytest")):
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                pass  # made at run time
+    assert threading.active_count() == 1
+
+
+def dies_at_write(n: int, before: bool) -> None:
+    "Let this process be killed at its n-th rename, before or after it, or in the middle of the n-th file."
+    at, real, fsync = [0], os.replace, os.fsync
+
+    def replace(source, target, **kw):
+        at[0] += 1
+        if at[0] == n and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target, **kw)
+        if at[0] == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def flush(handle):
+        if at[0] + 1 == n and n % 3 == 0:  # half of the file has arrived
+            os.ftruncate(handle, os.fstat(handle).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(handle)
+
+    os.replace, os.fsync = replace, flush
+
+
+def kill_chain(job, result, folder: Path, kills: int, seed: int, writes: int) -> dict:
+    """Kill the job again and again, at a random moment or at a random write, and let it finish at last; when a life ends before it is killed, another folder is taken.
+
+    `job(out)` works, `result(out)` says what came out. Returns how often it was killed, how many lives came to their end, and everything that was not as it should be."""
+    rng, wrong, n_killed, finished, life = random.Random(seed), [], 0, 0, 0
+    begun = time.perf_counter()
+    if code := ended(forked(lambda: job(folder / "whole"))):
+        return {"wrong": [f"the undisturbed job ended with {code}"]}
+    span, expected = time.perf_counter() - begun, result(folder / "whole")
+    while n_killed < kills or finished == 0:
+        out = folder / f"life {life}"
+        last = n_killed >= kills  # now it may live
+        if last:
+            pid = forked(lambda: job(out))
+        elif rng.random() < 0.5:
+            n, before = rng.randint(1, writes), rng.random() < 0.5
+            pid = forked(lambda: (dies_at_write(n, before), job(out)))
+        else:
+            pid = forked(lambda: job(out))
+            time.sleep(rng.uniform(0.02, 1) * span)
+            os.kill(pid, signal.SIGKILL)
+        code = ended(pid)
+        wrong += [f"after kill {n_killed}: {b}" for b in (broken_files(out) if out.exists() else [])]
+        if code == -signal.SIGKILL:
+            n_killed += 1
+            continue
+        if code:
+            wrong.append(f"life {life} ended with {code}")
+            break
+        finished += 1
+        if result(out) != expected:
+            wrong.append(f"life {life} came to another result after {n_killed} kills")
+        life += 1
+    return {"killed": n_killed, "finished": finished, "wrong": wrong}
+
+
+def study_texts():
+    import planted
+    from llmfact_nb.whole_study import StudyTexts
+
+    return StudyTexts({"topics": planted.texts(30, 80), "others": planted.texts(20, 80, seed=7)}, {"topics": planted.texts(4, 60, seed=8), "others": planted.texts(3, 60, seed=9)}, [(f"w{5 + i} w{6 + i}", i % 2) for i in range(4)], "w4 {text}", ["w20", "w30"])
+
+
+def study_job(out: Path, model=None) -> None:
+    "A whole study on the planted model, as small as it can be."
+    import planted
+    import test_studies as t
+    from llmfact_nb.whole_study import whole_study
+
+    whole_study(model or planted.model(), t.TOKENIZER, out, t.replace(t.WHOLE, more_seeds=(), more_texts=0, ks=(4,), recurrence_texts=1, draws=1, fractions=(0.05,), gains=(2.0,)), study_texts(), progress=False)
+
+
+def study_result(out: Path) -> dict:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((out / "tables").glob("*.csv"))}
+
+
+def tuning_job(out: Path) -> None:
+    import test_tuning_study as t
+
+    results = t.study(out)
+    write_text(out / "tables.txt", "\n".join(f.to_csv() for f in t.timeless(results)))
+
+
+def limited(n_bytes: int) -> None:
+    "No file of this process may grow beyond so many bytes: a disk that is full in the middle of a file."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+def nursery(world: str, folder: str, what: str, kills: int, seed: int) -> None:
+    "What runs in the process of its own; prints one line of JSON."
+    world, folder, answer = Path(world), Path(folder), {}
+    torch.set_num_threads(1)
+    if what != "run with its page":
+        run_module.publish = lambda run: None
+    if "run" in what:
+        run = lambda out: small_run(world, out)
+        import_what_it_imports(lambda: run(folder / "warm"), folder / "modules")
+        expected = tables(folder / "warm")
+        answer["kills"] = kill_chain(run, tables, folder, kills, seed, 8 + N_ARMS)
+    elif what == "study":
+        import_what_it_imports(lambda: study_job(folder / "warm"), folder / "modules")
+        answer["kills"] = kill_chain(study_job, study_result, folder, kills, seed, 60)
+    elif what == "tuning":
+        import_what_it_imports(lambda: tuning_job(folder / "warm"), folder / "modules")
+        answer["kills"] = kill_chain(tuning_job, lambda out: (out / "tables.txt").read_text(), folder, kills, seed, 12)
+    if what == "run":
+        answer["full"] = []
+        for n_bytes in (9000,) if kills < 30 else (100, 700, 1500, 3000, 9000, 20000, 30000):
+            out, (hear, say) = folder / f"full {n_bytes}", os.pipe()
+
+            def cramped(out=out, say=say, n_bytes=n_bytes):
+                os.dup2(say, 2)
+                limited(n_bytes)
+                run(out)
+
+            code = ended(forked(cramped))
+            os.close(say)
+            with open(hear, errors="replace") as f:
+                words = f.read().strip().splitlines()[-1:]
+            broken, again = broken_files(out), ended(forked(lambda out=out: run(out)))
+            answer["full"].append({"limit": n_bytes, "code": code, "said": words, "broken": broken, "again": again == 0 and tables(out) == expected})
+        answer["two"] = []
+        for i in range(1 if kills < 30 else 8):
+            out = folder / f"two {i}"
+            work = lambda out=out: run(out)
+            first = forked(work)
+            time.sleep(0.1 * i)
+            codes = [ended(p) for p in (forked(work), first)]
+            codes.append(ended(forked(work)))
+            answer["two"].append({"codes": codes, "broken": broken_files(out), "same": tables(out) == expected})
+        os.environ["LLMFACT_CACHE"] = str(folder / "cache")
+        RESOURCES["toy"] = toy()
+
+        def slowly(package, version, place):
+            time.sleep(0.1)
+            return downloaded(package, version, place)
+
+        codes = [ended(p) for p in [forked(lambda: fetch("toy", download=slowly)) for _ in range(4)]]
+        left = sorted(str(p.relative_to(folder / "cache")) for p in (folder / "cache").rglob("*") if p.is_file())
+        answer["fetch"] = {"codes": codes, "whole": fetch("toy", download=unreachable).read_bytes() == CONTENT, "left": left}
+        pid = forked(lambda: hold(folder / "held"))
+        while not (folder / "held" / "ready").exists():
+            time.sleep(0.01)
+        answer["held"] = [ended(forked(lambda: hold(folder / "held", 0)))]
+        os.kill(pid, signal.SIGKILL)
+        ended(pid)
+        answer["held"].append(ended(forked(lambda: hold(folder / "held", 0))))
+    print(json.dumps(answer), flush=True)
+
+
+def hold(folder: Path, seconds: float = 60) -> None:
+    with sole_use(folder):
+        write_text(folder / "ready", "")
+        time.sleep(seconds)
+
+
+def in_a_nursery(world, folder, what, kills, seed=0) -> dict:
+    code = f"import test_faults as t; t.nursery({str(world)!r}, {str(folder)!r}, {what!r}, {kills}, {seed})"
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg", "PYTHONWARNINGS": "ignore"}
+    settings["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # the other one keeps a thread
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"stderr": done.stderr[-3000:]}
+
+
+@pytest.fixture(scope="module")
+def trials(world, tmp_path_factory):
+    return in_a_nursery(world, tmp_path_factory.mktemp("trials"), "run", 5)
+
+
+def survived(trials, kills):
+    found = trials["kills"]
+    assert not found["wrong"], (found, trials["stderr"])
+    assert found["killed"] >= kills and found["finished"] >= 1, found
+
+
+def test_five_kills(trials):
+    survived(trials, 5)
+
+
+def wrote_whole_or_not_at_all(trials):
+    for trial in trials["full"]:
+        assert trial["again"] and not trial["broken"], trial
+        if trial["code"]:
+            assert trial["code"] == 3 and "path='" in trial["said"][0] and "could not be written whole" in trial["said"][0], trial
+    assert {t["code"] for t in trials["full"] if t["limit"] < 10_000} == {3}, "the limit was felt"
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_file(trials):
+    wrote_whole_or_not_at_all(trials)
+
+
+def test_two_processes_in_one_folder(trials):
+    "Each comes to its end or says why not; whatever they did to each other, the folder is whole, and the next run right."
+    for trial in trials["two"]:
+        assert set(trial["codes"]) <= {0, 3} and trial["codes"][-1] == 0, (trial, trials["stderr"])
+        assert trial["same"] and not trial["broken"], trial
+
+
+def test_four_processes_fetch_one_file(trials):
+    assert trials["fetch"] == {"codes": [0, 0, 0, 0], "whole": True, "left": ["files/toy/toy-1.0.whl"]}
+
+
+def test_a_hold_ends_with_its_process(trials):
+    assert trials["held"] == [3, 0], "refused while the other lives, free when it is killed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what, kills", [("run", 30), ("run with its page", 30), ("study", 30), ("tuning", 30)])
+def test_thirty_kills(what, kills, world, tmp_path):
+    trials = in_a_nursery(world, tmp_path, what, kills, seed=1)
+    survived(trials, kills)
+    if what == "run":
+        wrote_whole_or_not_at_all(trials)
+        test_two_processes_in_one_folder(trials)
