@@ -675,7 +675,7 @@ def _neurons_to_train(run: Path, network: list[int] | None, key: bool, file: Pat
     settings, found = read_found(run)
     return *chosen_neurons(found, settings, network, key, file), settings.model
 
-# %% ../nbs/12_cli.ipynb #75d8d820
+# %% ../nbs/12_cli.ipynb #20c14cb9
 @command
 def figures(
     folder: Annotated[Optional[Path], typer.Argument(help="Folder of a finished run, or of the paper's studies.", show_default="out/run; with --model out/paper")] = None,
@@ -714,7 +714,10 @@ def figures(
         drawn = [publish(read_run(folder)), *sorted((folder / "figures").glob("*.png"))]
     if tuning is not None:
         drawn += _tuning_pictures(tuning)
-    return Answer([*map(str, drawn), *(f"not drawn: {name}: {why}" for name, why in missing.items())], {"folder": folder, "files": drawn, "missing": missing})
+    lines = [*map(str, drawn), *(f"not drawn: {name}: {why}" for name, why in missing.items())]
+    if model is None and {"fig-4-5-generations.png", "connectivity.png"} & set(missing):
+        lines.append(f"what the model writes, and connectivity, need the model: llmfact figures --out {folder} --model ..., naming the same model")
+    return Answer(lines, {"folder": folder, "files": drawn, "missing": missing})
 
 
 def _paper_pictures(folder: Path, model: str | None, quick: bool, device: str | None) -> tuple[list[Path], dict[str, str]]:
