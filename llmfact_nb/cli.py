@@ -747,13 +747,14 @@ def _tuning_pictures(folder: Path) -> list[Path]:
     "One figure for each task of a tuning study that has finished runs."
     from llmfact_nb.figures import save_figure
     from llmfact_nb.tuning_figures import plot_tuning
+    from llmfact_nb.files import file_name
     from llmfact_nb.tuning_study import read_tuning
 
     study = read_tuning(folder)
     tasks = [t for t in study.facts if (study.runs["task"] == t).any()]
     if not tasks:
         raise ValueError(f"tuning={str(folder)!r} holds no finished training yet, so there is nothing to draw; let the study go on.")
-    return [save_figure(plot_tuning(study.runs, study.curves, study.intervals, task), folder / "figures" / f"{task}.png") for task in tasks]
+    return [save_figure(plot_tuning(study.runs, study.curves, study.intervals, task), folder / "figures" / f"{file_name(task)}.png") for task in tasks]
 
 # %% ../nbs/12_cli.ipynb #9931e981
 @command

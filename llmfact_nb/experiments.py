@@ -21,7 +21,7 @@ from torch import nn
 from . import __version__
 from .activations import Activations, capture, longest_input
 from .evaluate import EvalSet, Perplexity, paired_difference, perplexity
-from .files import load_tensors, read_json, save_tensors, write_json
+from .files import file_name, load_tensors, read_json, reading, save_tensors, write_json
 from .forward import text_list
 from .masked_model import MaskedModel
 from .masks import NeuronMask, score_match
@@ -155,9 +155,13 @@ def _restore(path: Path, digest: str) -> Perplexity | None:
     tensors, meta = load_tensors(path, "losses", ("result", "token_nats", "digest"))
     if meta["digest"] != digest:
         return None  # of another mask, model or text
-    plain = meta["result"]
-    plain |= {k: float(plain[k]) for k in ("value", "nats")} | {"ci": tuple(map(float, plain["ci"]))}
-    return Perplexity(**plain, **tensors)
+    with reading(path, "set of losses"):
+        plain = dict(meta["result"])
+        plain |= {k: float(plain[k]) for k in ("value", "nats")} | {"ci": tuple(map(float, plain["ci"]))}
+        result = Perplexity(**plain, **tensors)
+        if not result.token_nats.is_floating_point() or not result.token_nats.shape == result.text_ids.shape == (result.n_tokens,):
+            raise ValueError(f"it does not hold one loss for each of {result.n_tokens} tokens")
+        return result
 
 
 def ablation_study(
@@ -200,7 +204,7 @@ def ablation_study(
 
     def measure(name: str, arm: Arm | None = None, replace: str = "zero", positions: str = "all") -> Perplexity:
         nonlocal loaded
-        path = None if folder is None else folder / f"{name}.safetensors"
+        path = None if folder is None else folder / f"{file_name(name)}.safetensors"
         mark = digest(arm, replace, positions)
         if path is not None and path.exists() and (finished := _restore(path, mark)) is not None:
             return finished
@@ -219,12 +223,15 @@ def ablation_study(
     with progress_bar(1 + len(arms) * len(conditions), "ablation", "arm", progress) as bar:
         base = measure("unmasked")
         bar.update()
-        rows.append(_row(base, base, None, "", ""))
+        with reading(folder or "memory", "set of finished arms"):
+            rows.append(_row(base, base, None, "", ""))
         for replace_, positions in conditions:
             for arm in arms:
                 name = f"{arm.name} {'' if arm.seed is None else arm.seed} {replace_} {positions}".replace("  ", " ").replace(" ", "-")
                 bar.set_postfix_str(name)
-                rows.append(_row(measure(name, arm, replace_, positions), base, arm, replace_, positions))
+                result = measure(name, arm, replace_, positions)
+                with reading(folder or "memory", "set of finished arms"):  # two of them may not fit together
+                    rows.append(_row(result, base, arm, replace_, positions))
                 bar.update()
     table = pd.DataFrame(rows)
     table["seed"] = table["seed"].astype("Int64")  # whole numbers also where there is none

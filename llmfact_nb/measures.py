@@ -20,7 +20,7 @@ from torch import nn
 
 from . import __version__
 from .evaluate import EvalSet, label_accuracy, perplexity
-from .files import digest, load_tensors, read_json, save_tensors, write_json
+from .files import digest, load_tensors, read_json, reading, save_tensors, write_json
 from .progress import progress_bar
 
 # %% ../nbs/09_measures.ipynb #27104e83
@@ -218,4 +218,8 @@ def _store(path: Path, scores: Scores, arm: str, data: str) -> None:
 
 def _restored(path: Path) -> Scores:
     tensors, meta = load_tensors(path, "scores", ("counts", "broken", "measures"))
-    return Scores({name: tensors[name].numpy() for name in meta["measures"]}, tensors["counts"].numpy(), meta["broken"])
+    with reading(path, "set of scores"):
+        scores = Scores({name: tensors[name].numpy() for name in meta["measures"]}, tensors["counts"].numpy(), bool(meta["broken"]))
+        if not scores.sums or any(s.shape != scores.counts.shape or s.ndim != 1 for s in scores.sums.values()) or scores.counts.dtype.kind not in "iu" or scores.counts.min() < 1:
+            raise ValueError("sums and counts are not one number for each document")
+        return scores

@@ -85,7 +85,7 @@ def pushed_logits(
     moved = (logits[0] - logits[1]) / 2
     return moved - moved.mean()
 
-# %% ../nbs/11_network_cards.ipynb #59ade479
+# %% ../nbs/11_network_cards.ipynb #bd264dbd
 @dataclass(frozen=True, eq=False, repr=False)
 class NetworkCard:
     "What `network_card` returns."
@@ -118,6 +118,7 @@ class NetworkCard:
             "most of them in layers": ", ".join(map(str, where)) or "none",
             "stability over restarts": "one start, unknown" if math.isnan(self.stability) else f"{self.stability:.2f}",
             "attention sinks": sinks,
+            "pushes are those of": "its units" if self.units else "the whole map, as no unit passes",
         }  # fmt: skip
 
     @property
@@ -142,7 +143,7 @@ class NetworkCard:
         head = "<tr><th>z</th><th>before</th><th>most active at</th><th>after</th></tr>"
         return card(self.title, [f"{k}: {v}" for k, v in self.facts.items()], (bars(self.counts, [f"layer {d}" for d in self.depths], what), what)) + f"<table>{head}{rows}</table>{pushes}"
 
-# %% ../nbs/11_network_cards.ipynb #f837a286
+# %% ../nbs/11_network_cards.ipynb #66835087
 def _contexts(course: torch.Tensor, pieces: list[str], texts: list[int], allowed: torch.Tensor, n: int) -> tuple[dict, ...]:
     "The `n` allowed tokens where the course is largest, at most two of each text and none twice with the same words before."
     found: list[dict] = []
@@ -181,7 +182,7 @@ def network_card(
         raise ValueError(f"activations hold {activations.n_tokens} tokens, none of which is an ordinary one; give longer texts.")
     std, mean = torch.std_mean(courses[ordinary].double(), correction=0)
     course = ((courses.double() - mean) / std.clamp_min(1e-12)).float()
-    energy = float(courses[activations.sinks].double().square().sum() / courses.double().square().sum()) if networks.exclude is None else math.nan
+    energy = float(courses[activations.sinks].double().square().sum() / courses.double().square().sum()) if networks.exclude != "sinks" else math.nan
     ids, real = _text(activations, push_tokens, input_device(model))
     moved = pushed_logits(model, written_direction(model, networks, network, mask.flat if mask.n else None), ids, real)
     decoded = lambda order: tuple((tokenizer.decode([t]), float(moved[t])) for t in order[:n].tolist())
@@ -203,7 +204,7 @@ def _text(activations: Activations, n_tokens: int, device) -> tuple[torch.Tensor
             break
     return padded(rows, device)
 
-# %% ../nbs/11_network_cards.ipynb #de8300a1
+# %% ../nbs/11_network_cards.ipynb #de12db44
 def plot_network_card(
     card: NetworkCard,
     fig=None,  # figure to draw on
@@ -238,7 +239,9 @@ def plot_network_card(
 
 
 def _short(text: str, longest: int, end: bool = False) -> str:
-    "On one line, in letters the font has, no longer than that."
+    "On one line, in letters the font has, no longer than that; what cannot be seen as signs that can."
+    text = text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace("\t", "\N{RIGHTWARDS ARROW}")
+    text = text if text.strip() else repr(text)
     text = plain_text(text).encode("ascii", "replace").decode() if not plain_text(text).isprintable() else plain_text(text)
     text = "".join(c if ord(c) < 0x2E80 else "\N{WHITE SQUARE}" for c in text)
     return text if len(text) <= longest else "..." + text[-longest:] if end else text[:longest] + "..."

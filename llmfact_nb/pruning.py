@@ -233,7 +233,7 @@ def _mask_of(record: dict, path: Path) -> NeuronMask:
                 raise ValueError(f"{left} neurons left of {width} without {len(units)}")
             rows.append(row)
         return NeuronMask.from_layers(rows, "mlp_hidden", depths)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise ValueError(f"path={str(path)!r}: {_FILE} is damaged or of another program ({e}). Save the pruned model again.") from e
 
 # %% ../nbs/10_pruning.ipynb #7ecd52db
@@ -249,7 +249,7 @@ def load_pruned(
     record = read_json(path / _FILE)
     mask = _mask_of(record, path)
     plain = getattr(transformers, str(record.get("architecture")), None)
-    if plain is None:
+    if not (isinstance(plain, type) and issubclass(plain, transformers.PreTrainedModel)):
         raise ValueError(f"path={str(path)!r}: transformers {transformers.__version__} has no model class {record.get('architecture')!r}.")
 
     def make(self, config, *args, **kwargs):

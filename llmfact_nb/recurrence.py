@@ -165,6 +165,7 @@ def recurrence_study(
             templates = fit(_stacked([read(texts) for texts in group_texts.values()]))
             if at is not None:
                 templates.save(at)
+                templates = FunctionalNetworks.load(at)  # what is kept, whoever kept it
         bar.update()
         for kind, texts in single_texts.items():
             for i, text in enumerate(texts):

@@ -21,9 +21,12 @@ import torch
 
 from .activations import capture
 from .connectivity import network_time_courses
-from .experiments import PRESETS, Found, Settings, claim_folder, find_networks, first_texts, run_experiment
-from .files import load_tensors, read_json, save_tensors, write_json, write_text
+from .experiments import PRESETS, Found, Settings, claim_folder, condition_name, find_networks, first_texts, run_experiment
+from .files import load_tensors, read_json, reading, save_tensors, write_json, write_text
+from .evaluate import EvalSet
+from .measures import model_fingerprint
 from .networks import FunctionalNetworks
+from .resources import sha256_of
 from .progress import note
 from .report import write_report
 
@@ -40,6 +43,8 @@ def settings_from(
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is not known; accepted: {', '.join(map(repr, PRESETS))}.")
     given = {k: v for k, v in options.items() if v is not None}
+    home = str(Path.home()) + os.sep
+    given |= {k: "~/" + given[k][len(home) :] for k in ("model", "texts") if str(given.get(k, "")).startswith(home)}  # a result says nothing of who made it
     if "alpha" in given and "fraction" in given:
         raise ValueError(f"alpha={given['alpha']} and fraction={given['fraction']} are two rules for the same thing; give one of them.")
     if "tail" in given and "alpha" not in given and ("fraction" in given or PRESETS[preset].alpha is None):
@@ -77,8 +82,12 @@ def held_out_courses(
         tokens = [tokenizer.decode([t]) for t in acts.token_ids[ordinary].tolist()]
         fitted = found.networks.transform(acts)[ordinary]
         save_tensors(path, {"means": courses, "fitted": fitted, "text_ids": acts.text_ids[ordinary]}, "courses", {"tokens": tokens})
-    tensors, meta = load_tensors(path, "courses")
-    return HeldOut(tensors["means"], tensors["fitted"], meta["tokens"], tensors["text_ids"])
+    tensors, meta = load_tensors(path, "courses", ("means", "fitted", "text_ids", "tokens"))
+    with reading(path, "set of time courses"):
+        shape = (len(meta["tokens"]), len(found.networks.maps_))
+        if not tensors["means"].shape == tensors["fitted"].shape == shape or tensors["text_ids"].shape != shape[:1] or not all(isinstance(t, str) for t in meta["tokens"]):
+            raise ValueError(f"it does not hold the courses of {shape[1]} networks at {shape[0]} tokens")
+        return HeldOut(tensors["means"], tensors["fitted"], meta["tokens"], tensors["text_ids"])
 
 
 def reading_rule(found: Found, settings: Settings) -> tuple[float, str]:
@@ -225,6 +234,8 @@ def manifest(
 
 def loaded_facts(
     model,  # as it was loaded
+    tokenizer,  # likewise
+    held_out: EvalSet,  # what the run scores
 ) -> dict:
     "Return which model this is, and on what software and machine it runs."
     import platform
@@ -234,6 +245,8 @@ def loaded_facts(
 
     return {
         "model": resource_record(model),
+        "fingerprint": model_fingerprint(model, tokenizer),
+        "held-out tokens": held_out.fingerprint[:16],
         "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers", "scikit-learn", "numpy", "scipy", "pandas", "safetensors")},
         "machine": {"platform": platform.platform(), "processor": platform.machine(), "device": str(model.device)},
     }
@@ -254,7 +267,8 @@ def find_into(
         model, tokenizer = load()
         found = find_networks(model, tokenizer, fit_texts, settings, progress)
         parts = claim_folder(folder, settings, beside) / "parts"
-        write_json(parts / "loaded.json", loaded_facts(model))
+        held_out = EvalSet(tokenizer, first_texts(texts("eval"), settings.eval_texts), max_length=settings.eval_length)
+        write_json(parts / "loaded.json", loaded_facts(model, tokenizer, held_out))
         save_tensors(parts / "statistics.safetensors", {"mean": found.mean, "variance": found.variance}, "statistics")
         found.networks.save(Path(folder) / "networks.safetensors")
         write_json(parts / "facts.json", found.facts)  # last: its presence says that the others are whole
@@ -291,11 +305,16 @@ def read_found(
     folder = Path(folder)
     if not has_networks(folder):
         raise FileNotFoundError(f"{str(folder)!r} holds no networks. Find them first: `llmfact networks --out {folder}`, or the whole experiment: `llmfact run --out {folder}`.")
-    kept = read_json(folder / "settings.json")
-    chosen = {f.name: kept[f.name] for f in dataclasses.fields(Settings) if f.name in kept}
-    settings = Settings(**chosen | {"conditions": tuple(map(tuple, kept["conditions"]))})
+    kept = read_json(folder / "settings.json", ("conditions",))
+    with reading(folder / "settings.json", "settings of a run"):
+        chosen = {f.name: kept[f.name] for f in dataclasses.fields(Settings) if f.name in kept}
+        settings = Settings(**chosen | {"conditions": tuple(map(tuple, kept["conditions"]))})
     statistics, _ = load_tensors(folder / "parts" / "statistics.safetensors", "statistics", ("mean", "variance"))
-    return settings, Found(FunctionalNetworks.load(folder / "networks.safetensors"), statistics["mean"], statistics["variance"], read_json(folder / "parts" / "facts.json"))
+    networks = FunctionalNetworks.load(folder / "networks.safetensors")
+    with reading(folder / "parts" / "statistics.safetensors", "set of statistics"):
+        if any(statistics[k].shape != (sum(networks.widths),) or not torch.isfinite(statistics[k]).all() for k in ("mean", "variance")):
+            raise ValueError(f"mean and variance are not one finite number for each of {sum(networks.widths)} neurons")
+    return settings, Found(networks, statistics["mean"], statistics["variance"], read_json(folder / "parts" / "facts.json"))
 
 # %% ../nbs/11_run.ipynb #032c878e
 class Sources:
@@ -313,7 +332,7 @@ class Sources:
     @property
     def beside(self) -> dict:
         "What decides the numbers beside the settings."
-        return {"device": self.device} | {k: v for k, v in self.load_options.items() if k != "accept_licence"}
+        return {"device": self.device} | {k: v for k, v in self.load_options.items() if k not in ("accept_licence", "token", "use_auth_token")}  # a secret decides no number
 
     @functools.cached_property
     def loaded(self) -> tuple:
@@ -385,8 +404,16 @@ def read_run(
     if missing:
         raise FileNotFoundError(f"{str(folder)!r} holds networks but no finished run: it lacks {', '.join(missing)}. `llmfact run --out {folder}` with the same options goes on from there.")
     exactly = dict.fromkeys(("share", "nats", "damage", "ci_low", "ci_high", "perplexity"), lambda text: float(text or "nan"))  # to the last digit
-    results = pd.read_csv(folder / "results.csv", converters=exactly, dtype={"seed": "Int64"}).fillna(dict.fromkeys(("condition", "replace", "positions", "counts"), ""))
-    facts = read_json(folder / "manifest.json")["found"]
+    with reading(folder / "results.csv", "table of arms"):
+        results = pd.read_csv(folder / "results.csv", converters=exactly, dtype={"seed": "Int64"}).fillna(dict.fromkeys(("condition", "replace", "positions", "counts"), ""))
+        results["units"] = results["units"].astype(int)
+        for condition in {"", *(condition_name(*c) for c in settings.conditions)}:
+            needed = {"key", "random", "matched random", "matched shuffle"} if condition else {"unmasked"}
+            if lacking := needed - set(results.arm[results.condition == condition]):
+                raise ValueError(f"it lacks the arms {sorted(lacking)} under the condition {condition!r}")
+    facts = read_json(folder / "manifest.json", ("found",))["found"]
+    with reading(folder / "manifest.json", "manifest of a run"):
+        summary(dataclasses.replace(found, facts=facts), results, settings)  # the facts it needs are there
     return Run(folder, settings, dataclasses.replace(found, facts=facts), results, held_out_courses(found, settings, folder, lambda: None))  # the courses are there
 
 # %% ../nbs/11_run.ipynb #32e3b491
@@ -408,7 +435,8 @@ def run_settings(
         write_page(found, settings, folder / "networks.html", sources.read)
     write_text(folder / "results.csv", results.to_csv(index=False))
     write_text(folder / "networks.csv", run.networks().to_csv(index=False))
-    write_json(folder / "manifest.json", manifest(found, settings, read_json(folder / "parts" / "loaded.json")))
+    of_files = {name: sha256_of(folder / name) for name in ("settings.json", "networks.safetensors", "networks.csv", "results.csv", "parts/statistics.safetensors", "parts/courses.safetensors")}
+    write_json(folder / "manifest.json", manifest(found, settings, read_json(folder / "parts" / "loaded.json")) | {"files": of_files})
     note("drawing figures ...", progress)
     publish(run)
     return run

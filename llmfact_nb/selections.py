@@ -17,7 +17,7 @@ from torch import nn
 
 from .evaluate import EvalSet
 from .experiments import Found, Settings, enough_texts, find_networks
-from .files import load_tensors, save_tensors
+from .files import load_tensors, reading, save_tensors
 from .forward import evaluation_mode, input_device, length_batches, padded
 from .masks import NeuronMask
 from .networks import FunctionalNetworks
@@ -219,7 +219,13 @@ class Candidates:
         folder = Path(path)
         tensors, meta = load_tensors(folder / "candidates.safetensors", "candidates", ("mean", "variance", "key_rule", "facts"))
         scores = {k.removeprefix("score "): v for k, v in tensors.items() if k.startswith("score ")}
-        return cls(FunctionalNetworks.load(folder / "networks.safetensors"), tensors["mean"], tensors["variance"], meta["key_rule"], scores, meta["facts"])
+        networks = FunctionalNetworks.load(folder / "networks.safetensors")
+        with reading(folder / "candidates.safetensors", "set of candidates"):
+            found = cls(networks, tensors["mean"], tensors["variance"], dict(meta["key_rule"]), scores, dict(meta["facts"]))
+            if any(t.shape != (sum(networks.widths),) or not t.is_floating_point() for t in (found.mean, found.variance, *scores.values())):
+                raise ValueError(f"mean, variance and scores are not one number for each of {sum(networks.widths)} neurons")
+            networks.key_neurons(**found.key_rule)
+        return found
 
 # %% ../nbs/09_selections.ipynb #943d01ef
 def find_candidates(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .files import file_name
 from .forward import evaluation_mode, input_device, length_batches, padded
 
 # %% ../nbs/10_tasks.ipynb #43467847
@@ -177,6 +178,10 @@ class TuningTask:
     val: Sequence[Example]  # chooses the learning rate and the best step
     test: Sequence[Example]  # what the tables are about
     texts: Sequence[str]  # texts to find the key neurons on, of the training split
+
+    def __post_init__(self):
+        if file_name(self.name) != self.name:
+            raise ValueError(f"name={self.name!r} is not accepted, because a folder is called so; give letters, digits, spaces and - _ . in between, 80 at most.")
 
     @property
     def labelled(self) -> bool:

@@ -132,7 +132,7 @@ def tune(
     folder, config = Path(out), NeuronTuningConfig(settings.mode, None if settings.mode == "full" else masks)
     chosen = {name: [m.n, hashlib.sha256(m.bits).hexdigest()[:16]] for name, m in config.given().items()}
     marks = {"model files": file_marks(settings.model), "text files": file_marks(settings.texts)}
-    claim_study(folder, asdict(settings) | {"neurons": chosen} | marks | {k: str(v) for k, v in load_options.items()})
+    claim_study(folder, asdict(settings) | {"neurons": chosen} | marks | {k: str(v) for k, v in load_options.items() if k not in ("token", "use_auth_token")})
     if (folder / "tuned.json").exists():
         return _finished(folder, settings, merge, device, load_options)
     fit, held_out = (list(load_texts(settings.texts, split)["text"]) for split in ("fit", "eval"))

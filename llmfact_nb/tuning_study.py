@@ -28,7 +28,7 @@ from torch import nn
 
 from . import __version__
 from .experiments import Settings, find_networks
-from .files import digest, load_tensors, read_json, save_tensors, write_json
+from .files import digest, load_tensors, read_json, reading, save_tensors, write_json
 from .finetune import NeuronTuningConfig, get_neuron_model, neuron_parameters, param_groups
 from .masks import NeuronMask
 from .sites import linear_shape
@@ -453,6 +453,10 @@ _PRINTED = (
     "step_processor_seconds", "frozen_intact", "key_share",
 )  # fmt: skip
 CURVE = ("step", "train_loss", "val_loss", "val_choice_loss", "val_accuracy", "seconds")
+_SAVED = {
+    "runs": RUN_COLUMNS, "curves": ("task", "arm", "seed", "lr", "phase", *CURVE), "sweep": ("task", "arm", "lr", "seeds", "steps", "val_loss", "val_choice_loss", "val_accuracy", "diverged", "further", "chosen", "edge"),
+    "intervals": ("task", "arm", "measure", "reference", "value", "ci_low", "ci_high", "seed_low", "seed_high", "seeds", "items", "documents"),
+}  # fmt: skip
 
 # %% ../nbs/10_tuning_study.ipynb #094dfb1b
 def claim_study(
@@ -493,11 +497,17 @@ def read_tuning(
     if not any(Path(folder).glob("*/start.json")) and (Path(folder) / "facts.json").exists():
         if seeds is not None:
             raise ValueError(f"seeds={list(seeds)!r} with folder={str(folder)!r} is not accepted: these are saved tables, whose intervals are over all their seeds. Give seeds=None, or the folder of the study.")
-        facts = {t: f for t, f in read_json(Path(folder) / "facts.json").items() if tasks is None or t in tasks}
-        words = dict.fromkeys(("edge", "reference", "counts"), "")
-        frames = [pd.read_csv(Path(folder) / f"{name}.csv").fillna(words) for name in _FRAMES]
-        frames = [f[f["task"].isin(facts) & f["arm"].isin(arms)].reset_index(drop=True) for f in frames]
-        return TuningResults(frames[0].astype({"neurons": "Int64", "rank": "Int64"}), *frames[1:], facts)
+        with reading(folder, "folder of saved tuning tables"):
+            facts = {t: dict(f) for t, f in read_json(Path(folder) / "facts.json").items() if tasks is None or t in tasks}
+            words = dict.fromkeys(("edge", "reference", "counts"), "")
+            frames = [pd.read_csv(Path(folder) / f"{name}.csv").fillna(words) for name in _FRAMES]
+            for name, f in zip(_FRAMES, frames):
+                if missing := [c for c in _SAVED[name] if c not in f]:
+                    raise ValueError(f"{name}.csv lacks the columns {', '.join(missing)}")
+            frames = [f[f["task"].isin(facts) & f["arm"].isin(arms)].reset_index(drop=True) for f in frames]
+            results = TuningResults(frames[0].astype({"neurons": "Int64", "rank": "Int64"}), *frames[1:], facts)
+            repr(results)  # what cannot be shown is damaged
+            return results
     for path in sorted(Path(folder).glob("*/start.json")):
         name, start = path.parent.name, read_json(path)
         if tasks is not None and name not in tasks:
@@ -599,7 +609,8 @@ class _Study:
         path = self.folder / "neurons.safetensors"
         if path.exists():
             tensors, meta = load_tensors(path, "candidate neurons", ("key", "variance", "gradient", "widths", "depths"))
-            return CandidateNeurons(NeuronMask.from_flat(tensors["key"], meta["widths"], "mlp_hidden", meta["depths"]), tensors["variance"], tensors["gradient"])
+            with reading(path, "set of candidate neurons"):
+                return CandidateNeurons(NeuronMask.from_flat(tensors["key"], meta["widths"], "mlp_hidden", meta["depths"]), tensors["variance"], tensors["gradient"])
         begun = time.perf_counter()
         found = find_networks(self.model, self.tokenizer, self.task.texts, self.settings.find, self.progress)
         key = found.networks.key_neurons(**self.settings.find.key_rule)

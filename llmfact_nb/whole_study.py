@@ -6,13 +6,13 @@
 __all__ = ['QUICK', 'WholeSettings', 'StudyTexts', 'wanted_networks', 'found_networks', 'network_sizes', 'study_tables',
            'CountingBench', 'placeholder', 'hash_seed', 'whole_study', 'read_study', 'main']
 
-# %% ../nbs/09_whole_study.ipynb #dc176165
+# %% ../nbs/09_whole_study.ipynb #edd61f54
 import hashlib
 import math
 import os
-import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from torch import nn
 from .activations import Activations, capture
 from .evaluate import EvalSet, positions_of
 from .experiments import PRESETS, Settings
-from .files import read_json, write_json, write_text
+from .files import read_json, reading, write_json, write_text
 from .ica import ConvergenceWarning
 from .interventions import Intervention
 from .masks import NeuronMask
@@ -47,7 +47,7 @@ from .verdicts import verdict_table
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../nbs/09_whole_study.ipynb #7608e383
+# %% ../nbs/09_whole_study.ipynb #d6c9c6b7
 @dataclass(frozen=True)
 class WholeSettings:
     "Everything but model and texts that decides the tables. Raises ValueError, naming the argument, for what makes no sense."
@@ -71,6 +71,7 @@ class WholeSettings:
     variant_restarts: int = 3  # restarts of the ICA where one factor is changed
     recurrence_texts: int = 8  # texts of each kind, for the templates and again to be decomposed alone; 0: no recurrence study
     sample_tokens: int = 128  # for the norm of what is injected
+    grid: bool = False  # every changed factor with all selections and controls, on the long texts: a day instead of an hour
 
     def __post_init__(self):
         least = dict.fromkeys(("eval_tokens", "sentences", "short_sentences", "seeds", "networks", "variant_restarts", "sample_tokens"), 1) | {"more_texts": 0, "recurrence_texts": 0, "short_length": 2, "draws": 1}
@@ -149,7 +150,7 @@ def wanted_networks(
     add("published, z-scored", settings.published, standardize=True, exclude="sinks")
     return wanted
 
-# %% ../nbs/09_whole_study.ipynb #dcdc56b8
+# %% ../nbs/09_whole_study.ipynb #c69df469
 def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)
 
@@ -190,8 +191,9 @@ def found_networks(
     except ValueError as e:
         write_json(failed, {"why": str(e)})
         return str(e)
-    found.save(at)
-    return found
+    if not (at / "candidates.safetensors").exists():
+        found.save(at)
+    return Candidates.load(at)  # where two processes found the same set, both go on with the one that is kept
 
 
 def network_sizes(
@@ -212,7 +214,7 @@ def network_sizes(
         })  # fmt: skip
     return pd.DataFrame(rows)
 
-# %% ../nbs/09_whole_study.ipynb #5967273c
+# %% ../nbs/09_whole_study.ipynb #588f1c79
 def _yardsticks(tokenizer, texts: StudyTexts, s: WholeSettings, limit: float = math.inf) -> dict[str, Yardstick]:
     "\"full\", \"answers\" and \"answers, short\" of the baseline's texts; \"short\" and by kind the beginnings. No text is longer than the model's `limit` of positions."
     base = next(iter(texts.held_out))
@@ -273,9 +275,10 @@ def study_tables(
     if base.key_rule.get("fraction") is not None:
         by_alpha = replace(base, key_rule={"alpha": 3.6, "tail": "both", "fraction": None})
         parts.append(_named(union_study(bench, by_alpha, short, few, MEAN, ["key"], keep=False), "alpha 3.6") if by_alpha.networks.key_neurons(3.6, "both").n else _noted("union", "alpha 3.6", "no unit passes alpha 3.6"))
+    arms = {"yardsticks": full, "controls": {c: s.seeds for c in CONTROLS}, "keep": True} if s.grid else {"yardsticks": short, "controls": few, "selections": ["key"], "keep": False}
     for name in found:
         if name.startswith(("site", "kind", "standardize", "exclude", "k ", "ICA seed", "texts")):
-            parts.append(_named(union_study(bench, found[name], short, few, MEAN, ["key"], keep=False), name) if there(name) else _noted("union", name, found[name]))
+            parts.append(_named(union_study(bench, found[name], **arms), name) if there(name) else _noted("union", name, found[name]))
     tables["factors"] = pd.concat(parts, ignore_index=True).assign(study="factors")
     tables["contrasts"] = pd.concat([contrasts(tables[name], bench) for name in ("union", "networks", "cross-task", "factors", "damage")], ignore_index=True)
     sizes = [network_sizes(base, "baseline")]
@@ -344,7 +347,7 @@ def hash_seed(text: str) -> int:
     "Return a seed that depends on a text alone."
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
-# %% ../nbs/09_whole_study.ipynb #840fd0fa
+# %% ../nbs/09_whole_study.ipynb #1a6e92f3
 def _write_table(folder: Path, name: str, table: "pd.DataFrame") -> None:
     write_text(folder / "tables" / f"{_slug(name)}.csv", table.to_csv(index=False))
 
@@ -367,7 +370,8 @@ def whole_study(
     started = time.perf_counter()
     folder, texts = Path(folder), texts or StudyTexts.default(settings)
     bench = Bench(model, folder / "scores", progress, backwards=assist)
-    claim_configuration(folder, _plain(asdict(settings)) | {"texts": texts.fingerprint} | model_fingerprint(model, tokenizer))
+    asked = {k: v for k, v in _plain(asdict(settings)).items() if k != "grid" or v}  # studies from before there was a grid go on
+    claim_configuration(folder, asked | {"texts": texts.fingerprint} | model_fingerprint(model, tokenizer))
     kinds, yard = list(texts.held_out), _yardsticks(tokenizer, texts, settings, positions_of(model))
     wanted, at = wanted_networks(settings, kinds), folder / "networks"
     if progress and not assist:
@@ -454,12 +458,13 @@ def read_study(
         raise FileNotFoundError(f"folder={str(folder)!r} holds no tables of a whole study. Run python -m llmfact_nb.whole_study --out {str(folder)} first.")
     tables = {}
     for path in paths:
-        table = pd.read_csv(path)
-        name = "random share" if path.stem == "random-share" else path.stem
-        tables[name] = as_table(table.astype(object).where(table.notna(), None).to_dict("records")) if list(table.columns) == list(COLUMNS) else table
+        with reading(path, "table of a whole study"):
+            table = pd.read_csv(path)
+            name = "random share" if path.stem == "random-share" else path.stem
+            tables[name] = as_table(table.astype(object).where(table.notna(), None).to_dict("records")) if list(table.columns) == list(COLUMNS) else table
     return tables
 
-# %% ../nbs/09_whole_study.ipynb #adf65819
+# %% ../nbs/09_whole_study.ipynb #7228681d
 def main(
     arguments: Sequence[str] | None = None,  # None: those of the command line
 ) -> None:
@@ -472,12 +477,15 @@ def main(
     p.add_argument("--eval-tokens", type=int, default=WholeSettings.eval_tokens, help="held-out tokens for the arms of the baseline")
     p.add_argument("--sentences", type=int, default=WholeSettings.sentences, help="labelled sentences for them")
     p.add_argument("--quick", action="store_true", help="few networks, little text: to see that it works")
+    p.add_argument("--grid", action="store_true", help="every changed factor with all selections and controls, on the long texts; most of a day on a CPU")
     p.add_argument("--processes", type=int, choices=(1, 2), default=1, help="2: half of the threads each, and twice the memory; faster on a CPU, where a small model does not keep all threads busy")
     p.add_argument("--assist", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args(arguments)
     from llmfact_nb.resources import load_model
 
-    settings = QUICK if a.quick else WholeSettings(eval_tokens=a.eval_tokens, sentences=a.sentences)
+    settings = replace(QUICK if a.quick else WholeSettings(eval_tokens=a.eval_tokens, sentences=a.sentences), grid=a.grid)
+    if a.assist:
+        _end_with_the_first()
     with _second_process(a) if a.processes == 2 and not a.assist else nullcontext():
         model, tokenizer = load_model(a.model)
         tables = whole_study(model, tokenizer, a.out, settings, progress=not a.assist, assist=a.assist)
@@ -490,14 +498,22 @@ def _second_process(a) -> Iterator[None]:
     "Another process does the same from the other end while the block runs; if it fails, the block has more to do."
     threads = max(1, torch.get_num_threads() // 2)
     torch.set_num_threads(threads)
-    command = [sys.executable, "-m", "llmfact_nb.whole_study", "--assist", "--model", a.model, "--out", a.out, "--eval-tokens", str(a.eval_tokens), "--sentences", str(a.sentences), *(["--quick"] if a.quick else [])]
-    second = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "llmfact_nb.whole_study", "--assist", "--model", a.model, "--out", a.out, "--eval-tokens", str(a.eval_tokens), "--sentences", str(a.sentences), *(["--quick"] if a.quick else []), *(["--grid"] if a.grid else [])]
+    second = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)  # its input ends when this process does
     try:
         yield
     finally:
-        second.terminate()
-        if second.wait() not in (0, -signal.SIGTERM):
-            note(f"the second process ended with {second.returncode}; everything was done by this one", True)
+        code = second.poll()
+        if code is None:
+            second.terminate()
+            second.wait()
+        elif code:
+            note(f"the second process ended early with {code}; this one did what was left", True)
+
+
+def _end_with_the_first() -> None:
+    "The second process must not work on alone: it ends when its input does."
+    threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
 
 
 QUICK = WholeSettings(

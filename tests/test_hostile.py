@@ -400,18 +400,7 @@ def fuzz(make, folder: Path, n: int, seed: str, accepted=(ValueError, OSError)) 
     return counts
 
 
-WAITING = {"candidates folder": "09_selections", "scores folder": "09_measures", "losses folder": "09_experiments", "run folder": "11_run", "study folder": "09_whole_study", "tuning folder": "10_tuning_study", "pruned folder": "10_pruning"}
-
-
-def waiting(wrong, notebook: str, strict: bool = False):
-    "Marks what is known to be wrong until a change in that notebook."
-    return pytest.mark.xfail(wrong, strict=strict, reason=f"waits for a change in {notebook}")
-
-
-ALL = [pytest.param(n, marks=waiting(n in WAITING, WAITING.get(n, ""))) for n in READERS]
-
-
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", READERS)
 def test_fuzzed_files_are_refused_by_name(name, finished_run, tmp_path):
     n = DEAR.get(name, DEFAULT)
     counts = fuzz(READERS[name], tmp_path, n, name)
@@ -420,7 +409,7 @@ def test_fuzzed_files_are_refused_by_name(name, finished_run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", READERS)
 def test_many_more_fuzzed_files(name, finished_run, tmp_path):
     assert sum(fuzz(READERS[name], tmp_path, SLOW, f"{name}, more").values()) == SLOW
 
@@ -504,7 +493,6 @@ def outside(folder: Path, inside: Path) -> list[str]:
     return [str(p.relative_to(folder)) for p in folder.rglob("*") if p != inside and inside not in p.parents and p not in inside.parents]
 
 
-@waiting(True, "09_experiments")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_of_an_arm_stays_in_its_folder(name, tmp_path):
     inside = tmp_path / "a" / "b" / "arms"
@@ -515,7 +503,6 @@ def test_a_name_of_an_arm_stays_in_its_folder(name, tmp_path):
     assert not outside(tmp_path, inside)
 
 
-@waiting(True, "10_tasks", strict=True)
 def test_a_name_of_a_task_is_that_of_a_folder():
     refused = [n for n in NAMES if file_name(n) != n]
     assert {"../outside", "/outside", "..", "a\0b", ""} <= set(refused)

@@ -12,7 +12,6 @@ from browser import overflow
 
 from llmfact_nb.activations import Activations
 from llmfact_nb.group import GroupICA
-from llmfact_nb.masks import NeuronMask
 from llmfact_nb.network_page import token_pieces, write_network_page
 from llmfact_nb.networks import FunctionalNetworks, gaussian_union, z_scores
 

@@ -482,6 +482,10 @@ def test_the_whole_study_interrupted_and_resumed(tmp_path):
     with pytest.raises(ValueError, match="seeds: 1 there, 2 now"):
         run(tmp_path / "a", replace(WHOLE, seeds=2))
 
+    grid = whole_study(model, TOKENIZER, tmp_path / "g", replace(WHOLE, grid=True, recurrence_texts=0), texts, progress=False)["factors"]
+    spatial = grid[(grid.setting == "kind spatial") & (grid.measure == "nats")]
+    assert {"key", "PCA", "rotation", "keep key", "all off", *CONTROLS} <= set(spatial.arm) and set(spatial.data) == {"topics"}
+
     counting = CountingBench(Bench(model, progress=False))
     wanted = wanted_networks(WHOLE, ["topics", "others"])
     found = {name: found_networks(model, TOKENIZER, name, of, [], tmp_path / "a" / "networks") for name, of in wanted.items()}
