@@ -12,7 +12,7 @@ import planted
 import pytest
 import torch
 
-from llmfact_nb.recurrence import METHODS, library_code, recurrence_counts, recurrence_study
+from llmfact_nb.recurrence import METHODS, standard_library_code, recurrence_counts, recurrence_study
 from llmfact_nb.statistics import document_estimate
 from llmfact_nb.verdicts import CLAIMS, verdict_table
 
@@ -237,4 +237,4 @@ def test_recurrence_and_its_folder(tmp_path):
     for empty in ({}, {"a": []}):
         with pytest.raises(ValueError, match="group_texts"):
             recurrence_study(model, TOKENIZER, empty, single, progress=False)
-    assert not set(library_code("fit", 3)) & set(library_code("eval", 3))
+    assert not set(standard_library_code("fit", 3)) & set(standard_library_code("eval", 3))
