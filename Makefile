@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test slow study paper lab docs docs-serve readme bench clean
+.PHONY: run test slow study paper lab docs docs-serve readme bench audit clean
 
 run: .venv/installed  ## find functional networks of the default model, ablate them, write a report to $(OUT)
 	$(BIN)/llmfact run --out $(OUT) $(ARGS)
@@ -52,6 +52,9 @@ bench: .venv/installed-bench  ## the benchmarks of benchmarks/README.md; give th
 	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/evaluate.py
 
+audit: .venv/installed-audit  ## known weaknesses of the installed packages; asks a service on the network
+	$(BIN)/pip-audit
+
 .venv/bin/python:
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed; this is ' + sys.version if sys.version_info < (3, 11) else 0)"
 	$(PYTHON) -m venv .venv
@@ -65,5 +68,5 @@ bench: .venv/installed-bench  ## the benchmarks of benchmarks/README.md; give th
 	@touch $@
 
 clean:  ## remove what make made, but not the fetched models and texts in the user's cache
-	rm -rf .venv out build dist _docs _proc *.egg-info .pytest_cache nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml
+	rm -rf .venv out build dist _docs _proc *.egg-info .pytest_cache .mypy_cache .ruff_cache nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -111,9 +111,7 @@ if __name__ == "__main__":
         child(args.child, args)
         raise SystemExit
     times, peaks = compare(args), memory(args)
-    rows = [
-        [f"time, {r['what']}", f"{r['tokens']:,}", f"{r['plain_s']:.2f} s", f"{r['arm_s']:.2f} s", f"{r['ratio']:.3f}", f"{r['cpu_ratio']:.3f}", f"{r['within']:.3f}", "1.10" if "memory" in r["what"] else ""] for r in times
-    ]
+    rows = [[f"time, {r['what']}", f"{r['tokens']:,}", f"{r['plain_s']:.2f} s", f"{r['arm_s']:.2f} s", f"{r['ratio']:.3f}", f"{r['cpu_ratio']:.3f}", f"{r['within']:.3f}", "1.10" if "memory" in r["what"] else ""] for r in times]
     rows += [[f"memory, {r['what']}", f"{r['tokens']:,}", f"{r['matrix_mb']:,.0f} MB", f"{r['peak_mb']:,.0f} MB", f"{r['peak_mb'] / r['matrix_mb']:.2f}", "", "", ""] for r in peaks]
     note = (
         f"smollm2-135m, {args.texts} articles of {args.length} tokens. Time: bare forward pass, and capture with everything it does, medians of {args.repeats} repetitions in turns. "

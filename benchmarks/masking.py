@@ -63,11 +63,7 @@ if __name__ == "__main__":
             inside = None if name == "baked" else within(masked_model, model, every[name])
             results.append(dict(site=site, arm=name, within=inside, **numbers))
     rows = [
-        [r["site"], r["arm"], f"{r['plain_s']:.3f} s", f"{r['arm_s']:.3f} s", f"{r['ratio']:.3f}", f"{r['cpu_ratio']:.3f}", "" if r["within"] is None else f"{r['within']:.3f}", "1.00" if r["arm"] == "baked" else "1.03"]
-        for r in results
+        [r["site"], r["arm"], f"{r['plain_s']:.3f} s", f"{r['arm_s']:.3f} s", f"{r['ratio']:.3f}", f"{r['cpu_ratio']:.3f}", "" if r["within"] is None else f"{r['within']:.3f}", "1.00" if r["arm"] == "baked" else "1.03"] for r in results
     ]
-    note = (
-        f"smollm2-135m, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons drawn at random over all layers; each arm between two unmasked passes, "
-        f"medians of {args.repeats} repetitions."
-    )
+    note = f"smollm2-135m, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons drawn at random over all layers; each arm between two unmasked passes, medians of {args.repeats} repetitions."
     publish("masking", ["site", "arm", "unmasked", "masked", "ratio", "of processor time", "within one run", "bar"], rows, note, {"arguments": vars(args), "arms": results})

@@ -36,12 +36,14 @@ if __name__ == "__main__":
         "`import llmfact_nb`": subprocess.run([sys.executable, "-c", f"import sys, llmfact_nb; print(*{heavy})"], capture_output=True, text=True, check=True).stdout.split(),
         "`llmfact --help`": subprocess.run(
             [sys.executable, "-c", f"import sys; sys.argv[1:] = ['--help']\nfrom llmfact_nb.cli import main\ntry: main()\nexcept SystemExit: print('loaded', *{heavy})"],
-            capture_output=True, text=True, check=True,
-        ).stdout.split("loaded")[-1].split(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        .stdout.split("loaded")[-1]
+        .split(),
     }
     bars = {"`llmfact --help`": "0.70 s", "`import llmfact_nb`": "no torch"}
-    rows = [
-        [name, f"{statistics.median(t):.2f} s", f"{min(t):.2f} to {max(t):.2f} s", ", ".join(loaded[name]) or "none" if name in loaded else "", bars.get(name, "")] for name, t in times.items()
-    ]
+    rows = [[name, f"{statistics.median(t):.2f} s", f"{min(t):.2f} to {max(t):.2f} s", ", ".join(loaded[name]) or "none" if name in loaded else "", bars.get(name, "")] for name, t in times.items()]
     note = f"Median and range of {args.repeats} fresh processes, files cached."
     publish("startup", ["command", "time", "range", "heavy packages loaded", "bar"], rows, note, {"arguments": vars(args), "seconds": times, "loaded": loaded})

@@ -16,8 +16,10 @@ HERE = Path(__file__).parent
 def seconds(run: Callable) -> tuple[float, float]:
     "Wall-clock and processor seconds of `run()`; processor time does not count what busy neighbours took."
     wall, cpu = time.perf_counter(), time.process_time()
-    result = run()  # freed after the clock
-    return time.perf_counter() - wall, time.process_time() - cpu
+    kept = run()
+    spent = time.perf_counter() - wall, time.process_time() - cpu
+    del kept  # freed after the clock
+    return spent
 
 
 def in_turns(plain: Callable, arms: dict[str, Callable], repeats: int) -> dict[str, dict]:
@@ -34,9 +36,12 @@ def in_turns(plain: Callable, arms: dict[str, Callable], repeats: int) -> dict[s
     for name, both in pairs.items():
         wall, cpu = zip(*both)
         found[name] = {
-            "plain_s": statistics.median(b for _, b in wall), "arm_s": statistics.median(a for a, _ in wall),
-            "ratio": statistics.median(a / b for a, b in wall), "cpu_ratio": statistics.median(a / b for a, b in cpu),
-            "ratios": [a / b for a, b in wall], "cpu_ratios": [a / b for a, b in cpu],
+            "plain_s": statistics.median(b for _, b in wall),
+            "arm_s": statistics.median(a for a, _ in wall),
+            "ratio": statistics.median(a / b for a, b in wall),
+            "cpu_ratio": statistics.median(a / b for a, b in cpu),
+            "ratios": [a / b for a, b in wall],
+            "cpu_ratios": [a / b for a, b in cpu],
         }
         print(f"{name}: ratios {[round(r, 3) for r in found[name]['ratios']]}, of processor time {[round(r, 3) for r in found[name]['cpu_ratios']]}", flush=True)
     return found

@@ -85,11 +85,7 @@ def _parameters(node: ast.FunctionDef, comments: dict[int, str]) -> list[Paramet
     rows += [(f"**{a.kwarg.arg}", a.kwarg, None)] if a.kwarg else []
     last_on = {p.end_lineno if d is None else d.end_lineno: name for name, p, d in rows}  # a comment belongs to the last parameter of its line
     where = {name: line for line, name in last_on.items()}
-    return [
-        Parameter(name, _type(p.annotation), None if d is None else _written(d), comments.get(where.get(name, 0), ""))
-        for name, p, d in rows
-        if name not in ("self", "cls")
-    ]
+    return [Parameter(name, _type(p.annotation), None if d is None else _written(d), comments.get(where.get(name, 0), "")) for name, p, d in rows if name not in ("self", "cls")]
 
 
 def _default(value: ast.AST | None) -> str | None:

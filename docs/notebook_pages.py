@@ -31,7 +31,7 @@ def fence(text: str, language: str, style: str = "") -> str:
 
 def folded(summary: str, body: str) -> str:
     "A block that opens on a click, without a script."
-    return f"```{{raw}} html\n<details class=\"fold\"><summary>{html.escape(summary)}</summary>\n```\n\n{body}\n\n```{{raw}} html\n</details>\n```"
+    return f'```{{raw}} html\n<details class="fold"><summary>{html.escape(summary)}</summary>\n```\n\n{body}\n\n```{{raw}} html\n</details>\n```'
 
 
 def joined(text: str | list[str]) -> str:
@@ -145,7 +145,7 @@ def outputs(cell, stem: str, alt: str) -> Output:
         elif "text/html" in data:
             page = re.sub(r"<style.*?</style>", "", joined(data["text/html"]), flags=re.S)
             page = "\n".join(line for line in page.splitlines() if line.strip())
-            blocks.append(f"````{{raw}} html\n<div class=\"output rich\">\n{page}\n</div>\n````")
+            blocks.append(f'````{{raw}} html\n<div class="output rich">\n{page}\n</div>\n````')
         elif "text/markdown" in data:
             blocks.append(joined(data["text/markdown"]))
         elif "text/plain" in data:

@@ -291,9 +291,7 @@ def capture(
     lengths = [len(x) for x in lists]
     starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
     positions = torch.cat([torch.arange(n) for n in lengths])
-    columns = dict(
-        text_ids=torch.tensor(owners).repeat_interleave(torch.tensor(lengths)), positions=positions, token_ids=torch.tensor([t for x in lists for t in x])
-    )
+    columns = dict(text_ids=torch.tensor(owners).repeat_interleave(torch.tensor(lengths)), positions=positions, token_ids=torch.tensor([t for x in lists for t in x]))
     about = dict(widths=sites.widths, depths=sites.depths, site=sites.site, model=str(getattr(model, "name_or_path", "")), n_cut=n_cut)
     squares = torch.empty(starts[-1])
     reader = _Reader(model, tokenizer, sites, dtype)

@@ -88,10 +88,7 @@ dd { margin: 0; font-variant-numeric: tabular-nums; }
 
 # %% ../nbs/00_cards.ipynb #12a458cf
 def _drawing(width: int, height: int, label: str, marks: Sequence[str]) -> str:
-    return (
-        f'<svg role="img" aria-label="{safe_text(label)}" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-        f'style="display:block;max-width:100%;color:inherit" fill="currentColor">{"".join(marks)}</svg>'
-    )
+    return f'<svg role="img" aria-label="{safe_text(label)}" width="{width}" height="{height}" viewBox="0 0 {width} {height}" style="display:block;max-width:100%;color:inherit" fill="currentColor">{"".join(marks)}</svg>'
 
 
 def bars(
@@ -138,13 +135,8 @@ def card(
     *pictures: tuple[str, str],  # (inline SVG, caption)
 ) -> str:
     "Return the HTML that a notebook shows for an object."
-    figures = "".join(
-        f'<div style="margin:.4em 1.6em 0 0">{svg}<div style="font-size:.85em;opacity:.75">{safe_text(caption)}</div></div>' for svg, caption in pictures
-    )
-    return (
-        f'<div style="line-height:1.45;margin:.3em 0;color:inherit"><b>{safe_text(kind)}</b>&ensp;{safe_text(" · ".join(facts))}'
-        f'<div style="display:flex;flex-wrap:wrap">{figures}</div></div>'
-    )
+    figures = "".join(f'<div style="margin:.4em 1.6em 0 0">{svg}<div style="font-size:.85em;opacity:.75">{safe_text(caption)}</div></div>' for svg, caption in pictures)
+    return f'<div style="line-height:1.45;margin:.3em 0;color:inherit"><b>{safe_text(kind)}</b>&ensp;{safe_text(" · ".join(facts))}<div style="display:flex;flex-wrap:wrap">{figures}</div></div>'
 
 # %% ../nbs/00_cards.ipynb #cd8418e5
 def always_shown(

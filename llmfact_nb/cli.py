@@ -21,7 +21,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -149,7 +149,11 @@ _TYPED = {  # a name in a message: the options it can stand for. Where there are
     "n_components": ("k",), "ica_seed": ("seed",), "operation": ("mode",), "about": ("replace",), "n_tokens": ("tokens",), "max_new_tokens": ("tokens",), "prompt": ("generate",),
     "name": ("model", "texts", "names"), "path": ("file", "save", "html"), "folder": ("out", "folder", "tuning"), "out": ("out", "folder"),
 }  # fmt: skip
-_PHRASES = {"a study with another configuration": "something else, or a fine-tuning with other settings", "results of another configuration": "the studies of another model, or with other settings", "Accepted: None, 'cpu'": "Accepted: 'cpu'"}
+_PHRASES = {
+    "a study with another configuration": "something else, or a fine-tuning with other settings",
+    "results of another configuration": "the studies of another model, or with other settings",
+    "Accepted: None, 'cpu'": "Accepted: 'cpu'",
+}
 
 
 class Refused(ValueError):
@@ -298,27 +302,27 @@ _FOUND, _KEY, _JUDGED = "How networks are found", "Which neurons are key", "How 
 _TAILS = ("positive", "both", "raw")
 Out = Annotated[Path, option("Where", "Folder of the run. The same command again resumes it.")]
 Preset = Annotated[str, option("What", "recommended: standardised neurons, no sink tokens, means. paper: MLP outputs, raw, zeros.", accepted=("recommended", "paper"))]
-Device = Annotated[Optional[str], option("Where", "cuda, cpu, ...", default="where transformers puts the model")]
+Device = Annotated[str | None, option("Where", "cuda, cpu, ...", default="where transformers puts the model")]
 Licence = Annotated[bool, option("What", "Accept the terms of a model that has its own (gemma-3-270m).", "--accept-licence")]
 DryRun = Annotated[bool, option("Output", "Only check the command line and say what it would cost: tokens, time, memory, disk, bytes to fetch.", "--dry-run")]
 SETTINGS: dict[str, tuple[str, object]] = {  # option: (field of Settings, its type and help)
-    "model": ("model", Annotated[Optional[str], option("What", "smollm2-135m, gemma-3-270m, a hub id, a folder, or a .gguf file.", default="smollm2-135m")]),
-    "texts": ("texts", Annotated[Optional[str], option("What", "wiki, sotu, a .txt, .jsonl or .csv file, a folder of texts, or a hub data set.", default="wiki")]),
-    "site": ("site", Annotated[Optional[str], option(_FOUND, "Inner neurons of the MLPs, or their outputs.", default="mlp_hidden; paper: mlp_out", accepted=("mlp_hidden", "mlp_out"))]),
-    "kind": ("kind", Annotated[Optional[str], option(_FOUND, "ICA over time (tokens) or over space (neurons).", default="temporal", accepted=("temporal", "spatial"))]),
-    "k": ("n_components", Annotated[Optional[int], option(_FOUND, "Number of networks.", "--k", default="32; paper: 10", least=1)]),
-    "exclude": ("exclude", Annotated[Optional[str], option(_FOUND, "Tokens left out of the fit.", default="sinks; paper: none", accepted=("sinks", "first", "none"))]),
-    "standardize": ("standardize", Annotated[Optional[bool], option(_FOUND, "Each neuron in units of its standard deviation, or not.", default="yes; paper: no")]),
-    "n_init": ("n_init", Annotated[Optional[int], option(_FOUND, "Restarts of the ICA; more than 1 say how stable a network is.", default="10; paper: 1", least=1)]),
-    "seed": ("ica_seed", Annotated[Optional[int], option(_FOUND, "Of the ICA.", default="0", least=0)]),
-    "fit_tokens": ("fit_tokens", Annotated[Optional[int], option(_FOUND, "Tokens the networks are fitted on.", default="4096", least=1)]),
-    "fit_length": ("fit_length", Annotated[Optional[int], option(_FOUND, "Tokens taken of each text, at most.", default="256", least=1)]),
-    "fraction": ("fraction", Annotated[Optional[float], option(_KEY, "This share of all units, those with the largest |z| ...", default="0.01", check=above_zero)]),
-    "alpha": ("alpha", Annotated[Optional[float], option(_KEY, "... or those above this z-score.", default="paper: 1.96", check=above_zero)]),
-    "tail": ("tail", Annotated[Optional[str], option(_KEY, "Which tail alpha cuts.", default="positive; paper: raw", accepted=_TAILS)]),
-    "control_seeds": ("control_seeds", Annotated[Optional[int], option(_JUDGED, "Draws of each random control.", default="3", least=1)]),
-    "eval_texts": ("eval_texts", Annotated[Optional[int], option(_JUDGED, "Held-out texts.", default="12", least=1)]),
-    "eval_length": ("eval_length", Annotated[Optional[int], option(_JUDGED, "Tokens scored of each, at most.", default="128", least=2)]),
+    "model": ("model", Annotated[str | None, option("What", "smollm2-135m, gemma-3-270m, a hub id, a folder, or a .gguf file.", default="smollm2-135m")]),
+    "texts": ("texts", Annotated[str | None, option("What", "wiki, sotu, a .txt, .jsonl or .csv file, a folder of texts, or a hub data set.", default="wiki")]),
+    "site": ("site", Annotated[str | None, option(_FOUND, "Inner neurons of the MLPs, or their outputs.", default="mlp_hidden; paper: mlp_out", accepted=("mlp_hidden", "mlp_out"))]),
+    "kind": ("kind", Annotated[str | None, option(_FOUND, "ICA over time (tokens) or over space (neurons).", default="temporal", accepted=("temporal", "spatial"))]),
+    "k": ("n_components", Annotated[int | None, option(_FOUND, "Number of networks.", "--k", default="32; paper: 10", least=1)]),
+    "exclude": ("exclude", Annotated[str | None, option(_FOUND, "Tokens left out of the fit.", default="sinks; paper: none", accepted=("sinks", "first", "none"))]),
+    "standardize": ("standardize", Annotated[bool | None, option(_FOUND, "Each neuron in units of its standard deviation, or not.", default="yes; paper: no")]),
+    "n_init": ("n_init", Annotated[int | None, option(_FOUND, "Restarts of the ICA; more than 1 say how stable a network is.", default="10; paper: 1", least=1)]),
+    "seed": ("ica_seed", Annotated[int | None, option(_FOUND, "Of the ICA.", default="0", least=0)]),
+    "fit_tokens": ("fit_tokens", Annotated[int | None, option(_FOUND, "Tokens the networks are fitted on.", default="4096", least=1)]),
+    "fit_length": ("fit_length", Annotated[int | None, option(_FOUND, "Tokens taken of each text, at most.", default="256", least=1)]),
+    "fraction": ("fraction", Annotated[float | None, option(_KEY, "This share of all units, those with the largest |z| ...", default="0.01", check=above_zero)]),
+    "alpha": ("alpha", Annotated[float | None, option(_KEY, "... or those above this z-score.", default="paper: 1.96", check=above_zero)]),
+    "tail": ("tail", Annotated[str | None, option(_KEY, "Which tail alpha cuts.", default="positive; paper: raw", accepted=_TAILS)]),
+    "control_seeds": ("control_seeds", Annotated[int | None, option(_JUDGED, "Draws of each random control.", default="3", least=1)]),
+    "eval_texts": ("eval_texts", Annotated[int | None, option(_JUDGED, "Held-out texts.", default="12", least=1)]),
+    "eval_length": ("eval_length", Annotated[int | None, option(_JUDGED, "Tokens scored of each, at most.", default="128", least=2)]),
 }
 
 
@@ -434,7 +438,7 @@ def networks(
     given: dict,
     out: Out = Path("out/run"),
     preset: Preset = "recommended",
-    html: Annotated[Optional[Path], option("Output", "File for the interactive page: maps by layer, tokens, time courses.", default="networks.html in the folder", check=new_file)] = None,
+    html: Annotated[Path | None, option("Output", "File for the interactive page: maps by layer, tokens, time courses.", default="networks.html in the folder", check=new_file)] = None,
     device: Device = None,
     accept_licence: Licence = False,
     dry_run: DryRun = False,
@@ -482,25 +486,25 @@ def _aligned(table) -> str:
 # %% ../nbs/12_cli.ipynb #252eb1a0
 @command
 def mask(
-    network: Annotated[Optional[list[int]], option("Which neurons", "Number of a network; may be repeated, then their union.", "--network", default="none", least=0)] = None,
+    network: Annotated[list[int] | None, option("Which neurons", "Number of a network; may be repeated, then their union.", "--network", default="none", least=0)] = None,
     key: Annotated[bool, option("Which neurons", "The key neurons of the run.", "--key")] = False,
-    file: Annotated[Optional[Path], option("Which neurons", "A mask saved before with --save.", "--file", default="none", check=file_there)] = None,
-    alpha: Annotated[Optional[float], option("Which neurons", "z-score from which a unit belongs to a network.", default="as the run lists them", check=above_zero)] = None,
-    tail: Annotated[Optional[str], option("Which neurons", "Which tail alpha cuts.", default="as the run lists them", accepted=_TAILS)] = None,
+    file: Annotated[Path | None, option("Which neurons", "A mask saved before with --save.", "--file", default="none", check=file_there)] = None,
+    alpha: Annotated[float | None, option("Which neurons", "z-score from which a unit belongs to a network.", default="as the run lists them", check=above_zero)] = None,
+    tail: Annotated[str | None, option("Which neurons", "Which tail alpha cuts.", default="as the run lists them", accepted=_TAILS)] = None,
     mode: Annotated[str, option("What is done to them", "Take them away, keep only them, or amplify them.", accepted=("ablate", "keep", "amplify"))] = "ablate",
-    gain: Annotated[Optional[float], option("What is done to them", "Factor by which they are amplified.", default="2 with --mode amplify")] = None,
-    replace: Annotated[Optional[str], option("What is done to them", "What a silenced neuron becomes, and what an amplified one moves away from.", default="as in the run's first condition", accepted=("mean", "zero"))] = None,
-    positions: Annotated[Optional[str], option("What is done to them", "At all tokens; or the first token is spared.", default="as in the run's first condition", accepted=("all", "after-first"))] = None,
-    generate: Annotated[Optional[list[str]], option("What is looked at", "A prompt to continue; may be repeated.", "--generate", default="none", check=words)] = None,
+    gain: Annotated[float | None, option("What is done to them", "Factor by which they are amplified.", default="2 with --mode amplify")] = None,
+    replace: Annotated[str | None, option("What is done to them", "What a silenced neuron becomes, and what an amplified one moves away from.", default="as in the run's first condition", accepted=("mean", "zero"))] = None,
+    positions: Annotated[str | None, option("What is done to them", "At all tokens; or the first token is spared.", default="as in the run's first condition", accepted=("all", "after-first"))] = None,
+    generate: Annotated[list[str] | None, option("What is looked at", "A prompt to continue; may be repeated.", "--generate", default="none", check=words)] = None,
     tokens: Annotated[int, option("What is looked at", "New tokens, at most.", least=1)] = 30,
     chat: Annotated[bool, option("What is looked at", "Give the prompt as a user's message, for chat models.", "--chat")] = False,
     temperature: Annotated[float, option("What is looked at", "0: the likeliest token each time. Above: drawn.", least=0)] = 0.0,
-    texts: Annotated[Optional[str], option("What is looked at", "Also measure the damage on held-out texts of this set.", default="none")] = None,
+    texts: Annotated[str | None, option("What is looked at", "Also measure the damage on held-out texts of this set.", default="none")] = None,
     eval_texts: Annotated[int, option("What is looked at", "How many of these texts.", least=1)] = 12,
     eval_length: Annotated[int, option("What is looked at", "Tokens of each, at most.", least=2)] = 128,
     seed: Annotated[int, option("What is looked at", "Of the random controls, and of drawn text.", least=0)] = 0,
     out: Annotated[Path, option("Where", "Folder of a run, or of `llmfact networks`.")] = Path("out/run"),
-    save: Annotated[Optional[Path], option("Where", "Write the mask to this .safetensors file.", default="nothing is saved", check=new_file)] = None,
+    save: Annotated[Path | None, option("Where", "Write the mask to this .safetensors file.", default="nothing is saved", check=new_file)] = None,
     device: Device = None,
 ) -> Answer:
     """Show text with and without a network.
@@ -608,15 +612,15 @@ def _one_choice(network: list[int] | None, key: bool, file: Path | None, alpha: 
 def finetune(
     texts: Annotated[str, option("What", "Texts to learn: wiki, sotu, a .txt, .jsonl or .csv file, a folder of texts, or a hub data set.")] = "sotu",
     mode: Annotated[str, option("What", "selected: only the neurons train. rest: all but them. full: everything.", accepted=("selected", "rest", "full"))] = "selected",
-    model: Annotated[Optional[str], option("What", "The model, for --mode full or a mask --file without a run.", default="that of the run, else smollm2-135m")] = None,
-    network: Annotated[Optional[list[int]], option("Which neurons", "Number of a network; may be repeated.", "--network", default="none", least=0)] = None,
+    model: Annotated[str | None, option("What", "The model, for --mode full or a mask --file without a run.", default="that of the run, else smollm2-135m")] = None,
+    network: Annotated[list[int] | None, option("Which neurons", "Number of a network; may be repeated.", "--network", default="none", least=0)] = None,
     key: Annotated[bool, option("Which neurons", "The key neurons of the run. This is what happens if nothing else is said.", "--key")] = False,
-    file: Annotated[Optional[Path], option("Which neurons", "A mask saved by `llmfact mask --save`.", "--file", default="none", check=file_there)] = None,
+    file: Annotated[Path | None, option("Which neurons", "A mask saved by `llmfact mask --save`.", "--file", default="none", check=file_there)] = None,
     run: Annotated[Path, option("Which neurons", "Folder of the run, or of `llmfact networks`, that holds the networks.")] = Path("out/run"),
     steps: Annotated[int, option("Training", "Steps of the optimizer.", least=1)] = 100,
     batch_size: Annotated[int, option("Training", "Windows of text per step.", least=1)] = 4,
     max_length: Annotated[int, option("Training", "Tokens of a window.", least=2)] = 64,
-    lr: Annotated[Optional[float], option("Training", "Largest learning rate.", default="1e-3; rest and full: 1e-4", check=above_zero)] = None,
+    lr: Annotated[float | None, option("Training", "Largest learning rate.", default="1e-3; rest and full: 1e-4", check=above_zero)] = None,
     seed: Annotated[int, option("Training", "Of the order of the windows.", least=0)] = 0,
     save_every: Annotated[int, option("Training", "Steps between two checkpoints.", least=1)] = 50,
     eval_windows: Annotated[int, option("Training", "Held-out windows, for the loss before and after.", least=1)] = 48,
@@ -649,9 +653,7 @@ def finetune(
     from llmfact_nb.tune import TuneSettings, tune, tuning_cost
 
     with typed():
-        settings = TuneSettings(
-            model or of_run or "smollm2-135m", texts, mode, steps=steps, batch_size=batch_size, max_length=max_length, lr=lr, eval_windows=eval_windows, seed=seed, warmup=min(5, steps)
-        )
+        settings = TuneSettings(model or of_run or "smollm2-135m", texts, mode, steps=steps, batch_size=batch_size, max_length=max_length, lr=lr, eval_windows=eval_windows, seed=seed, warmup=min(5, steps))
     if dry_run:
         return bill(tuning_cost(settings, 0 if masks is None else masks.n, merge, device), out, settings.model)
     facts = tune(settings, None if masks is None else {name: masks}, out, device, merge, save_every, progress())
@@ -678,11 +680,13 @@ def _neurons_to_train(run: Path, network: list[int] | None, key: bool, file: Pat
 # %% ../nbs/12_cli.ipynb #20c14cb9
 @command
 def figures(
-    folder: Annotated[Optional[Path], typer.Argument(help="Folder of a finished run, or of the paper's studies.", show_default="out/run; with --model out/paper")] = None,
-    out: Annotated[Optional[Path], option("Where", "The same folder, said as an option.", "--out", default="none")] = None,
-    model: Annotated[Optional[str], option("What", "The paper's figures for this model. Its studies are run first, as far as the folder lacks them: hours. The estimate comes first, and the same command goes on after an interruption.", default="none")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder of a finished run, or of the paper's studies.", show_default="out/run; with --model out/paper")] = None,
+    out: Annotated[Path | None, option("Where", "The same folder, said as an option.", "--out", default="none")] = None,
+    model: Annotated[
+        str | None, option("What", "The paper's figures for this model. Its studies are run first, as far as the folder lacks them: hours. The estimate comes first, and the same command goes on after an interruption.", default="none")
+    ] = None,
     quick: Annotated[bool, option("What", "With --model: few networks, little text, minutes. To see that it works; the numbers mean nothing.", "--quick")] = False,
-    tuning: Annotated[Optional[Path], option("What", "Also draw the figures of this tuning study, into its folder.", default="none")] = None,
+    tuning: Annotated[Path | None, option("What", "Also draw the figures of this tuning study, into its folder.", default="none")] = None,
     device: Device = None,
 ) -> Answer:
     """Draw the figures of a run, or the paper's.
@@ -781,8 +785,8 @@ def fetch(
 # %% ../nbs/12_cli.ipynb #b8e0cc07
 @command
 def info(
-    folder: Annotated[Optional[Path], typer.Argument(help="Folder of a run, of a fine-tuning or of the paper's studies.", show_default="none: say what is installed, fetched and found here")] = None,
-    out: Annotated[Optional[Path], option("Where", "The same folder, said as an option.", "--out", default="none")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="Folder of a run, of a fine-tuning or of the paper's studies.", show_default="none: say what is installed, fetched and found here")] = None,
+    out: Annotated[Path | None, option("Where", "The same folder, said as an option.", "--out", default="none")] = None,
 ) -> Answer:
     """Say what is here, or what a folder holds.
 

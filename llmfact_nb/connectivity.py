@@ -7,7 +7,7 @@ __all__ = ['network_time_courses', 'functional_connectivity']
 
 # %% ../nbs/07_connectivity.ipynb #bbeb5428
 import warnings
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -62,9 +62,7 @@ def network_time_courses(
     courses = torch.cat([(part - shift.to(part)) @ weights.to(part) for _, part in _read(values, columns, block)])
     bad = ~courses[:, ~empty].isfinite().all(1)
     if bad.any():
-        raise ValueError(
-            f"activations of the masks' neurons are nan or infinite (at {int(bad.sum()):,} tokens, the first is token {int(bad.nonzero()[0])}). Capture in float32, and look at these tokens."
-        )
+        raise ValueError(f"activations of the masks' neurons are nan or infinite (at {int(bad.sum()):,} tokens, the first is token {int(bad.nonzero()[0])}). Capture in float32, and look at these tokens.")
     courses[:, empty] = torch.nan
     return courses.numpy() if isinstance(values, np.ndarray) else courses
 

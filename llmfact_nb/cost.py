@@ -33,7 +33,11 @@ def check_name(
 
     Raises ValueError or FileNotFoundError, naming the argument and what is accepted, if it cannot; ConnectionError for the name of something on the hub that is not here while the hub is out of reach."""
     path, own, at = Path(name).expanduser(), names_of(kind), f"{kind}={name!r}"
-    choices = f"Give an embedded {'model' if kind == 'model' else 'text'} ({own}), " + ("a folder saved with save_pretrained, a .gguf file" if kind == "model" else "a .txt, .jsonl or .csv file, a folder of .txt files") + ", or the id of something on the hub."
+    choices = (
+        f"Give an embedded {'model' if kind == 'model' else 'text'} ({own}), "
+        + ("a folder saved with save_pretrained, a .gguf file" if kind == "model" else "a .txt, .jsonl or .csv file, a folder of .txt files")
+        + ", or the id of something on the hub."
+    )
     if name in RESOURCES:
         if RESOURCES[name].kind != kind:
             raise ValueError(f"{at}: that name belongs to something else ({RESOURCES[name].kind}). {choices}")

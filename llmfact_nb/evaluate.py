@@ -14,7 +14,7 @@ import math
 import operator
 import warnings
 from dataclasses import dataclass
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -245,10 +245,7 @@ def paired_difference(
 ) -> PairedDifference:
     "Return the damage of `a` over `b`: the mean difference of their token losses, with a bootstrap interval over documents. Raises ValueError if they were scored on different tokens."
     if a.fingerprint != b.fingerprint:
-        raise ValueError(
-            f"a and b were scored on different tokens ({a.n_tokens:,} in {a.n_texts} texts, {b.n_tokens:,} in {b.n_texts}), so they cannot be paired. "
-            "Evaluate both with the same EvalSet."
-        )
+        raise ValueError(f"a and b were scored on different tokens ({a.n_tokens:,} in {a.n_texts} texts, {b.n_tokens:,} in {b.n_texts}), so they cannot be paired. Evaluate both with the same EvalSet.")
     difference = (a.token_nats.double() - b.token_nats.double()).numpy()
     _, document, counts = np.unique(a.text_ids.numpy(), return_inverse=True, return_counts=True)
     sums = np.bincount(document, weights=difference)
@@ -355,10 +352,7 @@ class LabelAccuracy:
         said = ", ".join(f"{word} {int((self.predictions == i).sum())}" for i, word in enumerate(self.label_words))
         said += f", undecided {undecided}" if (undecided := int((self.predictions < 0).sum())) else ""
         asked = f"by {self.compare}{', chat template' if self.chat else ''}{f', {self.n_too_long} too long' if self.n_too_long else ''}"
-        return (
-            f"LabelAccuracy({self.accuracy:.3f}, 95 % {self.ci[0]:.3f} to {self.ci[1]:.3f}, n {self.n}; chance {self.chance:.3f}, "
-            f"majority {self.majority:.3f}; said {said}; {asked})"
-        )
+        return f"LabelAccuracy({self.accuracy:.3f}, 95 % {self.ci[0]:.3f} to {self.ci[1]:.3f}, n {self.n}; chance {self.chance:.3f}, majority {self.majority:.3f}; said {said}; {asked})"
 
 
 def choose(
@@ -485,10 +479,7 @@ class ClozeAccuracy:
 
     def __repr__(self):
         asked = f"{', chat template' if self.chat else ''}{f', {self.n_too_long} too long' if self.n_too_long else ''}"
-        return (
-            f"ClozeAccuracy({self.accuracy:.3f}, 95 % {self.ci[0]:.3f} to {self.ci[1]:.3f}, n {self.n}; whole answer {self.full:.3f}; "
-            f"majority {self.majority:.3f}, chance {self.chance:.5f}{asked})"
-        )
+        return f"ClozeAccuracy({self.accuracy:.3f}, 95 % {self.ci[0]:.3f} to {self.ci[1]:.3f}, n {self.n}; whole answer {self.full:.3f}; majority {self.majority:.3f}, chance {self.chance:.5f}{asked})"
 
 
 def cloze_accuracy(

@@ -127,9 +127,7 @@ def key_arms(
     seeds, bins = range(settings.control_seeds), max(1, min(_BINS, min(key.widths) // _UNITS_A_BIN))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the draws would say of their match, `match_facts` measures
-        matched = [
-            Arm(name, key.matched_random(s, score=variance, bins=bins, disjoint=name == "matched random"), s) for name in ("matched random", "matched shuffle") for s in seeds
-        ]
+        matched = [Arm(name, key.matched_random(s, score=variance, bins=bins, disjoint=name == "matched random"), s) for name in ("matched random", "matched shuffle") for s in seeds]
     random = [key.matched_random(s) for s in seeds]
     return [
         Arm("key", key),

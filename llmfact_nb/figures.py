@@ -22,13 +22,26 @@ from .files import write_atomic
 
 # %% ../nbs/11_figures.ipynb #a0ef0e35
 OKABE_ITO = {
-    "black": "#000000", "orange": "#E69F00", "sky blue": "#56B4E9", "bluish green": "#009E73",
-    "yellow": "#F0E442", "blue": "#0072B2", "vermillion": "#D55E00", "reddish purple": "#CC79A7",
+    "black": "#000000",
+    "orange": "#E69F00",
+    "sky blue": "#56B4E9",
+    "bluish green": "#009E73",
+    "yellow": "#F0E442",
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "reddish purple": "#CC79A7",
 }
 LINE_COLOURS = tuple(OKABE_ITO[c] for c in ("blue", "vermillion", "bluish green", "reddish purple", "orange", "sky blue", "black"))
 ARM_COLOURS = {  # an arm keeps its colour in every figure
-    "key": OKABE_ITO["vermillion"], "random": OKABE_ITO["sky blue"], "matched random": OKABE_ITO["blue"], "matched shuffle": "#003f6b", "top variance": OKABE_ITO["orange"],
-    "PCA": OKABE_ITO["reddish purple"], "keep key": OKABE_ITO["bluish green"], "keep random": "#777777", "all off": OKABE_ITO["black"],
+    "key": OKABE_ITO["vermillion"],
+    "random": OKABE_ITO["sky blue"],
+    "matched random": OKABE_ITO["blue"],
+    "matched shuffle": "#003f6b",
+    "top variance": OKABE_ITO["orange"],
+    "PCA": OKABE_ITO["reddish purple"],
+    "keep key": OKABE_ITO["bluish green"],
+    "keep random": "#777777",
+    "all off": OKABE_ITO["black"],
 }
 DIVERGING = "RdBu_r"  # blue is negative, red is positive
 PAPER, GRID, FAINT = "#f4f4f4", "#d9d9d9", "#666666"

@@ -15,7 +15,7 @@ import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 # %% ../nbs/00_files.ipynb #d0c6b7af
 _UMASK = os.umask(0)  # it can only be read by setting it, so once

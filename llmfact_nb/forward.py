@@ -8,7 +8,7 @@ __all__ = ['text_list', 'length_batches', 'padded', 'evaluation_mode', 'input_de
 # %% ../nbs/00_forward.ipynb #8f1a1f60
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn

@@ -60,7 +60,9 @@ def _examples(
     texts, labels, names = labelled_texts(data)
     n_labels = unwrapped(model).config.num_labels
     if not set(labels) <= set(range(n_labels)) or (names and len(names) != n_labels):
-        raise ValueError(f"labels {sorted(set(labels))} of the classes {names or 'without names'} do not fit the model, which has num_labels={n_labels}: expected 0 to {n_labels - 1}. Load it with num_labels={max(max(labels) + 1, len(names))}.")
+        raise ValueError(
+            f"labels {sorted(set(labels))} of the classes {names or 'without names'} do not fit the model, which has num_labels={n_labels}: expected 0 to {n_labels - 1}. Load it with num_labels={max(max(labels) + 1, len(names))}."
+        )
     ids = [prompt_tokens(tokenizer, text, chat=False) for text in texts]
     for i, x in enumerate(ids):
         if not x:
@@ -223,6 +225,18 @@ def classifier_accuracy(
     hits, n = int((labels == predictions).sum()), len(ids)
     chance, majority = levels(labels.tolist(), len(names))
     return LabelAccuracy(
-        accuracy=hits / n, ci=wilson(hits, n), chance=chance, majority=majority, n=n, label_words=tuple(names), labels=labels, predictions=predictions, log_likelihoods=scores,
-        compare="head", scores=scores, items=tuple(kept), n_too_long=n_too_long, fingerprint=fingerprint_of("head", ids, labels.tolist()),
+        accuracy=hits / n,
+        ci=wilson(hits, n),
+        chance=chance,
+        majority=majority,
+        n=n,
+        label_words=tuple(names),
+        labels=labels,
+        predictions=predictions,
+        log_likelihoods=scores,
+        compare="head",
+        scores=scores,
+        items=tuple(kept),
+        n_too_long=n_too_long,
+        fingerprint=fingerprint_of("head", ids, labels.tolist()),
     )

@@ -13,7 +13,8 @@ import math
 import os
 import warnings
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -102,7 +103,8 @@ class CentredX:
         sums = squares = 0.0
         for a in range(0, self.long, self.width):
             raw = self.raw(a, min(a + self.width, self.long)).to(self.dtype)
-            shift = raw.mean(0) if a == 0 else shift  # sums around a first guess: a large offset would eat the digits
+            if a == 0:
+                shift = raw.mean(0)  # sums around a first guess: a large offset would eat the digits
             difference = raw - shift
             sums, squares = sums + difference.sum(0).double(), squares + difference.square().sum(0).double()
         self.mean = (shift + sums / self.T).to(self.dtype)
@@ -133,10 +135,7 @@ def refuse_non_finite(
     if first is None:
         raise ValueError(f"X is finite, but a neuron's mean overflows {name}. Use dtype=torch.float64.")
     row = first[0] if data.rows is None else int(data.rows[first[0]])
-    raise ValueError(
-        f"X holds values that are nan or infinite as {name}: {count:,} of them, the first at X[{row}, {first[1]}]. "
-        "Leave those tokens out with rows=, or capture again in float32 (float16 overflows at 65,504)."
-    )
+    raise ValueError(f"X holds values that are nan or infinite as {name}: {count:,} of them, the first at X[{row}, {first[1]}]. Leave those tokens out with rows=, or capture again in float32 (float16 overflows at 65,504).")
 
 # %% ../nbs/03_ica.ipynb #55b274b2
 def gram(
@@ -199,7 +198,7 @@ def leading_directions(
 ) -> tuple[torch.Tensor, int, float]:
     "Block Krylov iteration. Returns (orthonormal (d, n) that contains the k leading eigenvectors of A, applications made, last mean relative change)."
     Q, basis, images, before, change = _orthonormal(start), [], [], None, math.inf
-    for i in range(1, (n_iter or max_iter) + 1):
+    for i in range(1, (n_iter or max_iter) + 1):  # noqa: B007
         basis.append(Q)
         images.append(apply(Q))
         B, AB = torch.cat(basis, 1), torch.cat(images, 1)

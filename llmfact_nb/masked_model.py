@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -208,10 +208,7 @@ class MaskedModel:
             if s.width != width:
                 raise ValueError(f"mask has {width} units in layer {s.layer}, but {s.name} has {s.width} at site {sites.site!r}.")
         if mask.depths == tuple(range(len(mask.depths))) and len(sites) < len(neuron_sites(self.model, sites.site)):
-            raise ValueError(
-                f"mask has {len(mask.depths)} layers, the model {len(neuron_sites(self.model, sites.site))}. "
-                "If it covers only the first layers on purpose, extend it with empty rows for the others."
-            )
+            raise ValueError(f"mask has {len(mask.depths)} layers, the model {len(neuron_sites(self.model, sites.site))}. If it covers only the first layers on purpose, extend it with empty rows for the others.")
         return sites
 
     def fit_means(

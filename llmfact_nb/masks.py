@@ -28,9 +28,7 @@ def _booleans(
     "Return `flat` as a one-dimensional boolean array. Raises TypeError if it holds anything but booleans, ValueError if it is not one row."
     array = flat.detach().cpu().numpy() if isinstance(flat, torch.Tensor) else np.asarray(flat)
     if array.dtype != bool:
-        raise TypeError(
-            f"{name} must hold booleans, got {array.dtype}. Compare to make booleans (scores > 2), or set the positions of a list of indices in a row of False."
-        )
+        raise TypeError(f"{name} must hold booleans, got {array.dtype}. Compare to make booleans (scores > 2), or set the positions of a list of indices in a row of False.")
     if array.ndim != 1:
         raise ValueError(f"{name} must be one row of booleans, got shape {array.shape}.")
     return array

@@ -194,7 +194,9 @@ $facts</section>
 """)
 
 # %% ../nbs/05_network_page.ipynb #596e940e
-STYLE = PAGE_STYLE + """[hidden] { display: none !important; }
+STYLE = (
+    PAGE_STYLE
+    + """[hidden] { display: none !important; }
 body { max-width: 78rem; }
 button, select { font: inherit; font-size: .9rem; color: var(--ink); background: var(--band); border: 1px solid var(--line); border-radius: 6px; padding: .2rem .6rem; max-width: 100%; }
 button { cursor: pointer; }
@@ -269,6 +271,7 @@ svg text { fill: var(--soft); font-size: 11px; }
   .scroll { overflow: visible; border: 0; }
 }
 """
+)
 
 # %% ../nbs/05_network_page.ipynb #3d0de980
 SCRIPT = r"""
@@ -540,9 +543,7 @@ def _all_networks(maps: torch.Tensor, widths, depths, alpha: float, stability, s
         sure = "" if stability[i] is None else f"{stability[i]:.2f}"
         words = Counter(repr(t["token"]) for t in strongest[i] if not t["sink"])
         words = " ".join(word if n == 1 else f"{word} ×{n}" for word, n in words.items())
-        rows.append(
-            f'<tr><th scope="row">{i}</th><td class="number">{sum(counts):,}</td><td>{", ".join(most)}</td><td class="number">{sure}</td><td>{safe_text(words)}</td></tr>'
-        )
+        rows.append(f'<tr><th scope="row">{i}</th><td class="number">{sum(counts):,}</td><td>{", ".join(most)}</td><td class="number">{sure}</td><td>{safe_text(words)}</td></tr>')
     head = f'<th scope="col">network</th><th scope="col" class="number">units beyond {alpha:.1f}</th><th scope="col">most in layers</th><th scope="col" class="number">stability</th><th scope="col">most active at</th>'
     return f'<div class="scroll" role="region" tabindex="0" aria-label="All networks"><table class="all"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 

@@ -137,7 +137,10 @@ def invented_study() -> dict[str, "pd.DataFrame"]:
 
     draws = lambda arm, n: range(n) if arm in ("random", "matched random", "matched shuffle") else (None,)
     wobble = lambda seed: 1 + 0.07 * ((7 * (seed or 0)) % 5 - 2)
-    rows = {name: [r for y in ("nats", "accuracy") for r in [_invented_row(name, "unmasked", 0.0, y, units=0, share=0.0)]] for name in ("union", "preservation", "amplification", "damage", "networks", "lesion", "cross-task", "random share", "factors")}
+    rows = {
+        name: [r for y in ("nats", "accuracy") for r in [_invented_row(name, "unmasked", 0.0, y, units=0, share=0.0)]]
+        for name in ("union", "preservation", "amplification", "damage", "networks", "lesion", "cross-task", "random share", "factors")
+    }
     for arm, s in _STRENGTH.items():
         for seed in draws(arm, 3):
             rows["union"] += _both("union", arm, s * wobble(seed), seed=seed, k=32, fraction=0.01)
@@ -673,7 +676,7 @@ def plot_cross_task(
     part, left = _finite(rows, "damage", "cross-task")
     part = part.assign(data=part["data"].str.removesuffix(", short"))
     arms = [a for a in ("key", "matched shuffle", "matched random", "random") if (part["arm"] == a).any()]
-    kinds = [k for k in dict.fromkeys(part["data"])]
+    kinds = list(dict.fromkeys(part["data"]))
     found = list(dict.fromkeys(part["found_on"]))
     norm = PowerNorm(0.5, 0, max(0.01, part.loc[part["arm"].isin(arms), "damage"].max()))
     fig = _figure(fig, (7.2, 0.52 * len(found) + 1.75))
@@ -812,7 +815,7 @@ def plot_selections(
         else:
             _damage_axis(ax, part[["y", "low", "high"]], "x")
         ax.set(xlabel={"nats": "damage, nats per token", "accuracy": "accuracy"}.get(measure, measure))
-        _heading(ax, {"nats": "Damage", "accuracy": "Accuracy"}.get(measure, measure) , _measured_on(part), _level_note(part) if measure == "accuracy" else _broken_note(part), left, width=52 if measure == measures[0] else 38)
+        _heading(ax, {"nats": "Damage", "accuracy": "Accuracy"}.get(measure, measure), _measured_on(part), _level_note(part) if measure == "accuracy" else _broken_note(part), left, width=52 if measure == measures[0] else 38)
     return fig
 
 # %% ../nbs/11_paper_figures.ipynb #eda30237
@@ -1219,7 +1222,9 @@ def _ablation_here(union, random_share) -> tuple["pd.DataFrame", str]:
         if "majority" in beside and np.isfinite(beside["majority"].iloc[0]):
             row |= {"here: chance": beside["chance"].iloc[0], "here: majority": beside["majority"].iloc[0]}
         rows.append(row)
-    return pd.DataFrame(rows).dropna(axis=1, how="all"), "Here: nats per token or of the right answer (lower is better) and accuracy; low and high: 95 % interval of the difference to unmasked; random and matched: mean over draws of as many units; random 15 %: set to zero."
+    return pd.DataFrame(rows).dropna(
+        axis=1, how="all"
+    ), "Here: nats per token or of the right answer (lower is better) and accuracy; low and high: 95 % interval of the difference to unmasked; random and matched: mean over draws of as many units; random 15 %: set to zero."
 
 # %% ../nbs/11_paper_figures.ipynb #7851e8a8
 def _with_values(part) -> "pd.DataFrame":
@@ -1288,7 +1293,7 @@ def paper_table(
     1-3: recurrence of GPT-2, Qwen and ChatGLM3; 4: networks masked alone; 5-7: random and key units masked; 8-10: only k networks kept. Raises ValueError for another number."""
     if isinstance(number, bool) or number not in range(1, 11):
         raise ValueError(f"number={number!r} is not accepted; the paper has Tables 1 to 10.")
-    for numbers, name, what, build in _PAPER_TABLES:
+    for numbers, name, what, build in _PAPER_TABLES:  # noqa: B007
         if number in numbers:
             model = _MODELS[number - numbers[0]]
             frame, caption = build(model, tables)

@@ -262,7 +262,7 @@ def load_pruned(
     except RuntimeError as e:
         raise ValueError(f"path={str(path)!r}: the weights do not fit {_FILE} ({e}). Save the pruned model again.") from e
     if found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]:
-        raise ValueError(f"path={str(path)!r}: the weights do not fit {_FILE}: {({k: sorted(v) for k, v in found.items() if v})}. Save the pruned model again.")
+        raise ValueError(f"path={str(path)!r}: the weights do not fit {_FILE}: { ({k: sorted(v) for k, v in found.items() if v}) }. Save the pruned model again.")
     model.__class__ = plain
     model.neuron_pruning = PrunedNeurons(model, mask, None)
     return model

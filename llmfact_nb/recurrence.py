@@ -150,7 +150,7 @@ def recurrence_study(
 
     for name, of in (("group_texts", group_texts), ("single_texts", single_texts)):
         if not of or not all(map(len, of.values())):
-            raise ValueError(f"{name} has {({k: len(v) for k, v in of.items()})} texts by kind; expected at least one kind, and at least one text of each.")
+            raise ValueError(f"{name} has { ({k: len(v) for k, v in of.items()}) } texts by kind; expected at least one kind, and at least one text of each.")
     settings = {"n_templates": n_templates, "site": site, "standardize": standardize, "exclude": exclude, "alpha": alpha, "max_length": max_length, "seed": seed, **{f"ICA's {k}": v for k, v in ica.items()}}
     texts_mark = hashlib.sha256(json.dumps([{k: list(v) for k, v in t.items()} for t in (group_texts, single_texts)]).encode()).hexdigest()[:16]
     folder = None if folder is None else claim_configuration(folder, settings | {"texts": texts_mark} | model_fingerprint(model, tokenizer))

@@ -128,10 +128,7 @@ def _table(caption: str, columns: Sequence[str], groups: Sequence[tuple[str | No
             cells = "".join(f'<th scope="row">{c}</th>' if i == 0 else f"<td{kind(i)}>{c}</td>" for i, c in enumerate(row))
             lines.append(f"<tr>{cells}</tr>")
         bodies.append(f"<tbody>{''.join(lines)}</tbody>")
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}"><table><caption><span id="{name}">{safe_text(caption)}</span></caption>'
-        f"<thead><tr>{head}</tr></thead>{''.join(bodies)}</table></div>"
-    )
+    return f'<div class="scroll" role="region" tabindex="0" aria-labelledby="{name}"><table><caption><span id="{name}">{safe_text(caption)}</span></caption><thead><tr>{head}</tr></thead>{"".join(bodies)}</table></div>'
 
 
 def _frame_table(frame, caption: str, name: str) -> str:
@@ -205,7 +202,9 @@ $sections
 </html>
 """)
 
-STYLE = PAGE_STYLE + """body { max-width: 60rem; }
+STYLE = (
+    PAGE_STYLE
+    + """body { max-width: 60rem; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .9rem; }
 li { margin: .3rem 0; max-width: 46rem; }
 caption { text-align: left; padding: .6rem 0; font-weight: 600; }
@@ -242,6 +241,7 @@ blockquote { margin: 0; padding: .6rem .9rem; background: var(--band); border-le
   h2, h3, caption { break-after: avoid; }
 }
 """
+)
 
 # %% ../nbs/11_report.ipynb #66b783c4
 def write_report(

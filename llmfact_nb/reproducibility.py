@@ -286,7 +286,6 @@ def suggest_k(
     frame = pandas.DataFrame(rows)
     passed = frame[(frame.stable >= share) & (frame.found_again >= share)].k
     rule = (
-        ("the largest" if len(passed) else "none") + f" of {ks} with at least {share:.0%} of the components stable over restarts (>= {threshold:g}) and at least as many found again in other texts "
-        f"(|r| >= {threshold:g} and above the 95th percentile of random rotations)"
-    )
+        "the largest" if len(passed) else "none"
+    ) + f" of {ks} with at least {share:.0%} of the components stable over restarts (>= {threshold:g}) and at least as many found again in other texts (|r| >= {threshold:g} and above the 95th percentile of random rotations)"
     return SuggestedK(int(passed.max()) if len(passed) else None, rule, frame, share)

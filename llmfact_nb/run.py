@@ -389,9 +389,7 @@ def publish(
 ) -> Path:
     "Draw the figures and write report.html, both from the run's tables; return the page's path."
     pictures = draw_figures(run.found, run.results, run.settings, run.held_out, run.folder / "figures")
-    return write_report(
-        run.folder / "report.html", f"Functional networks of {run.settings.model}", run.summary(), run.results, pictures, read_json(run.folder / "manifest.json"), run.networks()
-    )
+    return write_report(run.folder / "report.html", f"Functional networks of {run.settings.model}", run.summary(), run.results, pictures, read_json(run.folder / "manifest.json"), run.networks())
 
 
 def read_run(

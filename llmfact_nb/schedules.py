@@ -99,8 +99,7 @@ class NetworkUnfreezeCallback(_NetworkSchedule):
         self._check_names(list(tuning.networks), "frozen")
         for first, second, shared in _overtaken(self.schedule, tuning.config.given()):
             warnings.warn(
-                f"{second!r} begins before {first!r}, but the {shared:,} neurons they share train with {first!r}, which the config lists first, and stay frozen until then. "
-                f"List the masks of NeuronTuningConfig in the order of the schedule.",
+                f"{second!r} begins before {first!r}, but the {shared:,} neurons they share train with {first!r}, which the config lists first, and stay frozen until then. List the masks of NeuronTuningConfig in the order of the schedule.",
                 stacklevel=2,
             )
         held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}

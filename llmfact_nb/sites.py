@@ -9,7 +9,7 @@ __all__ = ['SITES', 'NeuronSite', 'NeuronSites', 'linear_shape', 'blocks', 'neur
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -143,10 +143,7 @@ def blocks(
         what = f"{len(fitting) or 'none'} of its lists have {n_layers} entries, one should"
     else:
         return fitting[0]
-    raise NotImplementedError(
-        f"model type {_model_type(model)!r}: cannot tell where its transformer blocks are ({what}); "
-        f"candidates: {[f'{name} ({len(m)})' for name, m in found] or 'none'}. Give site= a list of module names instead."
-    )
+    raise NotImplementedError(f"model type {_model_type(model)!r}: cannot tell where its transformer blocks are ({what}); candidates: {[f'{name} ({len(m)})' for name, m in found] or 'none'}. Give site= a list of module names instead.")
 
 
 def _model_type(model: nn.Module) -> str:
@@ -161,10 +158,7 @@ def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str
     "The one down projection of a block; NotImplementedError with the candidates otherwise."
     kind, width = _model_type(model), getattr(_text_config(model), "hidden_size", None)
     if any(word in path for path, _ in block.named_modules() for word in ("expert", "router")):
-        raise NotImplementedError(
-            f"model type {kind!r}: block {name} is a mixture of experts, whose neurons depend on each token's route; "
-            "this is not supported. Use a dense model, or give site= a list of module names."
-        )
+        raise NotImplementedError(f"model type {kind!r}: block {name} is a mixture of experts, whose neurons depend on each token's route; this is not supported. Use a dense model, or give site= a list of module names.")
     maps = [(p, m) for p, m in _linear_maps(block) if not any(w in part for part in p.split(".") for w in _MIXERS)]
     made = {n for _, m in maps for n in (linear_shape(m)[1], linear_shape(m)[1] // 2)}
     found = [(p, m) for p, m in maps if linear_shape(m)[1] == width and linear_shape(m)[0] in made]
@@ -173,8 +167,7 @@ def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str
     if len(found) != 1:
         shapes = [f"{p} {linear_shape(m)[0]} -> {linear_shape(m)[1]}" for p, m in maps]
         raise NotImplementedError(
-            f"model type {kind!r}: cannot tell which linear map of block {name} is the MLP's down projection; candidates: {shapes or 'none'}. "
-            "Give site= a list of module names" + (f", e.g. ['{name}.{maps[-1][0]}']." if maps else ".")
+            f"model type {kind!r}: cannot tell which linear map of block {name} is the MLP's down projection; candidates: {shapes or 'none'}. Give site= a list of module names" + (f", e.g. ['{name}.{maps[-1][0]}']." if maps else ".")
         )
     return found[0]
 

@@ -163,7 +163,7 @@ def union_study(
     setting: str = "baseline",  # what to call it in the table
     sample: Activations | None = None,  # for the column `injected`
 ) -> "pd.DataFrame":
-    "Ablate the key neurons, the other selections at the same size, and the controls. Study \"union\"."
+    'Ablate the key neurons, the other selections at the same size, and the controls. Study "union".'
     about = {"setting": setting, "k": len(found.networks.maps_), "fraction": found.key.n / found.key.n_neurons}
     entries = [(about, _ablation(found, s, found.select(s), condition)) for s in (found.selections if selections is None else selections)]
     entries += _with_controls(found, found.key, controls, condition, about)
@@ -182,7 +182,7 @@ def damage_curve(
     condition: tuple[str, str] = MEAN,  # (about, positions)
     sample: Activations | None = None,  # of the unmasked model at this site; without it there is no norm
 ) -> "pd.DataFrame":
-    "Ablate every selection at every size. Study \"damage\". Raises ValueError for a fraction outside 0 to 1."
+    'Ablate every selection at every size. Study "damage". Raises ValueError for a fraction outside 0 to 1.'
     entries = []
     for fraction in _fractions(fractions):
         n = max(1, round(fraction * len(found.mean)))
@@ -244,7 +244,7 @@ def amplification_study(
     masks: Mapping[str, NeuronMask] | None = None,  # what to amplify, by arm; None: the key neurons
     sample: Activations | None = None,  # for the column `injected`
 ) -> "pd.DataFrame":
-    "Turn neurons up and down about zero and about their mean, and shift them. Study \"amplification\"."
+    'Turn neurons up and down about zero and about their mean, and shift them. Study "amplification".'
     arms = [(name, None, mask) for name, mask in ({"key": found.key} if masks is None else masks).items()]
     first = arms[0][2]
     arms += [(c, s if c in DRAWN else None, found.control(c, first, s)) for c, seeds in controls.items() for s in range(seeds if c in DRAWN else min(1, seeds))]
@@ -268,7 +268,7 @@ def network_study(
     control_seeds: int = LEAST_DRAWS,  # layer-matched random draws of each network
     condition: tuple[str, str] = MEAN,  # (about, positions)
 ) -> "pd.DataFrame":
-    "Ablate each network alone, and its controls. Study \"networks\"; a network without units at this threshold has a row with a note."
+    'Ablate each network alone, and its controls. Study "networks"; a network without units at this threshold has a row with a note.'
     entries = []
     for i, mask in enumerate(found.network_masks()):
         if networks is not None and i not in networks:
@@ -289,7 +289,7 @@ def lesion_study(
     condition: tuple[str, str] = MEAN,  # (about, positions) of the neuron masks; the lesion spares the first token likewise
     sample: Activations | None = None,  # for the column `injected`
 ) -> "pd.DataFrame":
-    "Subtract each component, and all of them, beside ablating their neurons. Study \"lesion\"; all of them is the row without `network`."
+    'Subtract each component, and all of them, beside ablating their neurons. Study "lesion"; all of them is the row without `network`.'
     k = len(found.networks.maps_)
     chosen = list(range(k)) if networks is None else list(networks)
     masks, entries = found.network_masks(), []
@@ -308,7 +308,7 @@ def cross_task_study(
     controls: Mapping[str, int] = {"random": 1, "matched shuffle": 1},  # control -> seeds
     condition: tuple[str, str] = MEAN,  # (about, positions)
 ) -> "pd.DataFrame":
-    "Ablate the key neurons of each kind of text, and measure on all kinds. Study \"cross-task\"."
+    'Ablate the key neurons of each kind of text, and measure on all kinds. Study "cross-task".'
     entries = []
     for name, found in found_on.items():
         about = {"found_on": name, "k": len(found.networks.maps_)}

@@ -335,7 +335,7 @@ def train_run(
 def choose_rate(
     losses: Mapping[float, float | None],  # learning rate -> validation loss after the sweep's steps, mean over its seeds; None: it diverged
 ) -> tuple[float, str]:
-    "Return the rate with the smallest loss, and whether it is the \"lowest\" or \"highest\" of those tried (\"\": neither, or there was one only). Raises ValueError if all diverged."
+    'Return the rate with the smallest loss, and whether it is the "lowest" or "highest" of those tried ("": neither, or there was one only). Raises ValueError if all diverged.'
     finite = {lr: loss for lr, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if not finite:
         raise ValueError(f"training diverged at every learning rate tried ({', '.join(f'{lr:g}' for lr in losses)}); give smaller ones in lrs.")
@@ -370,7 +370,7 @@ def document_interval(
 
 
 def _measures(scores: Mapping[str, Mapping]) -> dict[str, tuple[np.ndarray, np.ndarray, Sequence[int]]]:
-    "From the scores of \"test\" and \"wiki\" as read from a file: measure -> (sums, counts, documents) of the items."
+    'From the scores of "test" and "wiki" as read from a file: measure -> (sums, counts, documents) of the items.'
     test, wiki = Scores(**scores["test"]), Scores(**scores["wiki"])
     of = {"test loss": (np.array(test.nats), np.array(test.tokens), test.documents)}
     if test.correct:

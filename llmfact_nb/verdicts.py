@@ -128,20 +128,23 @@ def _recurrence(tables: Mapping, nulls: tuple[str, ...]) -> Verdict:
     return verdict if agree or verdict.verdict == UNDECIDED else Verdict(UNDECIDED, why + "; the two measures disagree", of.value, of.low, of.high)
 
 
-@_rule("T1", "Group templates recur in single texts above the level of shuffled maps", "GPT-2 2,716, Qwen2.5-3B 648, ChatGLM3 19 similar pairs; no null given", "similar pairs (IoU > 0.2) a text, ICA minus shuffled maps",
-       "holds if the interval over texts lies above 0, fails if it lies below; undecided if the unthresholded |r| points the other way")
+@_rule(
+    "T1",
+    "Group templates recur in single texts above the level of shuffled maps",
+    "GPT-2 2,716, Qwen2.5-3B 648, ChatGLM3 19 similar pairs; no null given",
+    "similar pairs (IoU > 0.2) a text, ICA minus shuffled maps",
+    "holds if the interval over texts lies above 0, fails if it lies below; undecided if the unthresholded |r| points the other way",
+)
 def _t1(tables):
     return _recurrence(tables, ("shuffled",))
 
 
-@_rule("T1b", "... and above what other directions of the same subspace give", "not tested", "similar pairs a text, ICA minus the stronger of PCA and random rotation",
-       "as T1, against the null with more similar pairs")
+@_rule("T1b", "... and above what other directions of the same subspace give", "not tested", "similar pairs a text, ICA minus the stronger of PCA and random rotation", "as T1, against the null with more similar pairs")
 def _t1b(tables):
     return _recurrence(tables, ("PCA", "rotation"))
 
 
-@_rule("T2", "Matches fall with model size", "2,716 (GPT-2), 648 (Qwen2.5-3B), 19 (ChatGLM3-6B)", "rank correlation of parameters and similar pairs a text",
-       "needs recurrence of at least three models; holds at -1, fails at 0 and above")
+@_rule("T2", "Matches fall with model size", "2,716 (GPT-2), 648 (Qwen2.5-3B), 19 (ChatGLM3-6B)", "rank correlation of parameters and similar pairs a text", "needs recurrence of at least three models; holds at -1, fails at 0 and above")
 def _t2(tables):
     table = _rows(tables, "models")
     parameters, similar = _complete(table, "models", "parameters", "similar")
@@ -153,8 +156,13 @@ def _t2(tables):
     return Verdict(HOLDS if r <= -1 + 1e-9 else FAILS if r >= 0 else UNDECIDED, f"{len(table)} models", r)
 
 
-@_rule("T3", "Some templates recur across kinds of text, others belong to one kind", "shown as examples", "templates found in every kind; templates found in some kinds and not at all in others",
-       "a template is found in a kind if it has a one-to-one partner (IoU > 0.2) in at least a quarter of its texts; holds if there is at least one of each sort, fails if either sort is missing; needs two kinds, and four texts of each, so that \"not at all\" says something")
+@_rule(
+    "T3",
+    "Some templates recur across kinds of text, others belong to one kind",
+    "shown as examples",
+    "templates found in every kind; templates found in some kinds and not at all in others",
+    'a template is found in a kind if it has a one-to-one partner (IoU > 0.2) in at least a quarter of its texts; holds if there is at least one of each sort, fails if either sort is missing; needs two kinds, and four texts of each, so that "not at all" says something',
+)
 def _t3(tables):
     table = _rows(tables, "recurrence", method="ICA")
     matched, _, _ = _complete(table, "recurrence", "matched", "template", "text")
@@ -170,8 +178,13 @@ def _t3(tables):
     return Verdict(HOLDS if general and special else FAILS, why, general)
 
 # %% ../nbs/09_verdicts.ipynb #78cf3f22
-@_rule("T4", "One network holds under about 1 % of the units", "15 to 72 of 9,216 units (GPT-2, Table 4)", "share of networks under 1 % at alpha 3.6",
-       "published setting, ten networks, those without any unit left out; needs three; holds if at least 90 % of the networks lie under 1 %, fails if fewer than half do")
+@_rule(
+    "T4",
+    "One network holds under about 1 % of the units",
+    "15 to 72 of 9,216 units (GPT-2, Table 4)",
+    "share of networks under 1 % at alpha 3.6",
+    "published setting, ten networks, those without any unit left out; needs three; holds if at least 90 % of the networks lie under 1 %, fails if fewer than half do",
+)
 def _t4(tables):
     table, empty = _with_units(tables, "published")
     (of_all,) = _complete(table, "sizes", "share")
@@ -189,8 +202,13 @@ def _with_units(tables: Mapping, setting: str):
     return table[units > 0], f"; {none} more without a unit" if none else ""
 
 
-@_rule("T5", "Active units sit in deep layers", "1,159 of 2,849 units in the last two of 28 layers (ChatGLM3, SQuAD)", "mean depth of a network's units with z-scored neurons, 0 the first layer and 1 the last",
-       "interval over networks, those without any unit left out; holds if it lies above 0.5 both for raw and for z-scored neurons; fails if either lies below 0.5; deep only when raw: undecided, the depth follows the scale of the neurons")
+@_rule(
+    "T5",
+    "Active units sit in deep layers",
+    "1,159 of 2,849 units in the last two of 28 layers (ChatGLM3, SQuAD)",
+    "mean depth of a network's units with z-scored neurons, 0 the first layer and 1 the last",
+    "interval over networks, those without any unit left out; holds if it lies above 0.5 both for raw and for z-scored neurons; fails if either lies below 0.5; deep only when raw: undecided, the depth follows the scale of the neurons",
+)
 def _t5(tables):
     said, found = [], []
     for setting, name in (("published", "raw"), ("published, z-scored", "z-scored")):
@@ -225,14 +243,24 @@ def _key_against(tables: Mapping, control: str, factor: float) -> Verdict:
     return Verdict(FAILS if high < 0 or p > 0.5 else UNDECIDED, why, *numbers)
 
 
-@_rule("T6", "Masking the union hurts far more than random masks of equal size", "GPT-2: 10 networks masked costs 0.06 to 0.37 of the score, random 15 % 0.00 to 0.04", "damage in nats, key minus layer-matched random",
-       "at least 19 draws; holds if the interval lies above 0, p <= 0.05, and the damage is above 0 and at least three times that of the control (without its sign); fails if the interval lies below 0, or at least half of the draws hurt as much (p > 0.5)")
+@_rule(
+    "T6",
+    "Masking the union hurts far more than random masks of equal size",
+    "GPT-2: 10 networks masked costs 0.06 to 0.37 of the score, random 15 % 0.00 to 0.04",
+    "damage in nats, key minus layer-matched random",
+    "at least 19 draws; holds if the interval lies above 0, p <= 0.05, and the damage is above 0 and at least three times that of the control (without its sign); fails if the interval lies below 0, or at least half of the draws hurt as much (p > 0.5)",
+)
 def _t6(tables):
     return _key_against(tables, "random", 3.0)
 
 
-@_rule("T6b", "... and more than random neurons of the same layer and variance", "not tested", "damage in nats, key minus layer- and variance-matched shuffle",
-       "as T6 without the factor three: the control draws from all neurons of that layer and variance, key neurons included; does not hold if its neurons have less than 0.8 of the key neurons' variance, does not fail if they have more than 1.25 of it, or if more than half of them are key neurons (medians over draws)")
+@_rule(
+    "T6b",
+    "... and more than random neurons of the same layer and variance",
+    "not tested",
+    "damage in nats, key minus layer- and variance-matched shuffle",
+    "as T6 without the factor three: the control draws from all neurons of that layer and variance, key neurons included; does not hold if its neurons have less than 0.8 of the key neurons' variance, does not fail if they have more than 1.25 of it, or if more than half of them are key neurons (medians over draws)",
+)
 def _t6b(tables):
     found = _key_against(tables, "matched shuffle", 0.0)
     controls = _rows(tables, "union", setting="baseline", arm="matched shuffle", measure="nats") if "union" in tables and "variance_ratio" in tables["union"] else None
@@ -244,9 +272,14 @@ def _t6b(tables):
     return replace(found, verdict=UNDECIDED if spoilt else found.verdict, why=why + (", which is no match" if spoilt else ""))
 
 
-@_rule("T7", "Single small networks differ strongly in effect", "accuracy 0.575 to 0.854 over ten networks, unmasked 0.861 (Table 4)", "largest damage over the median network's",
-       "networks without any unit left out, at least three with units, at least 19 draws that all of them have; holds if one network hurts more than its own same-size controls (max-statistic over networks, p <= 0.05, draws that are missing counted as if they hurt as much) and the largest damage is above 0 and at least three times "
-       "the median (without its sign); fails if neither is so, the missing draws counted as if they did not hurt")
+@_rule(
+    "T7",
+    "Single small networks differ strongly in effect",
+    "accuracy 0.575 to 0.854 over ten networks, unmasked 0.861 (Table 4)",
+    "largest damage over the median network's",
+    "networks without any unit left out, at least three with units, at least 19 draws that all of them have; holds if one network hurts more than its own same-size controls (max-statistic over networks, p <= 0.05, draws that are missing counted as if they hurt as much) and the largest damage is above 0 and at least three times "
+    "the median (without its sign); fails if neither is so, the missing draws counted as if they did not hurt",
+)
 def _t7(tables):
     table = _rows(tables, "networks", measure="nats", arm=("network", "random"))
     ours = table[table.arm == "network"]
@@ -279,8 +312,13 @@ def _draws(controls, networks: np.ndarray) -> np.ndarray:
     return found
 
 
-@_rule("T8", "Masking random 15 % costs little", "GPT-2: at most 0.04 of the score", "share of the way to a model without MLPs, nats, worst seed",
-       "zeros at all tokens, at least three draws; holds if every draw's interval lies under 5 % of the damage of switching all MLPs off, fails if every draw's lies above")
+@_rule(
+    "T8",
+    "Masking random 15 % costs little",
+    "GPT-2: at most 0.04 of the score",
+    "share of the way to a model without MLPs, nats, worst seed",
+    "zeros at all tokens, at least three draws; holds if every draw's interval lies under 5 % of the damage of switching all MLPs off, fails if every draw's lies above",
+)
 def _t8(tables):
     table = _rows(tables, "random share", measure="nats", about="zero", positions="all", arm="random 15 %")
     damage, value, low, high = _complete(table, "random share", "damage", "recovered", "recovered_low", "recovered_high")
@@ -292,8 +330,7 @@ def _t8(tables):
     return Verdict(HOLDS if (low > 0.95).all() else FAILS if (high < 0.95).all() else UNDECIDED, why, *numbers)
 
 
-@_rule("T10", "Inhibition raises perplexity too", "shown for one model", "damage of the key neurons, nats",
-       "holds if the interval lies above 0, fails if it lies below")
+@_rule("T10", "Inhibition raises perplexity too", "shown for one model", "damage of the key neurons, nats", "holds if the interval lies above 0, fails if it lies below")
 def _t10(tables):
     rows = _rows(tables, "union", setting="baseline", arm="key", measure="nats")
     (items,) = _complete(rows, "union", "items")
@@ -332,14 +369,24 @@ def _noted(table) -> np.ndarray:
     return table.note.fillna("").ne("").to_numpy(dtype=bool) if "note" in table else np.zeros(len(table), dtype=bool)
 
 
-@_rule("T9", "Keeping only the union of k networks restores the score as k grows", "GPT-2 AGNews 0.685, 0.704, 0.846, 0.860, 0.861 at k 10 to 512, unmasked 0.861", "loss recovered at the largest k, right masks",
-       "0 is a model without MLPs, 1 the unmasked one; holds if the interval lies above 0.9 and, where that was measured, above what as many random units recover; fails if it lies below 0.9 at a k of at least 128")
+@_rule(
+    "T9",
+    "Keeping only the union of k networks restores the score as k grows",
+    "GPT-2 AGNews 0.685, 0.704, 0.846, 0.860, 0.861 at k 10 to 512, unmasked 0.861",
+    "loss recovered at the largest k, right masks",
+    "0 is a model without MLPs, 1 the unmasked one; holds if the interval lies above 0.9 and, where that was measured, above what as many random units recover; fails if it lies below 0.9 at a k of at least 128",
+)
 def _t9(tables):
     return _keeping(tables, False)
 
 
-@_rule("T9 late", "... if every layer gets the last layer's mask row, as in the published code", "all five runs with a full last row equal the unmasked score to the last digit", "loss recovered at the largest k, late-bound masks",
-       "as T9, but whatever random units do: under a full row all masks are alike")
+@_rule(
+    "T9 late",
+    "... if every layer gets the last layer's mask row, as in the published code",
+    "all five runs with a full last row equal the unmasked score to the last digit",
+    "loss recovered at the largest k, late-bound masks",
+    "as T9, but whatever random units do: under a full row all masks are alike",
+)
 def _t9_late(tables):
     return _keeping(tables, True)
 
@@ -353,9 +400,14 @@ def _one_sided(damage, low, high):
     return np.array([1.0 if math.isnan(x) else 0.5 * math.erfc(-x / math.sqrt(2)) for x in z])
 
 
-@_rule("T11", "Moderate amplification can improve scores, too much hurts", "later revision, shown as curves", "best damage among gains above 1 and up to 2",
-       "moderate: above 1 and up to 2, nats and accuracy, rows in which nothing changed left out; too much: the largest gain, above 2, nats; about zero and about the mean; too much hurts if one of its intervals lies above 0 or the model is broken; holds if a moderate gain improves (Benjamini-Hochberg over all of them, q <= 0.05) and "
-       "too much hurts; fails if no moderate gain improves and every interval excludes an improvement of 0.01 nats or of 5 answers in 100, or if too much costs less than 0.01 nats by every interval")
+@_rule(
+    "T11",
+    "Moderate amplification can improve scores, too much hurts",
+    "later revision, shown as curves",
+    "best damage among gains above 1 and up to 2",
+    "moderate: above 1 and up to 2, nats and accuracy, rows in which nothing changed left out; too much: the largest gain, above 2, nats; about zero and about the mean; too much hurts if one of its intervals lies above 0 or the model is broken; holds if a moderate gain improves (Benjamini-Hochberg over all of them, q <= 0.05) and "
+    "too much hurts; fails if no moderate gain improves and every interval excludes an improvement of 0.01 nats or of 5 answers in 100, or if too much costs less than 0.01 nats by every interval",
+)
 def _t11(tables):
     table = _rows(tables, "amplification", arm="key", measure=("nats", "accuracy"))
     gain, added = _complete(table, "amplification", "gain", "add_sd")
@@ -382,8 +434,13 @@ def _t11(tables):
     return Verdict(verdict, why, float(damage[best]), float(low[best]), float(high[best]))
 
 
-@_rule("T12", "Networks found on one task affect others", "shown as examples", "smallest difference to layer-matched random, over pairs of different texts, nats",
-       "key neurons found on one kind of text, measured on another; needs (draws + 1) to the power of the number of such sets of key neurons to be at least 20; holds if for every pair the interval of key minus random lies above 0 and key hurts more than every draw, fails if for no pair the interval does so")
+@_rule(
+    "T12",
+    "Networks found on one task affect others",
+    "shown as examples",
+    "smallest difference to layer-matched random, over pairs of different texts, nats",
+    "key neurons found on one kind of text, measured on another; needs (draws + 1) to the power of the number of such sets of key neurons to be at least 20; holds if for every pair the interval of key minus random lies above 0 and key hurts more than every draw, fails if for no pair the interval does so",
+)
 def _t12(tables):
     table = _rows(tables, "contrasts", study="cross-task", arm="key", against="random", measure="nats")
     table = table[table.found_on != table.data.str.removesuffix(", short")]

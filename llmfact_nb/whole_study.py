@@ -187,7 +187,7 @@ def found_networks(
             warnings.simplefilter("ignore", ConvergenceWarning)  # the table `sizes` says which fits have not converged
             chosen = _further(tokenizer, texts, wanted)
             found = find_candidates(model, tokenizer, chosen, wanted.settings, ("gradient x activation", "Wanda score") if wanted.scores else (), progress=False)
-        found.key  # no unit at this threshold is a reason too
+        _ = found.key  # no unit at this threshold is a reason too
     except ValueError as e:
         write_json(failed, {"why": str(e)})
         return str(e)
@@ -216,7 +216,7 @@ def network_sizes(
 
 # %% ../nbs/09_whole_study.ipynb #588f1c79
 def _yardsticks(tokenizer, texts: StudyTexts, s: WholeSettings, limit: float = math.inf) -> dict[str, Yardstick]:
-    "\"full\", \"answers\" and \"answers, short\" of the baseline's texts; \"short\" and by kind the beginnings. No text is longer than the model's `limit` of positions."
+    '"full", "answers" and "answers, short" of the baseline\'s texts; "short" and by kind the beginnings. No text is longer than the model\'s `limit` of positions.'
     base = next(iter(texts.held_out))
     length = int(max(2, min(1024, limit, -(-s.eval_tokens // len(texts.held_out[base])))))
     rows = texts.labelled.select(range(min(s.short_sentences, len(texts.labelled)))) if hasattr(texts.labelled, "select") else texts.labelled[: s.short_sentences]
@@ -498,7 +498,22 @@ def _second_process(a) -> Iterator[None]:
     "Another process does the same from the other end while the block runs; if it fails, the block has more to do."
     threads = max(1, torch.get_num_threads() // 2)
     torch.set_num_threads(threads)
-    command = [sys.executable, "-m", "llmfact_nb.whole_study", "--assist", "--model", a.model, "--out", a.out, "--eval-tokens", str(a.eval_tokens), "--sentences", str(a.sentences), *(["--quick"] if a.quick else []), *(["--grid"] if a.grid else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "llmfact_nb.whole_study",
+        "--assist",
+        "--model",
+        a.model,
+        "--out",
+        a.out,
+        "--eval-tokens",
+        str(a.eval_tokens),
+        "--sentences",
+        str(a.sentences),
+        *(["--quick"] if a.quick else []),
+        *(["--grid"] if a.grid else []),
+    ]
     second = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)  # its input ends when this process does
     try:
         yield

@@ -279,7 +279,7 @@ def test_windows(special, truncation_side):
     text = families.words(22, 1)
     inner = families.tokenizer()(text)["input_ids"]
     a = capture(model, t, [text, families.words(4, 2)], windows=True, max_length=8, **OPTIONS)
-    windows = [part.tolist() for part in a.token_ids[a.text_ids == 0].tensor_split(((a.positions[a.text_ids == 0] == 0).nonzero()[1:, 0]))]
+    windows = [part.tolist() for part in a.token_ids[a.text_ids == 0].tensor_split((a.positions[a.text_ids == 0] == 0).nonzero()[1:, 0])]
     size = 8 - 2 * special
     if special:
         assert all(w[0] == 2 and w[-1] == 3 for w in windows)

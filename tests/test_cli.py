@@ -160,7 +160,7 @@ def test_networks_are_the_first_half_of_a_run(tiny, tmp_path):
     printed, _ = llmfact(f"networks --out {out} {found_by(tiny)} --html {page}")
     assert "4 networks" in printed and "most active" in printed and str(page) in printed
     text = page.read_text()
-    assert len(text) > 2000 and "src=\"http" not in text and "w7" in text
+    assert len(text) > 2000 and 'src="http' not in text and "w7" in text
     listed = json.loads(llmfact(f"networks --out {out} --json")[0])
     assert [n["network"] for n in listed["networks"]] == [0, 1, 2, 3] and listed["settings"]["n_components"] == 4
     at = (out / "networks.safetensors").stat().st_mtime_ns
@@ -316,7 +316,7 @@ def test_messages_speak_of_options():
 
 
 def test_choices_are_those_of_the_library():
-    for name, (field, how) in SETTINGS.items():
+    for field, how in SETTINGS.values():
         for value in (typing.get_args(how)[1].metavar or "").split("|"):
             kept = {"exclude": None} if value == "none" else {field: value} if value else {}
             Settings(**kept | ({"alpha": 2.0, "fraction": None} if field == "tail" else {}))

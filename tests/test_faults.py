@@ -477,7 +477,13 @@ def study_texts():
     import planted
     from llmfact_nb.whole_study import StudyTexts
 
-    return StudyTexts({"topics": planted.texts(30, 80), "others": planted.texts(20, 80, seed=7)}, {"topics": planted.texts(4, 60, seed=8), "others": planted.texts(3, 60, seed=9)}, [(f"w{5 + i} w{6 + i}", i % 2) for i in range(4)], "w4 {text}", ["w20", "w30"])
+    return StudyTexts(
+        {"topics": planted.texts(30, 80), "others": planted.texts(20, 80, seed=7)},
+        {"topics": planted.texts(4, 60, seed=8), "others": planted.texts(3, 60, seed=9)},
+        [(f"w{5 + i} w{6 + i}", i % 2) for i in range(4)],
+        "w4 {text}",
+        ["w20", "w30"],
+    )
 
 
 def study_job(out: Path, model=None) -> None:

@@ -211,7 +211,7 @@ def test_scaled_gradients_under_adam_are_called_what_they_are():
 def test_two_optimizers_may_share_the_work():
     model = families.build("llama", "classification")
     with neuron_training(model, draw(model), also=["score"], verbose=False) as tuning:
-        head, slices = torch.optim.SGD(model.score.parameters(), lr=0.1), torch.optim.AdamW([p for p in tuning.parameters_of("neurons")])
+        head, slices = torch.optim.SGD(model.score.parameters(), lr=0.1), torch.optim.AdamW(list(tuning.parameters_of("neurons")))
         model(tokens()).logits.square().sum().backward()
         head.step()
         slices.step()

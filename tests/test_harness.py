@@ -50,8 +50,15 @@ def task(tmp_path):
     file = tmp_path / "toy.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     config = dict(
-        task="toy", dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(file)), cache_dir=str(tmp_path / "cache")), test_split="test", output_type="multiple_choice",
-        doc_to_text="{{text}}", doc_to_choice=["w40", "w41"], doc_to_target="right", metric_list=[dict(metric="acc")],
+        task="toy",
+        dataset_path="json",
+        dataset_kwargs=dict(data_files=dict(test=str(file)), cache_dir=str(tmp_path / "cache")),
+        test_split="test",
+        output_type="multiple_choice",
+        doc_to_text="{{text}}",
+        doc_to_choice=["w40", "w41"],
+        doc_to_target="right",
+        metric_list=[dict(metric="acc")],
     )
     return config, [(r["text"], r["right"]) for r in rows]
 

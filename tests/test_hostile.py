@@ -529,7 +529,23 @@ def test_archives_are_read_by_name_and_never_unpacked():
 
 # markup
 
-EVIL = ["<script>window.pwned = 1</script>", "</script><script>window.pwned = 2</script>", "<img src=x onerror='window.pwned = 3'>", '"><svg onload=window.pwned=4>', "</title><script>window.pwned = 5</script>", "<!--<script>", "]]>", "\u2028window.pwned=6//", "javascript:window.pwned=7", "</textarea></style><script>window.pwned = 8</script>", "&lt;script&gt;", "${window.pwned=9}", "\\u003cscript\\u003e", "{{7*7}}", "\u202ewned"]
+EVIL = [
+    "<script>window.pwned = 1</script>",
+    "</script><script>window.pwned = 2</script>",
+    "<img src=x onerror='window.pwned = 3'>",
+    '"><svg onload=window.pwned=4>',
+    "</title><script>window.pwned = 5</script>",
+    "<!--<script>",
+    "]]>",
+    "\u2028window.pwned=6//",
+    "javascript:window.pwned=7",
+    "</textarea></style><script>window.pwned = 8</script>",
+    "&lt;script&gt;",
+    "${window.pwned=9}",
+    "\\u003cscript\\u003e",
+    "{{7*7}}",
+    "\u202ewned",
+]
 
 
 class Tags(html.parser.HTMLParser):

@@ -123,8 +123,8 @@ units = st.lists(st.booleans(), min_size=N, max_size=N)
 homes = st.sampled_from([None, "mlp_hidden", "mlp_out", ("a", "b", "c")])
 
 
-def masks(site=st.just("mlp_hidden")):
-    return st.builds(NeuronMask.from_flat, units, st.just(WIDTHS), site)
+def masks(site=None):
+    return st.builds(NeuronMask.from_flat, units, st.just(WIDTHS), site or st.just("mlp_hidden"))
 
 
 @holds(25, 500, a=masks(), b=masks(), c=masks())

@@ -265,9 +265,7 @@ def test_generation_with_cache_and_left_padding(name, positions):
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("positions", ["all", "after-first"])
-@pytest.mark.parametrize(
-    "way", [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2), dict(prompt_lookup_num_tokens=2), dict(prefill_chunk_size=2), dict(cache_implementation="dynamic")]
-)
+@pytest.mark.parametrize("way", [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2), dict(prompt_lookup_num_tokens=2), dict(prefill_chunk_size=2), dict(cache_implementation="dynamic")])
 def test_other_ways_of_decoding(site, positions, way):
     "Beams, speculation and chunks use the cache differently; the text is that without a cache."
     model, differ = generator_of("gpt2"), []

@@ -35,8 +35,16 @@ MEMBER = "toy/data/numbers.bin"
 
 def toy(**changes) -> Resource:
     fields = dict(
-        name="toy", kind="texts", package="toy", version="1.0", member=MEMBER, size=len(CONTENT),
-        sha256=hashlib.sha256(CONTENT).hexdigest(), download=1, licence="none", description="bytes",
+        name="toy",
+        kind="texts",
+        package="toy",
+        version="1.0",
+        member=MEMBER,
+        size=len(CONTENT),
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
+        download=1,
+        licence="none",
+        description="bytes",
     )
     return Resource(**{**fields, **changes})
 
@@ -107,9 +115,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_kept(cache):
     assert len(downloads.calls) == 1 and files_in(cache) == []
 
 
-@pytest.mark.parametrize(
-    "failures", [[ConnectionError("line dead")] * 2, ["cut off", "cut off"], ["bytes changed", ConnectionError("line dead")]]
-)
+@pytest.mark.parametrize("failures", [[ConnectionError("line dead")] * 2, ["cut off", "cut off"], ["bytes changed", ConnectionError("line dead")]])
 def test_two_broken_downloads_are_tried_again(cache, failures, capsys):
     downloads = Downloads(failures=failures)
     assert fetch("toy", download=downloads, pause=0).read_bytes() == CONTENT
@@ -131,9 +137,7 @@ def test_an_interrupted_fetch_leaves_nothing(cache):
     assert files_in(cache) == []
 
 
-@pytest.mark.parametrize(
-    "name", ["../numbers.bin", "/tmp/toy/data/numbers.bin", "toy/data/../data/numbers.bin", "toy/data/numbers.bin/"]
-)
+@pytest.mark.parametrize("name", ["../numbers.bin", "/tmp/toy/data/numbers.bin", "toy/data/../data/numbers.bin", "toy/data/numbers.bin/"])
 def test_only_the_exact_name_is_taken(cache, name):
     with pytest.raises(ValueError, match="holds no file"):
         fetch("toy", download=Downloads({name: b"" if name.endswith("/") else CONTENT}), pause=0)
@@ -338,11 +342,9 @@ def test_a_name_that_the_hub_does_not_know_is_answered_with_the_choices(load, mo
         load("smolm2")
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"task": "mask"}, {"dtype": "float32"}, {"dtype": torch.int8}, {"device": "gpu"}, {"device": 3.5}]
-)
+@pytest.mark.parametrize("wrong", [{"task": "mask"}, {"dtype": "float32"}, {"dtype": torch.int8}, {"device": "gpu"}, {"device": 3.5}])
 def test_wrong_choices_are_refused_before_anything_is_loaded(wrong, cache):
-    (key, value), = wrong.items()
+    ((key, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{key}={value!r}.*Accepted"):
         load_model(**wrong)
     assert not cache.exists()
@@ -413,7 +415,7 @@ def test_a_gguf_file_is_converted_once(cache, gguf, monkeypatch):
 @pytest.mark.parametrize("damage", ["cut", "one bit", "file missing", "list missing", "list damaged"])
 def test_a_damaged_conversion_is_made_again(cache, gguf, damage):
     expected = load_model(gguf)[0].state_dict()
-    folder, = (cache / "models").iterdir()
+    (folder,) = (cache / "models").iterdir()
     weights, listing = folder / "model.safetensors", folder / "sealed.json"
     data = bytearray(weights.read_bytes())
     if damage == "cut":
@@ -458,7 +460,7 @@ def test_another_process_may_convert_first(cache, gguf, monkeypatch):
 
     monkeypatch.setattr(resources, "convert_gguf", late)
     load_model(gguf)
-    folder, = (cache / "models").iterdir()
+    (folder,) = (cache / "models").iterdir()
     assert resources.is_whole(folder) and not list((cache / "unfinished").iterdir())
 
 
@@ -553,7 +555,7 @@ def test_n_takes_the_first_and_warns_when_there_are_fewer(folder):
 
 @pytest.mark.parametrize("wrong", [{"n": 0}, {"n": -1}, {"n": 2.5}, {"n": True}, {"split": "train"}])
 def test_wrong_n_and_split_are_refused(folder, wrong):
-    (key, value), = wrong.items()
+    ((key, value),) = wrong.items()
     for load in (load_texts, load_labelled):
         with pytest.raises(ValueError, match=f"{key}={value!r}"):
             load(folder, **wrong)
@@ -654,7 +656,7 @@ def test_cloze_from_a_file(tmp_path):
         ("a{{b|c={{d|e}}|f=[[g|h]]}}b", "ab"),
         ("{{quote|So {{lang|fr|oui}} [[it|they]] said.}}", "So oui they said."),
         ("as {{convert|3|to|5|km|mi}}, {{convert|2|m}}.", "as 3 to 5 km, 2 m."),
-        ("a<ref>b</ref> c<ref name=d /> e<ref name=\"f\">{{cite|g=<br/>}}</ref>.", "a c e."),
+        ('a<ref>b</ref> c<ref name=d /> e<ref name="f">{{cite|g=<br/>}}</ref>.', "a c e."),
         ("a<!-- b\n\nc -->d", "ad"),
         ("{| class=x\n|-\n| a\n{| \n| b\n|}\n|}\nc", "c"),
         ("x &amp; y&nbsp;z &mdash; H<sub>2</sub>O", "x & y z — H2O"),

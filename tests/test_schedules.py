@@ -398,8 +398,21 @@ def test_evaluation_best_checkpoint_and_early_stopping(mode, tmp_path):
     extra = [NetworkUnfreezeCallback({"a": 0, "b": 3})] if mode == "selected" else []
     evaluation = rows(4, seed=1)
     trainer = trainer_of(
-        model, tmp_path, *extra, EarlyStoppingCallback(2), FrozenGuardCallback(every=3), evaluation=evaluation, max_steps=40, learning_rate=0.3,
-        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True, metric_for_best_model="loss", lr_scheduler_type="constant",
+        model,
+        tmp_path,
+        *extra,
+        EarlyStoppingCallback(2),
+        FrozenGuardCallback(every=3),
+        evaluation=evaluation,
+        max_steps=40,
+        learning_rate=0.3,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        lr_scheduler_type="constant",
     )
     trainer.train()
     losses = history(trainer, "eval_loss")
@@ -560,9 +573,7 @@ def test_ablation_by_means(tmp_path, tiny_tokenizer):
 
 def test_evaluation_during_training_is_masked_and_afterwards_not(tmp_path):
     model, data = families.build("llama"), rows(4, seed=1)
-    trainer = trainer_of(
-        model, tmp_path, NetworkActivateCallback({"a": 0, "b": None}, networks()), evaluation=data, max_steps=2, learning_rate=0.0, weight_decay=0.0, eval_strategy="steps", eval_steps=1, eval_on_start=True
-    )
+    trainer = trainer_of(model, tmp_path, NetworkActivateCallback({"a": 0, "b": None}, networks()), evaluation=data, max_steps=2, learning_rate=0.0, weight_decay=0.0, eval_strategy="steps", eval_steps=1, eval_on_start=True)
     trainer.train()
     masked, plain = ablated_loss("llama", model, networks()["b"], data=data), ablated_loss("llama", model, EMPTY, data=data)
     assert history(trainer, "eval_loss") == pytest.approx([masked] * 3, abs=1e-4)

@@ -103,7 +103,7 @@ def test_single_networks_have_p_values_and_topics_of_their_own(world):
         group = table[table.network == i]
         ours = group[group.arm == "network"].damage.item()
         assert of[of.network == i].p.item() == pytest.approx((1 + (group[group.arm == "random"].damage >= ours).sum()) / 20)
-        assert {c for c in group.counts} == {" ".join(map(str, found.network_masks()[i].counts))}, "controls have as many units in each layer"
+        assert set(group.counts) == {" ".join(map(str, found.network_masks()[i].counts))}, "controls have as many units in each layer"
 
 
 def test_numbers_that_are_not_finite_are_compared_with_nothing(world, tmp_path):
@@ -441,7 +441,13 @@ WHOLE = WholeSettings(
 @pytest.mark.slow
 def test_the_whole_study_interrupted_and_resumed(tmp_path):
     model = planted.model()
-    texts = StudyTexts({"topics": planted.texts(60, 80), "others": planted.texts(30, 80, seed=7)}, {"topics": planted.texts(5, 80, seed=8), "others": planted.texts(3, 80, seed=9)}, [(f"w{5 + i} w{6 + i}", i % 2) for i in range(6)], "w4 {text}", ["w20", "w30"])
+    texts = StudyTexts(
+        {"topics": planted.texts(60, 80), "others": planted.texts(30, 80, seed=7)},
+        {"topics": planted.texts(5, 80, seed=8), "others": planted.texts(3, 80, seed=9)},
+        [(f"w{5 + i} w{6 + i}", i % 2) for i in range(6)],
+        "w4 {text}",
+        ["w20", "w30"],
+    )
     run = lambda folder, settings=WHOLE: whole_study(model, TOKENIZER, folder, settings, texts, progress=False)
     whole, state = run(tmp_path / "a"), families.state(model)
     calls = []

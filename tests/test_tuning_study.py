@@ -303,7 +303,7 @@ def test_sweep_goes_on_beyond_the_edge(tmp_path, monkeypatch, further, tried):
     settings = dict(arms=["key", "full"], seeds=[0], lrs={"key": tried[:3], "full": tried[:3]}, further_rates=further, batch_size=1, steps=4)
     results = study(tmp_path, **settings)
     for arm in ("key", "full"):
-        own = results.sweep.query("arm == @arm")
+        own = results.sweep[results.sweep["arm"] == arm]
         assert list(own["lr"]) == pytest.approx(tried) and list(own["further"]) == [False] * 3 + [True] * further and own["chosen"].iloc[-1]
     assert (results.runs["rates_tried"] == 3 + further).all() and (results.runs["edge"] == "highest").all()
     monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
@@ -364,7 +364,18 @@ def test_a_patience_that_could_never_act_is_refused(steps, patience, accepted):
             TuningSettings(steps=steps, patience=patience)
 
 
-BAD = {"steps": [0, 1.5, True], "batch_size": [0], "max_length": [3], "patience": [0], "n_val": [0], "clip": [0, float("inf")], "weight_decay": [-1], "further_rates": [-1], "sweep_seeds": [(), (0, 0)], "lrs": [{"keys": [1]}, {"key": []}, {"key": [0.0]}]}
+BAD = {
+    "steps": [0, 1.5, True],
+    "batch_size": [0],
+    "max_length": [3],
+    "patience": [0],
+    "n_val": [0],
+    "clip": [0, float("inf")],
+    "weight_decay": [-1],
+    "further_rates": [-1],
+    "sweep_seeds": [(), (0, 0)],
+    "lrs": [{"keys": [1]}, {"key": []}, {"key": [0.0]}],
+}
 
 
 @pytest.mark.parametrize("name, value", [(n, v) for n, values in BAD.items() for v in values])
@@ -617,7 +628,7 @@ def test_texts_of_the_speeches_span_all_years(monkeypatch):
     monkeypatch.setattr(resources, "load_texts", lambda name, split: {"text": speeches[split]})
     task = speeches_task(lambda text: {"input_ids": list(range(len(text.split())))}, 200, 20, 10, 8)
     years = [int(re.search(r"year (\d+)", t).group(1)) for t in task.texts]
-    assert len(years) == 90 and not set(years) & {i for i in range(5, 100, 10)} and {e.document for e in task.val} == set(range(10))
+    assert len(years) == 90 and not set(years) & set(range(5, 100, 10)) and {e.document for e in task.val} == set(range(10))
     for n in (6, 10, 20):
         assert all(any(part <= y < part + 25 for y in years[:n]) for part in (0, 25, 50, 75))
 
@@ -679,8 +690,8 @@ def test_a_folder_of_the_first_release_is_read(finished, tmp_path):
     for column in ("test_loss", "test_accuracy", "wiki_loss"):
         assert (read.runs[column] == results.runs[column]).all()
     for arm in ("key", "full"):
-        own = read.sweep.query("arm == @arm")
-        assert own.loc[own["val_loss"].idxmin(), "chosen"] and len(own) == len(results.sweep.query("arm == @arm"))
+        own = read.sweep[read.sweep["arm"] == arm]
+        assert own.loc[own["val_loss"].idxmin(), "chosen"] and len(own) == (results.sweep["arm"] == arm).sum()
     assert "learning rates" in repr(read)
     tuning_figures.plot_outcome(read.intervals, read.runs)
     plt.close("all")

@@ -68,9 +68,9 @@ def preservation(value=0.95, low=0.92, high=0.97, k=128, rival=0.5, late=None):
     of = lambda arm, k, late, v, low, high, fraction=NAN: {
         "arm": arm, "measure": "nats", "k": k, "fraction": fraction, "late_binding": late, "share": 0.8, "recovered": v, "recovered_low": low, "recovered_high": high, "note": "",
     }  # fmt: skip
-    rows = [of("keep key", 10, l, 0.93, 0.91, 0.95) for l in (False, True)]
+    rows = [of("keep key", 10, late_binding, 0.93, 0.91, 0.95) for late_binding in (False, True)]
     rows += [of("keep key", k, False, value, low, high), of("keep key", k, True, *(late or (value, low, high)))]
-    rows += [of("keep random", k, l, rival, rival - 0.05, rival + 0.05) for l in (False, True)]
+    rows += [of("keep random", k, late_binding, rival, rival - 0.05, rival + 0.05) for late_binding in (False, True)]
     rows += [of("keep key", k, False, 0.99, 0.98, 1.0, fraction=0.3), of("keep random", k, False, 0.4, 0.3, 0.5, fraction=0.3)]
     return pd.DataFrame([*rows, of("keep key", 5000, False, NAN, NAN, NAN) | {"note": "too many"}])
 

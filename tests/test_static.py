@@ -1,0 +1,42 @@
+"""Static checks: ruff's lint and format, mypy on the package, and that the installed packages fit each other. Their settings lie in static/."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = ROOT / "tests" / "static"
+
+
+def module(name: str, *arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-m", name, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_lint():
+    module("ruff", "check", "--no-cache", "--config", str(SETTINGS / "ruff.toml"), "llmfact_nb", "tests", "docs", "benchmarks")
+
+
+def test_format():
+    "The notebooks', since nbdev lays out the modules."
+    module("ruff", "format", "--check", "--no-cache", "--config", str(SETTINGS / "ruff.toml"), "nbs", "tests", "docs", "benchmarks")
+
+
+def test_types(tmp_path):
+    module("mypy", "--config-file", str(SETTINGS / "mypy.ini"), "--cache-dir", str(tmp_path), "llmfact_nb")
+
+
+def test_a_wrong_type_is_seen(tmp_path):
+    "mypy reads our signatures, though it takes torch as it comes."
+    shutil.copytree(ROOT / "llmfact_nb", tmp_path / "llmfact_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(tmp_path / "llmfact_nb" / "answers.py", "a") as f:
+        f.write("\nfrom .files import digest\nlength: int = digest()\n")
+    with pytest.raises(AssertionError, match=r"answers.py.*expression has type \"?str"):
+        module("mypy", "--config-file", str(SETTINGS / "mypy.ini"), "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "llmfact_nb" / "answers.py"))
+
+
+def test_installed_packages_fit_each_other():
+    module("pip", "check")
