@@ -58,6 +58,7 @@ def test_link(name, rawtext, text, lineno, inliner, options=None, content=None):
     "The role {test}`file.py::test_name`: a link to a test, which must exist."
     file, _, function = text.partition("::")
     path = ROOT / "tests" / file
+    inliner.document.settings.env.note_dependency(str(path))  # the page is read again when the line has moved
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     number = next((i for i, line in enumerate(lines, 1) if line.startswith(f"def {function}(")), None)
     if number is None:

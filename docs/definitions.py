@@ -137,25 +137,23 @@ class Module:
     summary: str
     notebook: str  # "04_masks"
     definitions: dict[str, Definition]
-    uses: dict[str, set[str]]  # for each top-level name, public or not, the names in its body
 
 
 def read_module(path: Path) -> Module:
     "Read one generated module."
     text = path.read_text(encoding="utf-8")
     tree, comments, lines = ast.parse(text), _comments(text), text.splitlines()
-    public, found, uses = [], {}, {}
+    public, found = [], {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
             public = ast.literal_eval(node.value)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
             name = node.name if target is None else getattr(target, "id", "")
-            uses[name] = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
             if name in public:
                 found[name] = _define(node, path.stem, lines, comments)
     notebook = re.search(r"File to edit: \.\./nbs/(\S+)\.ipynb", text)
-    return Module(path.stem, ast.get_docstring(tree) or "", notebook[1] if notebook else "", found, uses)
+    return Module(path.stem, ast.get_docstring(tree) or "", notebook[1] if notebook else "", found)
 
 
 def read_library(folder: Path = LIBRARY) -> dict[str, Module]:

@@ -8,11 +8,13 @@ import os
 import re
 import shutil
 import sys
+from io import BytesIO
 from pathlib import Path
 
 from definitions import Definition, Module, exposed_names, read_library
 from notebook_pages import Notebook, page_markdown, relinked, slug
-from reference_pages import entry, example_block, examples, prose, used_inside
+from PIL import Image
+from reference_pages import entry, example_block, examples, prose
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, SOURCE, SITE = ROOT / "nbs", ROOT / "_proc" / "site", ROOT / "_docs"
@@ -92,12 +94,8 @@ class Site:
 
     def full_entry(self, d: Definition, level: int, page: str, title: str | None = None) -> str:
         "A definition with its methods, example and place in the chapters."
-        module, up, link = self.rooms[d.module], "../" * page.count("/"), self.link_names(page)
-        example = self.examples.get((d.module, d.name))
-        blocks = [entry(d, level, link, title), example_block(example, up)]
-        if example is None:
-            inside = [f"[`{n}`]({self.place(d.module, n, page)})" for n in used_inside(d, module)[:4]]
-            blocks.append(f"At work inside {', '.join(inside)}." if inside else "")
+        up, link = "../" * page.count("/"), self.link_names(page)
+        blocks = [entry(d, level, link, title), example_block(self.examples.get((d.module, d.name)), up)]
         has_section = d.kind in ("class", "function")
         blocks.append(f"{{.where}}\nExplained in the chapter [{d.module}]({up}{d.module}.md{'#' + slug(d.name) if has_section else ''})")
         for member in d.members:
@@ -169,7 +167,7 @@ class Site:
         files["changelog.md"] = (ROOT / "CHANGELOG.md").read_bytes()
         for path in (ROOT / "nbs" / "images").glob("*.png"):
             files[f"images/{path.name}"] = path.read_bytes()
-        return files
+        return {name: smaller(data) if name.endswith(".png") else data for name, data in files.items()}
 
     def relink_page(self, path: Path) -> str:
         "A hand-written page with the names in it linked."
@@ -179,6 +177,21 @@ class Site:
             fenced ^= line.startswith("```")
             lines.append(line if fenced or line.startswith("#") else link(line))
         return "\n".join(lines) + "\n"
+
+
+def smaller(png: bytes) -> bytes:
+    "The same picture in 256 colours, half as large; as it is if that gains nothing or it is partly transparent."
+    picture, out = Image.open(BytesIO(png)), BytesIO()
+    if picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+        return png
+    picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return min(png, out.getvalue(), key=len)
+
+
+def without_ballast(page: str) -> str:
+    "The same page without the theme's indentation, and without the icons that nothing on it uses."
+    page = re.sub(r'<symbol id="([\w-]+)".*?</symbol>', lambda m: m[0] if f'"#{m[1]}"' in page else "", page, flags=re.S)
+    return "".join(part if part.startswith(("<pre", "<script")) else re.sub(r"\s*\n\s*", "\n", part) for part in re.split(r"(<pre.*?</pre>|<script.*?</script>)", page, flags=re.S))
 
 
 def write_source(files: dict[str, bytes], folder: Path) -> None:
@@ -195,7 +208,7 @@ def write_source(files: dict[str, bytes], folder: Path) -> None:
 
 def inputs() -> list[Path]:
     "Every file the site is made from."
-    folders = (("nbs", "*.ipynb"), ("nbs", "*.png"), ("llmfact_nb", "*.py"), ("docs", "*"))
+    folders = (("nbs", "*.ipynb"), ("nbs", "*.png"), ("llmfact_nb", "*.py"), ("docs", "*"), ("tests", "test_*.py"))
     listed = [p for folder, pattern in folders for p in (ROOT / folder).rglob(pattern) if p.is_file() and not {"__pycache__", ".ipynb_checkpoints", "out", "words.txt"} & set(p.relative_to(ROOT).parts)]
     return [*listed, ROOT / "settings.ini", ROOT / "CHANGELOG.md"]
 
@@ -224,6 +237,10 @@ def build(site: Path = SITE, source: Path = SOURCE, fresh: bool = False) -> None
         (site / "index.html").unlink(missing_ok=True)
         shutil.rmtree(pages_read)  # so that the next build reads, and warns of, every page again
         raise RuntimeError("Sphinx had warnings; they stand above. The site counts as not built.")
+    for path in site.rglob("*.html"):
+        path.write_text(without_ballast(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in site.rglob("*.map"):
+        path.unlink()  # for those who change the theme's scripts and styles
     os.utime(site / "index.html")  # also when nothing on it changed
 
 

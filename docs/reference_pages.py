@@ -51,7 +51,9 @@ def _example(cell, name: str, page: str, heading: str) -> Example:
 
 
 def examples(notebooks: list[Notebook], library: dict[str, Module]) -> dict[tuple[str, str], Example]:
-    "For each (module, name) its first use outside exported code: in its own chapter, else in a notebook that imports it."
+    """For each (module, name) its first use outside exported code: in its own chapter, else in a notebook that imports it.
+
+    A class that no notebook names has that of the first function that returns it."""
     modules_of: dict[str, list[str]] = {}
     for module in library.values():
         for name in module.definitions:
@@ -71,6 +73,11 @@ def examples(notebooks: list[Notebook], library: dict[str, Module]) -> dict[tupl
                     here, before = module == notebook.page, found.get((module, name))
                     if here and (before is None or before.page != notebook.page) or before is None and name in imported and name not in own:
                         found[module, name] = _example(cell, name, notebook.page, heading)
+    everything = [d for module in library.values() for d in module.definitions.values()]
+    for kind in [d for d in everything if d.kind == "class"]:
+        makers = [d for d in everything if d.kind == "function" and d.returns and re.search(rf"\b{kind.name}\b", d.returns.kind)]
+        if first := next((found[d.module, d.name] for d in makers if (d.module, d.name) in found), None):
+            found.setdefault((kind.module, kind.name), first)
     return found
 
 
@@ -105,13 +112,3 @@ def example_block(example: Example | None, up: str) -> str:
     place = f"[{example.page}{', ' + example.heading.replace('`', '') if example.heading else ''}]({up}{example.page}.md{anchor})"
     blocks = [f"**Example**, from {place}", fence(example.code, "python")]
     return "\n\n".join(blocks + ([fence(example.output, "text", "output")] if example.output else []))
-
-
-def used_inside(d: Definition, module: Module) -> list[str]:
-    "Public names of the module whose code uses `d`, directly or through private functions."
-    reached, new = set(), {d.name}
-    while new:
-        new = {n for n, used in module.uses.items() if used & (new | {d.name}) and n not in reached and n != d.name}
-        reached |= new
-        new = {n for n in new if n not in module.definitions}
-    return [n for n in module.definitions if n in reached]

@@ -57,11 +57,11 @@ def levels(
     n_labels: int,  # how many there are to choose from
 ) -> tuple[float, float]:
     "Return (chance, majority): the accuracy of guessing, and of always giving the most frequent label. Raises ValueError on no labels, and on labels outside 0 ... n_labels - 1."
-    labels = np.asarray(labels)
-    if n_labels < 1 or labels.size == 0 or labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= n_labels:
-        seen = sorted(set(labels.tolist()))
+    given = np.asarray(labels)
+    if n_labels < 1 or given.size == 0 or given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= n_labels:
+        seen = sorted(set(given.tolist()))
         raise ValueError(f"labels {seen[:10]}: expected at least one, and whole numbers from 0 to {n_labels - 1} (n_labels={n_labels}).")
-    return 1 / n_labels, int(np.bincount(labels).max()) / labels.size
+    return 1 / n_labels, int(np.bincount(given).max()) / given.size
 
 # %% ../nbs/08_accuracy.ipynb #5179f9ee
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ def paired_accuracy(
 
 
 def paired_shares(
-    a: Sequence[bool],  # (n,) right or wrong in one arm
-    b: Sequence[bool],  # (n,) in the other, question by question
+    a: Sequence[bool] | torch.Tensor,  # (n,) right or wrong in one arm
+    b: Sequence[bool] | torch.Tensor,  # (n,) in the other, question by question
 ) -> PairedAccuracy:
     "Return how many more of `a` are right than of `b`. Raises ValueError on unequal or no answers."
     from scipy.stats import binomtest
 
-    a, b = (torch.as_tensor(x).bool() for x in (a, b))
+    a, b = torch.as_tensor(a).bool(), torch.as_tensor(b).bool()
     n = len(a)
     if len(b) != n or n == 0:
         raise ValueError(f"a has {n} answers and b {len(b)}; expected equally many, at least one.")

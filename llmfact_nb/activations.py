@@ -154,7 +154,8 @@ class _Store:
         names = {t: name for name, (t, _) in _TYPES.items()}
         arrays = {"values": (dtype, [n_tokens, n_neurons]), **{k: (torch.int64, [n_tokens]) for k in ("text_ids", "positions", "token_ids")}}
         arrays["sinks"] = (torch.bool, [n_tokens])
-        header, end = {"__metadata__": {HEADER: json.dumps({"kind": "activations", "format": 1, **about})}}, 0
+        header: dict[str, dict] = {"__metadata__": {HEADER: json.dumps({"kind": "activations", "format": 1, **about})}}
+        end = 0
         for name, (t, shape) in arrays.items():
             start, end = end, end + t.itemsize * int(np.prod(shape))
             header[name] = {"dtype": names[t], "shape": shape, "data_offsets": [start, end]}
@@ -276,7 +277,7 @@ def capture(
     """Run `model` over `texts` and return what its neurons did.
 
     Rows are the real tokens in text order, columns the neurons in order of depth. The model is left as it was: modes, device, hooks. With `path` the result is
-    memory-mapped from that file, which appears only when it is complete. Raises ValueError for bad arguments and for a compiled model, NotImplementedError for a model
+    memory-mapped from that file, which appears only when it is complete. Raises ValueError for bad arguments, for a compiled model and for sites in a decoder beside an encoder, NotImplementedError for a model
     whose neurons cannot be placed. (Paper, section 2: activations of all MLP outputs over all positions.)"""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype={dtype} is not accepted; accepted: torch.float32, torch.bfloat16 (float16 overflows on real activations).")
@@ -284,6 +285,7 @@ def capture(
         raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected the model's tokenizer, e.g. the second thing that load_model() gives.")
     refuse_compiled(model)
     sites = neuron_sites(model, site).at(layers)
+    reads = _reading_part(model, sites)
     lists, owners, n_cut = _tokenize(tokenizer, text_list(texts), longest_input(model, tokenizer, max_length), windows)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if max(map(max, lists)) >= vocabulary:
@@ -292,9 +294,9 @@ def capture(
     starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
     positions = torch.cat([torch.arange(n) for n in lengths])
     columns = dict(text_ids=torch.tensor(owners).repeat_interleave(torch.tensor(lengths)), positions=positions, token_ids=torch.tensor([t for x in lists for t in x]))
-    about = dict(widths=sites.widths, depths=sites.depths, site=sites.site, model=str(getattr(model, "name_or_path", "")), n_cut=n_cut)
+    about: dict = dict(widths=sites.widths, depths=sites.depths, site=sites.site, model=str(getattr(model, "name_or_path", "")), n_cut=n_cut)
     squares = torch.empty(starts[-1])
-    reader = _Reader(model, tokenizer, sites, dtype)
+    reader = _Reader(reads, tokenizer, sites, dtype)
 
     def run(target) -> None:
         "Fill the rows; `target(indices)` gives the place of each of those texts, and is called again with what was read."
@@ -321,6 +323,20 @@ def capture(
         run(lambda group: list(torch.empty(sum(lengths[i] for i in group), sites.n_neurons, dtype=dtype).split([lengths[i] for i in group])))
         store.finish(**columns, sinks=sink_tokens(squares, positions))
     return Activations.load(path)
+
+# %% ../nbs/02_activations.ipynb #acae54e37e7d407bbb7b55eff062a284
+def _reading_part(model: nn.Module, sites: NeuronSites) -> nn.Module:
+    "The part of the model that reads texts: its encoder if it has one beside a decoder, else all of it. Raises ValueError if a site lies elsewhere."
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return model
+    encoder = model.get_encoder()
+    inside, name = set(encoder.modules()), next(n for n, m in model.named_modules() if m is encoder)
+    outside = [s.name for s in sites if s.module not in inside]
+    if outside:
+        raise ValueError(
+            f"site: {outside[0]!r} lies outside {name!r}, the encoder of this encoder-decoder model. The decoder's positions are not the texts' tokens, so its activations cannot be captured; name modules that begin with {f'{name}.'!r}."
+        )
+    return encoder
 
 # %% ../nbs/02_activations.ipynb #a58007ba
 class _Reader:

@@ -170,7 +170,7 @@ def bytes_to_fetch(
 
 def conversion_bytes(
     name: str,  # a model
-    size: ModelSize | None,
+    size: ModelSize,
 ) -> int:
     "Return the bytes of the float32 copy that an embedded model still has to be converted to, 0 if it is there or not needed."
     if name not in RESOURCES or any((cache_folder() / "models").glob(f"{name}-{RESOURCES[name].sha256[:16]}")):
@@ -275,8 +275,8 @@ def run_cost(
     passes = 1 + len(s.conditions) * (6 + 3 * s.control_seeds)
     tokens = fit + held_out * (1 if networks_only else 1 + passes)
     words = f"{fit:,} to find the networks, {held_out:,} held out" + ("" if networks_only else f", those {passes} times more for the arms")
-    downloads = [bytes_to_fetch(s.model, "model"), bytes_to_fetch(s.texts, "dataset")]
-    download = None if None in downloads else sum(downloads)
+    model, texts = bytes_to_fetch(s.model, "model"), bytes_to_fetch(s.texts, "dataset")
+    download = None if model is None or texts is None else model + texts
     assumed = [
         f"at most {s.fit_length} tokens of each fit text and {s.eval_length} of each held-out text, all of them that long",
         "memory and disk are bounds; the time is a guess that is right within a factor of three or so",

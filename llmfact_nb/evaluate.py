@@ -39,7 +39,8 @@ def require_causal(
     from transformers.models.auto import modeling_auto as known
 
     inner = unwrapped(model)
-    names, config = set(), getattr(inner, "config", None)
+    config = getattr(inner, "config", None)
+    names: set[str] = set()
     for entry in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         names.update([entry] if isinstance(entry, str) else entry)
     name = type(inner).__name__
@@ -102,7 +103,8 @@ def _score_tokens(
     shared: dict[tuple, list[int]] = {}
     for i, ids in enumerate(sequences):
         shared.setdefault(tuple(ids[:-1]), []).append(i)
-    inputs, results = list(shared), [None] * len(sequences)
+    inputs = list(shared)
+    results: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     tokens = min(8192, _LOGITS_BYTES // (4 * _vocabulary(model)))
     selective = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
     with evaluation_mode(model), progress_bar(sum(map(len, inputs)), description, "tok", progress) as bar:
@@ -119,7 +121,7 @@ def _score_tokens(
                     results[i] = _read_logits(logits[row, read], torch.tensor(sequences[i][starts[i] :]))
             del logits  # before the next batch's are made
             bar.update(int(real.sum()))
-    return results
+    return [results[i] for i in range(len(sequences))]
 
 # %% ../nbs/08_evaluate.ipynb #976987dd
 class EvalSet:
@@ -262,7 +264,7 @@ def uses_chat(
         raise ValueError(f"chat={chat!r} is not accepted; accepted: True, False, 'auto' (where the tokenizer has a chat template).")
     if chat is True and not has:
         raise ValueError("chat=True, but this tokenizer has no chat template. Use chat=False, or 'auto'.")
-    return has if chat == "auto" else chat
+    return has if chat == "auto" else bool(chat)
 
 
 def _as_message(tokenizer, prompt: str) -> str:

@@ -67,8 +67,8 @@ class Settings:
             raise ValueError(f"n_components={self.n_components} is above fit_tokens={self.fit_tokens}: there cannot be more networks than tokens.")
         if (self.alpha is None) == (self.fraction is None):
             raise ValueError(f"alpha={self.alpha!r}, fraction={self.fraction!r}: give exactly one of them.")
-        accepted = [(r, p) for r in ("mean", "zero") for p in ("after-first", "all")]
-        if not self.conditions or any(c not in accepted for c in self.conditions):
+        known = [(r, p) for r in ("mean", "zero") for p in ("after-first", "all")]
+        if not self.conditions or any(c not in known for c in self.conditions):
             raise ValueError(f"conditions={self.conditions!r} is not accepted; give pairs of 'mean' or 'zero' with 'after-first' or 'all'.")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha={self.alpha!r} is not accepted; give a positive number of standard deviations, such as 1.96.")
@@ -188,7 +188,7 @@ def ablation_study(
         raise ValueError(f"arms holds the same name and seed twice: {sorted({n for n in names if names.count(n) > 1}, key=str)}.")
     if isinstance(model, nn.Module) and not isinstance(texts, EvalSet):
         raise TypeError(f"texts is a {type(texts).__name__}; expected an EvalSet, e.g. EvalSet(tokenizer, list_of_texts).")
-    loaded = (model, texts) if isinstance(model, nn.Module) else None
+    loaded: tuple | None = (model, texts) if isinstance(model, nn.Module) else None
     folder = None if folder is None else Path(folder)
     identity += texts.fingerprint if isinstance(texts, EvalSet) else ""
 
@@ -197,7 +197,7 @@ def ablation_study(
         h = hashlib.sha256(repr((identity, replace, positions)).encode())
         if arm is not None:
             h.update(repr((arm.masked.widths, arm.masked.depths, arm.masked.site)).encode() + arm.masked.bits)
-            h.update(means.float().numpy().tobytes() if replace == "mean" else b"")
+            h.update(means.float().numpy().tobytes() if means is not None and replace == "mean" else b"")
         return h.hexdigest()
 
     def measure(name: str, arm: Arm | None = None, replace: str = "zero", positions: str = "all") -> Perplexity:
@@ -243,9 +243,9 @@ def _row(result: Perplexity, base: Perplexity, arm: Arm | None, replace: str, po
     return {
         "condition": "" if arm is None else condition_name(replace, positions), "replace": replace, "positions": positions,
         "arm": "unmasked" if arm is None else arm.name, "seed": None if arm is None else arm.seed,
-        "units": 0 if arm is None else masked.n, "share": 0.0 if arm is None else masked.n / masked.n_neurons,
+        "units": 0 if masked is None else masked.n, "share": 0.0 if masked is None else masked.n / masked.n_neurons,
         "nats": result.nats, "damage": difference.nats, "ci_low": difference.ci[0], "ci_high": difference.ci[1],
-        "perplexity": result.value, "broken": result.broken, "counts": "" if arm is None else " ".join(map(str, masked.counts)),
+        "perplexity": result.value, "broken": result.broken, "counts": "" if masked is None else " ".join(map(str, masked.counts)),
     }  # fmt: skip
 
 # %% ../nbs/09_experiments.ipynb #b4337f58
@@ -313,7 +313,7 @@ def _facts(acts: Activations, networks: FunctionalNetworks, settings: Settings, 
     everything = acts.moments(torch.ones_like(acts.sinks))[1]
     used = acts.moments(networks.rows_)[1]
     top = max(1, acts.n_neurons // 1000)
-    alpha, tail = (settings.alpha, settings.tail) if settings.fraction is None else (1.96, "both")
+    alpha, tail = (1.96, "both") if settings.alpha is None else (settings.alpha, settings.tail)
     stability = [None if s != s else round(s, 4) for s in networks.stability_.tolist()]
     return {
         "texts": n_texts, "tokens": acts.n_tokens, "tokens used": int(networks.rows_.sum()), "neurons": acts.n_neurons, "layers": len(acts.widths),

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,10 @@ ARM_COLOURS = {  # an arm keeps its colour in every figure
     "matched shuffle": "#003f6b",
     "top variance": OKABE_ITO["orange"],
     "PCA": OKABE_ITO["reddish purple"],
+    "rotation": "#9900ee",
+    "gradient x activation": "#440088",
+    "Wanda score": "#663311",
+    "least active": "#88bb66",
     "keep key": OKABE_ITO["bluish green"],
     "keep random": "#777777",
     "all off": OKABE_ITO["black"],
@@ -51,6 +56,7 @@ PAPER, GRID, FAINT = "#f4f4f4", "#d9d9d9", "#666666"
 def style() -> Iterator[None]:
     "Draw in the package's style inside this block; afterwards the user's own settings are back."
     import matplotlib as mpl
+    from cycler import cycler
 
     interactive = mpl.is_interactive()
     try:
@@ -60,7 +66,7 @@ def style() -> Iterator[None]:
                 "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
                 "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
                 "axes.titlelocation": "left", "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.6, "lines.linewidth": 1.4,
-                "axes.prop_cycle": mpl.cycler(color=LINE_COLOURS), "figure.dpi": 80, "text.parse_math": False,
+                "axes.prop_cycle": cycler(color=LINE_COLOURS), "figure.dpi": 80, "text.parse_math": False,
             })  # fmt: skip
             try:
                 yield
@@ -387,7 +393,7 @@ def _arm_label(part, arm: str) -> str:
 def _damage_legend(fig) -> None:
     from matplotlib.lines import Line2D
 
-    dot = {"color": FAINT, "linestyle": "none", "markersize": 5}
+    dot: dict[str, Any] = {"color": FAINT, "linestyle": "none", "markersize": 5}
     fig.legend(loc="outside upper center", ncols=4, handles=[
         Line2D([], [], marker="o", label="one seed", **dot),
         Line2D([], [], color=FAINT, linewidth=1.3, label="95 % interval over documents"),

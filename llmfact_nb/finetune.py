@@ -53,11 +53,12 @@ def neuron_parameters(
         if len(chosen) != s.width:
             raise ValueError(f"mask has {len(chosen)} units in layer {s.layer}, the model {s.width}.")
         units, parent = chosen.nonzero()[:, 0], s.name.rpartition(".")[0]
-        ups = [(n, m) for n, m in model.get_submodule(parent).named_children() if m is not s.module and linear_shape(m) and linear_shape(m)[1] in (s.width, 2 * s.width)]
-        if not ups or any(hasattr(m, "base_layer") for _, m in (*ups, ("", s.module))):
+        beside = [(n, m, shape[1]) for n, m in model.get_submodule(parent).named_children() if m is not s.module and (shape := linear_shape(m))]
+        ups = [(n, m, width) for n, m, width in beside if width in (s.width, 2 * s.width)]
+        if not ups or any(hasattr(m, "base_layer") for m in (*(m for _, m, _ in ups), s.module)):
             raise NotImplementedError(f"{parent} shows no plain up projection beside {s.name}; merge the adapter first, or use a model whose up and down projections lie in one module.")
-        for name, up in ups:
-            rows = torch.cat([units + start for start in range(0, linear_shape(up)[1], s.width)])  # gate and up may be one matrix
+        for name, up, width in ups:
+            rows = torch.cat([units + start for start in range(0, width, s.width)])  # gate and up may be one matrix
             found.append(NeuronParameters(s.layer, f"{parent}.{name}.weight", int(type(up).__name__ == "Conv1D"), rows, "in"))
             if up.bias is not None:
                 found.append(NeuronParameters(s.layer, f"{parent}.{name}.bias", 0, rows, "in"))
@@ -219,13 +220,23 @@ class _FrozenSlice:
 
 # %% ../nbs/10_finetune.ipynb #5fc1e190
 class NeuronTuning:
-    "How a model is being tuned; `model.neuron_tuning` after `get_neuron_model`. Attributes: config, networks (name -> NeuronMask, disjoint), active (names that learn now)."
+    "How a model is being tuned; `model.neuron_tuning` after `get_neuron_model`."
+
+    config: NeuronTuningConfig  # what was asked for
+    networks: dict[str, NeuronMask]  # by name, no neuron in two of them
+    active: tuple[str, ...]  # names of the networks that learn now
+    also: frozenset[str]  # names of the parameters that train as a whole beside the slices
+    requires_grad: dict[str, bool]  # of the plain model's parameters, by name
+    modules: list[str]  # names of the linear maps that have slices (mode selected)
+    frozen: list[_FrozenSlice]  # what is put back after each step (mode rest)
 
     def __init__(self, model: nn.Module, config: NeuronTuningConfig):
         self.config, self.networks = config, config.networks()
-        self.active: tuple[str, ...] = tuple(self.networks)
+        self.active, self.modules, self.frozen = tuple(self.networks), [], []
         self.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
-        self._model, self.modules, self.frozen, self._handles, self._still, self._told = weakref.ref(model), [], [], [], [], False
+        self._model, self._told = weakref.ref(model), False
+        self._handles: list = []  # of hooks
+        self._still: list[tuple[nn.Parameter, torch.Tensor, bool]] = []  # during a step, what must not move: (slices, their values, had the optimizer a state of them?)
         by_network = [neuron_parameters(model, m) for m in self.networks.values()] if config.mode != "full" else []
         names = {p.name for parts in by_network for p in parts}
         if hasattr(model, "neuron_tuning"):
@@ -264,10 +275,10 @@ class NeuronTuning:
         from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
         me = weakref.ref(self)  # the hooks are the process's, so they must not keep a model alive
-        alive = lambda: me() if me() is not None and me().model is not None else None
-        before, after = (lambda o, args, kwargs: alive() and alive()._before_step(o)), (lambda o, args, kwargs: alive() and alive()._after_step(o))
+        alive = lambda: tuning if (tuning := me()) is not None and tuning.model is not None else None
+        before, after = (lambda o, args, kwargs: (t := alive()) and t._before_step(o)), (lambda o, args, kwargs: (t := alive()) and t._after_step(o))
         self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        self._handles += [model.register_forward_pre_hook(lambda m, args: alive() and alive()._refuse_escaped())] if self.frozen else []
+        self._handles += [model.register_forward_pre_hook(lambda m, args: (t := alive()) and t._refuse_escaped())] if self.frozen else []
         for h in self._handles[:2]:
             weakref.finalize(self, h.remove)
 

@@ -22,7 +22,7 @@ def text_list(
     if hasattr(texts, "column_names"):
         if column not in texts.column_names:
             raise ValueError(f"{column}s: the data set has no column {column!r}; its columns are {texts.column_names}. Rename one.")
-        texts = texts[column]
+        texts = texts[column]  # type: ignore[call-overload]
     if isinstance(texts, str):
         raise TypeError(f"{column}s must be a list of strings, got one string of {len(texts)} characters. Put it in a list.")
     try:
@@ -47,7 +47,7 @@ def length_batches(
         raise ValueError(f"batch_size={batch_size!r} is not accepted; give 'auto' or a whole number of texts, at least 1.")
     order, batches = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
     while order:
-        rows = max(1, tokens // lengths[order[0]]) if batch_size == "auto" else batch_size
+        rows = batch_size if isinstance(batch_size, int) else max(1, tokens // lengths[order[0]])
         batches.append(order[:rows])
         order = order[rows:]
     return batches

@@ -125,7 +125,9 @@ class NeuronGate(nn.Module):
                 raise ValueError(f"{name}={value!r} is not accepted; accepted: {', '.join(map(repr, accepted))}.")
         self.networks, self.per, self.kind, self.others, self.temperature = _own(networks, per), per, kind, others, temperature
         self.gated = union(self.networks.values())
-        self._hooks, self._model, self.penalty_weight = None, None, 0.0
+        self.penalty_weight = 0.0
+        self._hooks: ExitStack | None = None  # what takes the gates out of the model that they are in
+        self._model: weakref.ref | None = None  # that model
         number = self._numbered()
         sizes = torch.bincount(number[self.gated.flat], minlength=len(self.networks) if per == "network" else 0)
         self.bias = nn.Parameter(temperature * _logits_at(start, len(sizes)))
@@ -215,18 +217,18 @@ class NeuronGate(nn.Module):
         Raises ValueError where gates are in place already, for a compiled model and for a mask that does not fit."""
         if isinstance(penalty, bool) or not isinstance(penalty, (int, float)) or not 0 <= penalty < math.inf:
             raise ValueError(f"penalty={penalty!r} is not accepted; it is the weight of penalty() in the loss, a number of at least 0.")
-        self._put(model)
+        hooks = self._put(model)
         model.neuron_gate, self.penalty_weight = self, float(penalty)
-        self._hooks.callback(model.register_forward_hook(self._add_penalty, with_kwargs=True).remove)
+        hooks.callback(model.register_forward_hook(self._add_penalty, with_kwargs=True).remove)
         return self
 
     def detach(self) -> None:
         "Take the gates out of the model. Raises ValueError if they are in none."
-        if self._hooks is None:
+        if self._hooks is None or self._model is None:
             raise ValueError("gate is not attached to a model; there is nothing to detach.")
         self._hooks.close()
-        if self._model() is not None:
-            del self._model().neuron_gate
+        if (model := self._model()) is not None:
+            del model.neuron_gate
         self._hooks = self._model = None
 
     @contextmanager
@@ -243,7 +245,7 @@ class NeuronGate(nn.Module):
             if self._hooks is not None:
                 self.detach()
 
-    def _put(self, model: nn.Module):
+    def _put(self, model: nn.Module) -> ExitStack:
         sites = MaskedModel(model).sites(self.gated)  # refuses what does not fit
         if self._hooks is not None:
             raise ValueError("gate is in a model already; detach() it there first.")
@@ -254,8 +256,10 @@ class NeuronGate(nn.Module):
         self.to("cpu" if device.type == "meta" else device)  # meta: offloaded
         number, held = self.number.cpu().split(self.gated.widths), len(self.bias)
         used = [i for i, n in enumerate(number) if (n != held).any()]  # elsewhere all is open for good
-        self._hooks, self._model = ExitStack(), weakref.ref(model)
-        self._hooks.enter_context(attach([sites[i] for i in used], lambda i, x: self(used[i], x)))
+        hooks = ExitStack()
+        hooks.enter_context(attach([sites[i] for i in used], lambda i, x: self(used[i], x)))
+        self._hooks, self._model = hooks, weakref.ref(model)
+        return hooks
 
     def _add_penalty(self, model, args, kwargs, output):
         given = isinstance(output, dict)

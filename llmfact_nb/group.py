@@ -234,7 +234,8 @@ class _Kept:
     "What a fit keeps between its passes: in memory, or in a folder, where an interrupted fit finds it again."
 
     def __init__(self, folder: str | os.PathLike | None, settings: dict):
-        self.folder, self.settings, self.memory = None if folder is None else Path(folder), settings, {}
+        self.folder, self.settings = None if folder is None else Path(folder), settings
+        self.memory: dict[str, dict[str, torch.Tensor]] = {}
 
     def get(self, name: str, made_from: dict) -> dict | None:
         "The tensors of that name, or None. Raises ValueError if they were made with other settings or from something else; projections on another basis are simply out of date."
@@ -316,11 +317,17 @@ class _Fit:
     def arithmetic(self, device: torch.device | str = "cpu") -> dict:
         return {"dtype": self.how._dtype, "device": self.how.ica.get("device") or device}
 
-    def reduced(self, w: _Work) -> dict:
-        return self.kept.get(f"reduced-{w.number:05d}", w.made_from)
+    def reduced(self, w: _Work) -> dict[str, torch.Tensor]:
+        "What is kept of a shard; it is reduced now, if it is not there."
+        return self.kept.get(f"reduced-{w.number:05d}", w.made_from) or _reduce(self, w)
+
+    def reduce(self) -> None:
+        "Reduce the shards of this rank, one after the other."
+        for w in self.work:
+            self.reduced(w)
 
 # %% ../nbs/05_group.ipynb #46a32168
-def _begin(how, data, rows, folder, distributed) -> _Fit:
+def _begin(how: "GroupICA", data, rows, folder: str | os.PathLike | None, distributed: bool) -> _Fit:
     ranks = _Ranks(distributed)
     shards, masks = ranks.together(lambda: _as_shards(data, rows))
     models = {id(s.model): s.model for s in shards if isinstance(s, TextShard)} if folder is not None else {}  # without a folder nothing is taken up again
@@ -348,7 +355,7 @@ def _begin(how, data, rows, folder, distributed) -> _Fit:
     return _Fit(how, ranks, _Kept(folder, how._settings()), work, everyone[0][2])
 
 
-def _as_shards(data, rows):
+def _as_shards(data, rows) -> tuple[list[Shard], list[torch.Tensor | None]]:
     "Lists of shards and of their masks."
     single = isinstance(data, Activations)
     if isinstance(data, str) or not (single or isinstance(data, Sequence)):
@@ -363,10 +370,8 @@ def _as_shards(data, rows):
     return shards, masks
 
 # %% ../nbs/05_group.ipynb #ff4e031d
-def _reduce(fit: _Fit, w: _Work) -> None:
-    "Reduce the parts of one shard, unless the folder has them already."
-    if fit.reduced(w) is not None:
-        return
+def _reduce(fit: _Fit, w: _Work) -> dict[str, torch.Tensor]:
+    "Reduce the parts of one shard, and keep what is left of them."
     acts, by_all = _open(w.shard), fit.how.standardize is True
     used = _used(acts, fit.how.exclude, w.rows, w.name)
     empty = torch.zeros(0, acts.n_neurons, dtype=fit.how._dtype)
@@ -386,9 +391,10 @@ def _reduce(fit: _Fit, w: _Work) -> None:
     fit.kept.put(f"reduced-{w.number:05d}", tensors, w.made_from)
     lost = (1 if fit.how.per == "shard" else len(acts.text_ids.unique())) - len(counts)
     if lost:
-        warnings.warn(f"{w.name}: {lost} {fit.how.per}s have no token left to use and do not take part.", stacklevel=5)
+        warnings.warn(f"{w.name}: {lost} {fit.how.per}s have no token left to use and do not take part.", stacklevel=6)
     if fit.how.verbose:
         print(f"{w.name}: {sum(counts):,} tokens in {len(counts)} {fit.how.per}s reduced to {len(tensors['rows']):,} rows")
+    return tensors
 
 # %% ../nbs/05_group.ipynb #33ec4af8
 @dataclass(frozen=True, eq=False)
@@ -425,7 +431,7 @@ def _moments(fit: _Fit) -> _Moments:
     variance = (squares + between) / T
     constant = variance.sqrt() <= 10 * torch.finfo(fit.how._dtype).eps * mean.abs()
     if constant.any() and fit.ranks.rank == 0:
-        warnings.warn(f"{int(constant.sum()):,} of {N:,} neurons are constant over the {T:,} tokens used; they were left unscaled and carry no weight.", stacklevel=4)
+        warnings.warn(f"{int(constant.sum()):,} of {N:,} neurons are constant over the {T:,} tokens used; they were left unscaled and carry no weight.", stacklevel=3)
     scale = torch.where(constant, 1.0, variance.sqrt())
     return _Moments(counts, mean, scale, T * float((variance / scale.square()).sum()))
 
@@ -445,20 +451,21 @@ def _stack(fit: _Fit, group: _Moments) -> torch.Tensor:
     return torch.cat(stack)
 
 
-def _shorter(fit, rows, r):
+def _shorter(fit: _Fit, rows: torch.Tensor, r: int) -> torch.Tensor:
     data = CentredX(rows, standardize=True, walk="neurons" if len(rows) <= rows.shape[1] else "tokens", **fit.arithmetic())
     return leading_rows(_known(data, torch.zeros_like(data.mean), torch.ones_like(data.scale)), r, fit.seed).cpu()  # as they are: these rows have no mean of their own
 
 
 def _gathered(fit: _Fit, rows: torch.Tensor) -> torch.Tensor:
     "The stacks of all ranks, one after the other; with max_rows never more than two of that length."
-    if fit.how.max_rows is None:
+    most = fit.how.max_rows
+    if most is None:
         return fit.ranks.gather(rows)
     stack = rows[:0]
     for rank in range(fit.ranks.size):
         stack = torch.cat([stack, fit.ranks.gather(rows if rank == fit.ranks.rank else rows[:0])])
-        if len(stack) > fit.how.max_rows:
-            stack = fit.ranks.together(lambda: _shorter(fit, stack, fit.how.max_rows))
+        if len(stack) > most:
+            stack = fit.ranks.together(lambda: _shorter(fit, stack, most))
     return stack
 
 
@@ -478,7 +485,7 @@ def _leading(fit: _Fit, group: _Moments, rows: torch.Tensor) -> torch.Tensor:
 def _directions(fit: _Fit, group: _Moments) -> tuple[torch.Tensor, int]:
     "(leading directions of the stack (q, N), orthonormal for the temporal kind and with their lengths for the spatial kind; number of rows of the stack)."
     ranks = fit.ranks
-    everyone = sum(ranks.messages([w.made_from for w in fit.work]), [])
+    everyone: list[dict] = sum(ranks.messages([w.made_from for w in fit.work]), [])
     made_from = {"shards": len(everyone), "tokens": group.n_tokens, "digest": hashlib.sha256(json.dumps(everyone).encode()).hexdigest()[:16]}
     found = ranks.together(lambda: fit.kept.get("directions", made_from) if ranks.rank == 0 else None)
     if not any(ranks.messages(found is not None)):
@@ -530,7 +537,7 @@ def _unmix(fit: _Fit, samples: torch.Tensor) -> ICA:
     return fit.ranks.together(lambda: ICA(fit.how.n_components, kind="temporal", **settings).fit(samples))
 
 
-def _temporal(fit: _Fit, group: _Moments, directions: torch.Tensor):
+def _temporal(fit: _Fit, group: _Moments, directions: torch.Tensor) -> tuple[ICA, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "(the ICA, maps (k, N), time courses (T, k), unmixing (N, k), shares of variance (k,))."
     P, C = _project(fit, group, directions, back=True)
     ica, T = _unmix(fit, P), group.n_tokens
@@ -540,7 +547,7 @@ def _temporal(fit: _Fit, group: _Moments, directions: torch.Tensor):
     return ica, maps.to(P), ica.time_courses_, (directions.T.double() @ B).to(P), maps.square().sum(1) * T / group.total
 
 
-def _spatial(fit: _Fit, group: _Moments, directions: torch.Tensor):
+def _spatial(fit: _Fit, group: _Moments, directions: torch.Tensor) -> tuple[ICA, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "The same for the spatial kind. Its variance is what is left when each token's mean over neurons is removed, as `ICA` counts it."
     ica = _unmix(fit, directions.T)
     maps, N = ica.time_courses_.T.contiguous(), fit.n_neurons
@@ -579,6 +586,28 @@ class GroupICA:
     used, in the order of shards and ranks; text_index_ (T,) which part each row is of; stability_, sign_, negentropy_, explained_variance_ratio_ (k,); mean_, scale_ (N,); rotation_ (k, k); convergence_; and
     n_iter_, converged_, n_parts_, n_rows_ (length of the stack), memory_bound_ (bytes), widths, depths, site, model."""
 
+    maps_: torch.Tensor  # (k, N)
+    time_courses_: torch.Tensor  # (T used, k)
+    text_index_: torch.Tensor  # (T used,)
+    rotation_: torch.Tensor  # (k, k)
+    sign_: torch.Tensor  # (k,) 1 or -1
+    stability_: torch.Tensor  # (k,) -1 to 1, nan without restarts
+    negentropy_: torch.Tensor  # (k,)
+    explained_variance_ratio_: torch.Tensor  # (k,) shares of the variance
+    mean_: torch.Tensor  # (N,) of the tokens used
+    scale_: torch.Tensor  # (N,) their standard deviations, ones unless standardised over all tokens
+    convergence_: torch.Tensor  # (iterations, 4), as `ICA` has it
+    converged_: bool
+    n_iter_: int  # of the longest start
+    n_parts_: int
+    n_rows_: int
+    memory_bound_: int  # bytes
+    widths: tuple[int, ...]  # units per layer
+    depths: tuple[int, ...]  # layer number of each block of columns
+    site: str | tuple[str, ...]
+    model: str  # name or path
+    _unmixing: torch.Tensor  # (N, k)
+
     def __init__(
         self,
         n_components: int,  # k
@@ -602,7 +631,7 @@ class GroupICA:
         """Settings like those of nilearn's CanICA (Varoquaux et al. 2010): spatial, each text z-scored and reduced to k rows of equal length, cubic contrast, 10 restarts.
 
         Different on purpose: the consensus of the restarts is returned, with its stability, instead of the restart whose largest map has the smallest L1 norm; maps are not thresholded."""
-        settings = dict(kind="spatial", n_reduced=n_components, center_texts=True, standardize="text", unit_rows=True, fun="cube", n_init=10)
+        settings: dict = dict(kind="spatial", n_reduced=n_components, center_texts=True, standardize="text", unit_rows=True, fun="cube", n_init=10)
         return cls(n_components, **settings | changes)
 
     def fit(
@@ -617,7 +646,7 @@ class GroupICA:
         Raises ValueError for fewer than two parts, shards of different models or sites, more components than the stack has directions, values that are not finite,
         and a folder that holds a fit with other settings. With `distributed`, if one rank raises, all do."""
         fit = _begin(self, data, rows, folder, distributed)
-        fit.ranks.together(lambda: [_reduce(fit, w) for w in fit.work])
+        fit.ranks.together(fit.reduce)
         group = _moments(fit)
         self.memory_bound_ = sum(memory_bound(group.n_tokens, fit.n_neurons, len(group.counts), self._r, self.n_components, folder is not None, self.max_rows, self._dtype.itemsize).values())
         if self.verbose and fit.ranks.rank == 0:
@@ -662,7 +691,7 @@ class GroupICA:
         dtype = self.ica.get("dtype", torch.float32)
         return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
-    def _centred(self, X, index, mean, scale):
+    def _centred(self, X: torch.Tensor, index: torch.Tensor | None, mean: torch.Tensor, scale: torch.Tensor) -> CentredX:
         "The rows of a part, walked token by token, as they are projected."
         data = CentredX(X, index, True, "tokens", dtype=self._dtype, device=self.ica.get("device") or X.device)
         return data if self.standardize == "text" else _known(data, mean, scale)  # a z-scored text measures itself again
@@ -701,12 +730,12 @@ def dual_regression(
         raise ValueError(f"group: maps have the shape {tuple(maps.shape)}; expected (k, {activations.n_neurons}), one value for each neuron of the activations.")
     scale = how.scale_.double() if how else torch.ones(maps.shape[1], dtype=torch.float64)
     inverse = (torch.linalg.pinv(maps) / scale[:, None]).float()
-    used, texts = _used(activations, how and how.exclude, rows, "activations"), []
+    used, texts = _used(activations, how.exclude if how else None, rows, "activations"), []
     courses, own, k = [], [], len(maps)
     for text in activations.text_ids.unique().tolist():
         here = activations.text_ids == text
         for X, index in _parts(activations.of_text(text), used[here], True):
-            data = CentredX(X, index, bool(how) and how.standardize == "text", "neurons")
+            data = CentredX(X, index, how is not None and how.standardize == "text", "neurons")
             if data.T <= k:
                 raise ValueError(f"text {text} has {data.T} tokens to use and there are {k} maps; each text needs more tokens than maps. Leave it out, or use fewer components.")
             A = sum(block @ inverse[s] for s, block in data)

@@ -16,7 +16,7 @@ from torch import nn
 
 from .activations import Activations
 from .files import digest
-from .masked_model import MaskedModel, _late_bound
+from .masked_model import MaskedModel, late_bound
 from .masks import NeuronMask
 
 # %% ../nbs/09_interventions.ipynb #4bd4f352
@@ -50,14 +50,14 @@ class Intervention:
     @property
     def touched(self) -> NeuronMask:
         "The neurons that really change."
-        meant = _late_bound(self.mask) if self.late_binding else self.mask
+        meant = late_bound(self.mask) if self.late_binding else self.mask
         return ~meant if self.operation == "keep" else meant
 
     @property
     def scale_and_shift(self) -> tuple[float, torch.Tensor | None]:
         "What happens to a touched neuron: x becomes scale * x + shift; the shift is (N,), or None for 0."
         scale = self.gain if self.operation == "amplify" else 0.0
-        shift = (1 - scale) * self.mean.float() if self.about == "mean" else None
+        shift = None if self.about == "zero" or self.mean is None else (1 - scale) * self.mean.float()
         return scale, self.add if shift is None else shift if self.add is None else shift + self.add
 
     @contextmanager

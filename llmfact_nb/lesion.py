@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .files import digest
-from .masked_model import _backbone, _first_tokens
+from .masked_model import backbone, first_tokens
 from .masks import NeuronMask
 from .networks import FunctionalNetworks
 from .sites import attach, neuron_sites, refuse_compiled
@@ -102,39 +102,40 @@ class Lesion:
         sites, of = neuron_sites(model, self.networks.site).at(self.networks.depths), _Contribution(self.networks, self.components)
         if sites.widths != self.networks.widths:
             raise ValueError(f"networks have the layers {self.networks.widths}, the model {sites.widths}: they do not belong together.")
-        with _two_passes(_backbone(model, sites), sites, of, self.positions):
+        with _two_passes(backbone(model, sites), sites, of, self.positions):
             yield tuple(self.networks.widths)
 
 # %% ../nbs/09_lesion.ipynb #8d5bc57d
 @contextmanager
-def _two_passes(backbone: nn.Module, sites, of: _Contribution, positions: str) -> Iterator[None]:
-    "Every call of the backbone is preceded by one that only reads."
-    signature, state = inspect.signature(backbone.forward), {"reading": False, "courses": None}
+def _two_passes(inner: nn.Module, sites, of: _Contribution, positions: str) -> Iterator[None]:
+    "Every call of the inner model is preceded by one that only reads."
+    signature, reading, courses = inspect.signature(inner.forward), False, torch.zeros(1)
 
     def read_first(module, args, kwargs):
-        if state["reading"]:
+        nonlocal reading, courses
+        if reading:
             return
         given = signature.bind_partial(*args, **kwargs).arguments
         if (given.get("past_key_values") or given.get("kwargs", {}).get("past_key_values")) is not None:
             raise ValueError("a lesion needs whole texts, and this call brings a cache of earlier tokens. Call the model with use_cache=False, also in generate().")
-        first = _first_tokens(signature, args, kwargs) if positions == "after-first" else None
-        state.update(reading=True, courses=None)
+        first = first_tokens(signature, args, kwargs) if positions == "after-first" else None
+        reading, courses = True, torch.zeros(1)
         try:
             with torch.no_grad():
                 module(*args, **kwargs)
         finally:
-            state["reading"] = False
+            reading = False
         if first is not None:
-            state["courses"][first.to("cpu").reshape(state["courses"].shape[:-1])] = 0
+            courses[first.to("cpu").reshape(courses.shape[:-1])] = 0
 
     def at_site(i: int, x: torch.Tensor):
-        if state["reading"]:
-            courses = of.courses(i, x)
-            state["courses"] = courses if state["courses"] is None else state["courses"] + courses
+        nonlocal courses
+        if reading:
+            courses = courses + of.courses(i, x)
             return None
-        return x - of.part(i, state["courses"]).to(x)
+        return x - of.part(i, courses).to(x)
 
-    handle = backbone.register_forward_pre_hook(read_first, with_kwargs=True)
+    handle = inner.register_forward_pre_hook(read_first, with_kwargs=True)
     try:
         with attach(sites, at_site):
             yield

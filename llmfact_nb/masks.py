@@ -12,7 +12,7 @@ import operator
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -64,10 +64,9 @@ def _draw(
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, int]:
     "Return (n,) bool with as many units as `selected` has, drawn from `free`, and how many of them had to come from outside their bin."
-    drawn, free, left_over = np.zeros_like(selected), free.copy(), []
-    bin_of = np.zeros(len(selected), dtype=int)
-    if score is not None:
-        bin_of = np.searchsorted(np.quantile(score, np.linspace(0, 1, bins + 1)[1:-1]), score, side="right")
+    drawn, free, left_over = np.zeros_like(selected), free.copy(), list[int]()
+    score = np.zeros(len(selected)) if score is None else score  # all in one bin
+    bin_of = np.searchsorted(np.quantile(score, np.linspace(0, 1, bins + 1)[1:-1]), score, side="right")
     for b in np.unique(bin_of[selected]):
         wanted = rng.permutation(np.flatnonzero(selected & (bin_of == b)))
         candidates = rng.permutation(np.flatnonzero(free & (bin_of == b)))[: len(wanted)]
@@ -91,7 +90,9 @@ class NeuronMask:
     bits: bytes  # one byte per neuron, 0 or 1
     widths: tuple[int, ...]  # units of each layer
     site: str | tuple[str, ...] | None = None  # "mlp_out", "mlp_hidden", module names, or None: unknown
-    depths: tuple[int, ...] | None = None  # layer number of each block; None: 0, 1, 2, ...
+    depths: tuple[int, ...] = field(
+        default=None,  # type: ignore[arg-type]
+    )  # layer number of each block; None: 0, 1, 2, ...
 
     def __post_init__(self):
         if not isinstance(self.bits, bytes) or self.bits.strip(b"\0\1"):
@@ -114,7 +115,7 @@ class NeuronMask:
         depths: Sequence[int] | None = None,  # layer number of each block; None: 0, 1, 2, ...
     ) -> "NeuronMask":
         "Return the mask that selects the units where `flat` is True. Raises TypeError or ValueError if the row is not boolean or does not fit the widths."
-        return cls(_booleans(flat, "flat").tobytes(), widths, site, depths)
+        return cls._of([_booleans(flat, "flat")], widths, site, depths)
 
     @classmethod
     def from_layers(
@@ -125,7 +126,11 @@ class NeuronMask:
     ) -> "NeuronMask":
         "Return the mask whose layer l selects the units where `layers[l]` is True."
         rows = [_booleans(row, f"layers[{i}]") for i, row in enumerate(layers)]
-        return cls(b"".join(row.tobytes() for row in rows), [len(row) for row in rows], site, depths)
+        return cls._of(rows, [len(row) for row in rows], site, depths)
+
+    @classmethod
+    def _of(cls, rows: Sequence[np.ndarray], widths: Sequence[int], site: str | Sequence[str] | None, depths: Sequence[int] | None) -> "NeuronMask":
+        return cls(b"".join(row.tobytes() for row in rows), tuple(widths), _site(site), tuple(range(len(widths)) if depths is None else depths))
 
     @classmethod
     def empty(cls, widths: Sequence[int], site: str | Sequence[str] | None = None, depths: Sequence[int] | None = None) -> "NeuronMask":
@@ -349,16 +354,16 @@ def score_match(
     score: torch.Tensor | np.ndarray | Sequence[float],  # (N,) the score that was to be matched
 ) -> dict[str, float]:
     """Return how far the control's scores lie from the mask's: "log_ratio", the mean log score of the control minus that of the mask (0 is a perfect match, -0.7 is half; nan if a score
-    is not positive); "sum_ratio", the control's summed score over the mask's; "overlap", the share of the control's units that are in the mask. Raises ValueError if the counts differ."""
+    is not positive); "sum_ratio", the control's summed score over the mask's (nan if that is 0); "overlap", the share of the control's units that are in the mask. Raises ValueError if the counts differ."""
     common_site([mask, control])
     if mask.counts != control.counts or mask.n == 0:
         raise ValueError(f"control must have as many units per layer as mask, and at least one: got {control!r} for {mask!r}.")
     score = _scores(score, mask.n_neurons)
     ours, theirs = score[mask._array()], score[control._array()]
-    positive = min(ours.min(), theirs.min()) > 0
+    positive, total = min(ours.min(), theirs.min()) > 0, ours.sum()
     return {
         "log_ratio": float(np.log(theirs).mean() - np.log(ours).mean()) if positive else float("nan"),
-        "sum_ratio": float(theirs.sum() / ours.sum()),
+        "sum_ratio": float(theirs.sum() / total) if total else float("nan"),
         "overlap": (mask & control).n / mask.n,
     }
 

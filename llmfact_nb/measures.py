@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from . import __version__
-from .evaluate import EvalSet, label_accuracy, perplexity
+from .accuracy import levels
+from .evaluate import EvalSet, label_accuracy, labelled_texts, perplexity
 from .files import digest, load_tensors, read_json, reading, save_tensors, write_json
 from .progress import progress_bar
 
@@ -74,15 +75,15 @@ def answers_on(
     tokenizer,  # of the model
     labelled,  # Dataset with columns "text" and "label", or a list of (text, label)
     template: str = "Text: {text}\nLabel:",  # the prompt; the label word follows after a space
-    label_words: Mapping[str, str] | Sequence[str] | None = None,  # as for `label_accuracy`
+    label_words: dict[str, str] | Sequence[str] | None = None,  # as for `label_accuracy`
 ) -> Yardstick:
-    'Return the yardstick "accuracy" and "label nats": does the likeliest label word belong to the right label, and how likely is the right one? Raises as `label_accuracy` does, when it is used.'
-    pairs = list(zip(labelled["text"], labelled["label"])) if hasattr(labelled, "column_names") else list(labelled)
-    labels = np.array([label for _, label in pairs])
-    words = sorted(label_words.items()) if isinstance(label_words, Mapping) else label_words
-    names = labelled.features["label"].names if hasattr(labelled, "column_names") and hasattr(labelled.features["label"], "names") else None  # which word belongs to which label
-    prompts = [tokenizer(template.replace("{text}", text))["input_ids"] for text, _ in pairs]
-    of = hashlib.sha256(repr((labels.tolist(), prompts, template, words, names, type(tokenizer).__name__, len(tokenizer))).encode()).hexdigest()
+    'Return the yardstick "accuracy" and "label nats": does the likeliest label word belong to the right label, and how likely is the right one? Raises ValueError for labels without words; the rest as `label_accuracy` does, when it is used.'
+    texts, labels, names = labelled_texts(labelled)
+    words = sorted(label_words.items()) if isinstance(label_words, dict) else label_words
+    if not (words or names):
+        raise ValueError(f"label_words={label_words!r}: the data have no class names, so give one word for each of the labels {sorted(set(labels))}.")
+    prompts = [tokenizer(template.replace("{text}", text))["input_ids"] for text in texts]
+    of = hashlib.sha256(repr((labels, prompts, template, words, names or None, type(tokenizer).__name__, len(tokenizer))).encode()).hexdigest()
     tokens = sum(map(len, prompts))
 
     def score(model: nn.Module) -> Scores:
@@ -92,8 +93,8 @@ def answers_on(
         right = (result.predictions == result.labels).double().numpy()
         return Scores({"accuracy": right, "label nats": nats}, np.ones(len(right), dtype=int), bool(~np.isfinite(nats).all()))
 
-    counts = np.bincount(labels)
-    return Yardstick(data, ("accuracy", "label nats"), of, tokens, score, {"chance": 1 / max(len(counts), len(words or ())), "majority": float(counts.max() / counts.sum())})
+    chance, majority = levels(labels, len(words or names))
+    return Yardstick(data, ("accuracy", "label nats"), of, tokens, score, {"chance": chance, "majority": majority})
 
 # %% ../nbs/09_measures.ipynb #2871dde6
 def claim_configuration(
@@ -140,7 +141,8 @@ class Bench:
         progress: bool = True,  # show a progress bar
         backwards: bool = False,  # measure the last first: a second process that shares the folder then meets the first one in the middle
     ):
-        self.model, self.progress, self.known, self.backwards = model, progress, {}, backwards
+        self.model, self.progress, self.backwards = model, progress, backwards
+        self.known: dict[str, Scores] = {}  # by the names of `part`
         self.about = model_fingerprint(model)
         self.folder = None if folder is None else claim_configuration(folder, self.about, "model.json")
 
@@ -158,7 +160,8 @@ class Bench:
 
     def has(self, part: str) -> bool:
         "Are these scores known?"
-        return part in self.known or (self.folder is not None and self._path(part).exists())
+        path = self._path(part)
+        return part in self.known or (path is not None and path.exists())
 
     def missing(
         self,
@@ -191,9 +194,10 @@ class Bench:
     ) -> Scores:
         "Return the scores of that name, from memory or from the folder. Raises KeyError if they are in neither."
         if part not in self.known:
-            if not self.has(part):
+            path = self._path(part)
+            if path is None or not path.exists():
                 raise KeyError(f"part={part!r} was not measured by this bench, and is not in its folder ({self.folder}).")
-            self.known[part] = _restored(self._path(part))
+            self.known[part] = _restored(path)
         return self.known[part]
 
     def scores(self, intervention, yardstick: Yardstick) -> Scores:
@@ -205,8 +209,8 @@ class Bench:
             else:
                 with intervention.on(self.model):
                     found = yardstick.score(self.model)
-            if self.folder is not None:
-                _store(self._path(part), found, "unmasked" if intervention is None else intervention.arm, yardstick.data)
+            if (path := self._path(part)) is not None:
+                _store(path, found, "unmasked" if intervention is None else intervention.arm, yardstick.data)
             self.known[part] = found
         return self.kept(part)
 

@@ -96,7 +96,8 @@ def _strongest(courses: torch.Tensor, pieces: Sequence[str], texts: list[int], s
 # %% ../nbs/05_network_page.ipynb #0e77ca48
 def _readable(courses: torch.Tensor, pieces: Sequence[str], texts: list[int], sinks: torch.Tensor, max_tokens: int) -> list[dict]:
     "The texts that fit on the page: their number, tokens, sinks and courses (one list per network, in tenths)."
-    shown, used, start = [], 0, 0
+    shown: list[dict] = []
+    used, start = 0, 0
     while start < len(texts):
         stop = start
         while stop < len(texts) and texts[stop] == texts[start]:
@@ -541,8 +542,8 @@ def _all_networks(maps: torch.Tensor, widths, depths, alpha: float, stability, s
         counts = [int(part.sum()) for part in (z >= alpha).split(list(widths))]
         most = [str(depths[layer]) for layer in sorted(range(len(counts)), key=lambda layer: -counts[layer])[:3] if counts[layer]]
         sure = "" if stability[i] is None else f"{stability[i]:.2f}"
-        words = Counter(repr(t["token"]) for t in strongest[i] if not t["sink"])
-        words = " ".join(word if n == 1 else f"{word} ×{n}" for word, n in words.items())
+        spoken = Counter(repr(t["token"]) for t in strongest[i] if not t["sink"])
+        words = " ".join(word if n == 1 else f"{word} ×{n}" for word, n in spoken.items())
         rows.append(f'<tr><th scope="row">{i}</th><td class="number">{sum(counts):,}</td><td>{", ".join(most)}</td><td class="number">{sure}</td><td>{safe_text(words)}</td></tr>')
     head = f'<th scope="col">network</th><th scope="col" class="number">units beyond {alpha:.1f}</th><th scope="col">most in layers</th><th scope="col" class="number">stability</th><th scope="col">most active at</th>'
     return f'<div class="scroll" role="region" tabindex="0" aria-label="All networks"><table class="all"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
@@ -585,20 +586,23 @@ def write_network_page(
     alpha = _threshold(alpha, key_alpha, floor)
     ceiling = max(alpha, floor + 0.1, math.ceil(10 * min(float(maps.abs().max()), 30.0)) / 10)
     sure = [None] * len(maps) if stability is None else [None if math.isnan(s) else round(s, 3) for s in torch.as_tensor(stability).tolist()]
-    strongest, texts, together = [[] for _ in maps], [], [None] * len(maps)
-    if courses is not None:
+    strongest: list[list[dict]] = [[] for _ in maps]
+    texts: list[dict] = []
+    together: Sequence[list[float] | None] = [None] * len(maps)
+    held = ""
+    if courses is not None and tokens is not None:
         sinks = torch.zeros(len(tokens), dtype=torch.bool) if sinks is None else torch.as_tensor(sinks).bool()
         of = [0] * len(tokens) if text_ids is None else torch.as_tensor(text_ids).tolist()
         courses, tokens = _standard(courses, sinks), [plain_text(t) for t in tokens]
         strongest, texts = _strongest(courses, tokens, of, sinks), _readable(courses, tokens, of, sinks, max_tokens)
         together = _correlations(courses[~sinks].T) if (~sinks).sum() > 1 else _correlations(courses.T)
+        held = f" Read over {len(tokens):,} tokens of {len(set(of)):,} texts, {int(sinks.sum()):,} of them sinks; {len(texts):,} texts are on the page."
     for network, s, t, near, r in zip(networks, sure, strongest, _correlations(maps), together):
         network |= {"stability": s, "strongest": t, "near": near, "together": r}
     data = {
         "widths": list(widths), "depths": depths, "floor": floor, "ceiling": round(ceiling, 1), "alpha": alpha, "key": {"alpha": key_alpha, "fraction": key_fraction},
         "gaussian": [_upper_share(floor + step / 10) for step in range(round((ceiling - floor) * 10) + 1)], "networks": networks, "texts": texts,
     }  # fmt: skip
-    held = "" if courses is None else f" Read over {len(tokens):,} tokens of {len(set(of)):,} texts, {int(sinks.sum()):,} of them sinks; {len(texts):,} texts are on the page."
     lead = f"{len(maps)} networks over {maps.shape[1]:,} neurons in {len(widths)} layers.{held} Stability says how well restarts of the algorithm agree on the same texts, not that other texts would give the same network."
     return write_text(path, PAGE.substitute(
         title=safe_text(title), lead=safe_text(lead), style=STYLE, script=SCRIPT, data=safe_json(data), facts=_facts(facts or {"networks": len(maps)}),

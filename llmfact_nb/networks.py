@@ -60,6 +60,26 @@ class FunctionalNetworks:
     `mixing_` (k, N) maps in activation units; `sign_` (k,) the sign ICA gave; `stability_` (k,), nan without restarts; `converged_`; `n_iter_`; `convergence_`;
     `widths`, `depths`, `site`, `model` as in the activations; `method_` "ica", "pca" or "rotation". Source: paper, section 2."""
 
+    maps_: torch.Tensor  # (k, N) z-scores
+    mixing_: torch.Tensor  # (k, N), in activation units
+    time_courses_: torch.Tensor  # (T used, k)
+    rotation_: torch.Tensor  # (k, k), mixing_ = rotation_ @ principal maps
+    sign_: torch.Tensor  # (k,) 1 or -1
+    stability_: torch.Tensor  # (k,) -1 to 1, nan without restarts
+    explained_variance_ratio_: torch.Tensor  # (k,) shares of the variance
+    mean_: torch.Tensor  # (N,) of the tokens used
+    scale_: torch.Tensor  # (N,) their standard deviations, ones unless standardised
+    rows_: torch.Tensor  # (T,) bool, the tokens used
+    convergence_: torch.Tensor  # (iterations, 4), as `ICA` has it
+    converged_: bool
+    n_iter_: int  # of the longest start
+    method_: str
+    whiten_solver_: str  # "gram", "covariance", "randomized", or that of a group
+    widths: tuple[int, ...]  # units per layer
+    depths: tuple[int, ...]  # layer number of each block of columns
+    site: str | tuple[str, ...]
+    model: str  # name or path
+
     def __init__(
         self,
         n_components: int = 10,  # k, number of networks
@@ -99,9 +119,10 @@ class FunctionalNetworks:
         if not hasattr(group, "maps_"):
             raise ValueError("group has not been fitted; call GroupICA(k).fit(shards) first.")
         rows = torch.ones(len(group.time_courses_), dtype=torch.bool)
-        return cls(group.n_components, group.kind, group.standardize, group.exclude, **group.ica)._take(group, rows, _CENTRED if group.center_texts else "group", group)
+        networks = cls(group.n_components, group.kind, group.standardize, group.exclude, **group.ica)  # type: ignore[arg-type]  # standardize="text" is remembered; another fit refuses it
+        return networks._take(group, rows, _CENTRED if group.center_texts else "group", group)
 
-    def _take(self, ica, rows, solver, about):
+    def _take(self, ica: ICA | GroupICA, rows: torch.Tensor, solver: str, about: Activations | GroupICA) -> "FunctionalNetworks":
         "What was learned by `ica`, about whose neurons."
         self.method_, self.mixing_, self.maps_, self.rows_, self.whiten_solver_ = "ica", ica.maps_, z_scores(ica.maps_), rows, solver
         for name in ("time_courses_", "rotation_", "sign_", "mean_", "scale_", "stability_", "converged_", "n_iter_", "convergence_", "explained_variance_ratio_"):

@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -217,10 +217,10 @@ def _invented_others() -> dict[str, "pd.DataFrame"]:
 
 # %% ../nbs/11_paper_figures.ipynb #db069e40
 ARM_LOOKS = {  # arm -> (colour, marker, line style)
-    "key": (ARM_COLOURS["key"], "o", "-"), "network": (ARM_COLOURS["key"], "o", "-"), "PCA": (ARM_COLOURS["PCA"], "D", "--"), "rotation": ("#117733", "v", "-."),
-    "gradient x activation": (OKABE_ITO["black"], "P", "-"), "Wanda score": ("#8c564b", "X", "--"), "top variance": (ARM_COLOURS["top variance"], "^", "-."),
+    "key": (ARM_COLOURS["key"], "o", "-"), "network": (ARM_COLOURS["key"], "o", "-"), "PCA": (ARM_COLOURS["PCA"], "D", "--"), "rotation": (ARM_COLOURS["rotation"], "v", "-."),
+    "gradient x activation": (ARM_COLOURS["gradient x activation"], "P", "-"), "Wanda score": (ARM_COLOURS["Wanda score"], "X", "--"), "top variance": (ARM_COLOURS["top variance"], "^", "-."),
     "matched shuffle": (ARM_COLOURS["matched shuffle"], "s", ":"), "matched random": (ARM_COLOURS["matched random"], "s", "--"), "random": (ARM_COLOURS["random"], "s", "-"),
-    "random 15 %": (ARM_COLOURS["random"], "s", "-"), "least active": ("#999999", "d", ":"), "lesion": (OKABE_ITO["blue"], "D", "-"), "keep key": (ARM_COLOURS["keep key"], "o", "-"),
+    "random 15 %": (ARM_COLOURS["random"], "s", "-"), "least active": (ARM_COLOURS["least active"], "d", ":"), "lesion": (OKABE_ITO["blue"], "D", "-"), "keep key": (ARM_COLOURS["keep key"], "o", "-"),
     "keep random": (ARM_COLOURS["keep random"], "s", "-"), "all off": (ARM_COLOURS["all off"], "x", ":"),
 }  # fmt: skip
 _ORDER = {arm: i for i, arm in enumerate(ARM_LOOKS)}
@@ -464,10 +464,10 @@ def plot_late_binding(
     axes[0].axhline(1, color="#222222", linewidth=0.9)
     axes[0].set(ylabel="share of the unmasked score", ylim=(-0.08, 1.5))
     _heading(axes[0], "Published: ChatGLM3-6B", f"{len(runs)} runs; {int(evidence['equal'].sum())} of the {len(evidence)} with a full last row equal the unmasked score to the last digit", width=50)
-    if preservation is not None:
+    if here is not None:
         _late_here(axes[1], *here)
-    look = {"color": FAINT, "linestyle": "none", "markersize": 5}
-    marks = {"meant to be kept": {"marker": "o", "markerfacecolor": "white"}, "really kept": {"marker": "o"}, "right masks: meant and kept": {"marker": "s"}}
+    look: dict[str, Any] = {"color": FAINT, "linestyle": "none", "markersize": 5}
+    marks: dict[str, dict[str, Any]] = {"meant to be kept": {"marker": "o", "markerfacecolor": "white"}, "really kept": {"marker": "o"}, "right masks: meant and kept": {"marker": "s"}}
     fig.legend(handles=[Line2D([], [], label=name, **look, **m) for name, m in marks.items()][: None if preservation is not None else 2], loc="outside lower center", ncols=3)
     return fig
 
@@ -894,7 +894,7 @@ def _tasks_legend(fig):
     return fig
 
 # %% ../nbs/11_paper_figures.ipynb #a8c52328
-_METHOD_LOOKS = {"ICA": (ARM_COLOURS["key"], "o"), "PCA": (ARM_COLOURS["PCA"], "D"), "rotation": ("#117733", "v"), "shuffled": ("#999999", "s")}
+_METHOD_LOOKS = {"ICA": (ARM_COLOURS["key"], "o"), "PCA": (ARM_COLOURS["PCA"], "D"), "rotation": (ARM_COLOURS["rotation"], "v"), "shuffled": ("#999999", "s")}
 
 
 def _by_text(ax, frame, column: str, how: str) -> None:
@@ -1331,9 +1331,9 @@ def render_table(
     texts = [frame.attrs[name] for name in ("caption", "source") if frame.attrs.get(name)]
     rows = [[_cell(v) for v in row] for row in frame.astype(object).itertuples(index=False, name=None)]
     if form == "html":
-        line = lambda cells, tag: f"<tr>{''.join(f'<{tag}>{safe_text(c)}</{tag}>' for c in cells)}</tr>"
+        html_row = lambda cells, tag: f"<tr>{''.join(f'<{tag}>{safe_text(c)}</{tag}>' for c in cells)}</tr>"
         head = safe_text(" ".join([f"{frame.attrs['title']}." if frame.attrs.get("title") else "", *texts]).strip())
-        return f"<table><caption>{head}</caption><thead>{line(frame.columns, 'th')}</thead><tbody>{''.join(line(r, 'td') for r in rows)}</tbody></table>"
+        return f"<table><caption>{head}</caption><thead>{html_row(frame.columns, 'th')}</thead><tbody>{''.join(html_row(r, 'td') for r in rows)}</tbody></table>"
     safe = lambda text: plain_text(text).translate(_MARKUP)
     line = lambda cells: f"| {' | '.join(map(safe, cells))} |"
     title = f"**{safe(frame.attrs['title'])}**\n\n" if frame.attrs.get("title") else ""

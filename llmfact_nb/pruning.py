@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,7 +109,7 @@ class PrunedNeurons:
 
     def __init__(
         self,
-        model: nn.Module,  # the model
+        model: nn.Module | None,  # the model; None once it has been restored
         mask: NeuronMask,  # the neurons that were removed
         cuts: list[_Cut] | None,  # None: the removed values are not known
     ):
@@ -181,7 +182,7 @@ def pruned_training(
     if then not in ("restore", "keep"):
         raise ValueError(f"then={then!r} is not accepted; accepted: 'restore', 'keep'.")
     handle = prune(model, mask, verbose)
-    gone = {id(cut.whole) for cut in handle.cuts}
+    gone = {id(cut.whole) for cut in handle.cuts or ()}
 
     def look(optimizer, args, kwargs):
         if any(id(p) in gone for group in optimizer.param_groups for p in group["params"]):
@@ -248,15 +249,16 @@ def load_pruned(
         raise FileNotFoundError(f"path={str(path)!r} has no {_FILE}; expected a folder written by save_pruned. Other models are loaded with from_pretrained.")
     record = read_json(path / _FILE)
     mask = _mask_of(record, path)
-    plain = getattr(transformers, str(record.get("architecture")), None)
-    if not (isinstance(plain, type) and issubclass(plain, transformers.PreTrainedModel)):
+    plain: Any = getattr(transformers, str(record.get("architecture")), None)
+    known = isinstance(plain, type) and issubclass(plain, transformers.PreTrainedModel)
+    if not known:
         raise ValueError(f"path={str(path)!r}: transformers {transformers.__version__} has no model class {record.get('architecture')!r}.")
 
     def make(self, config, *args, **kwargs):
         plain.__init__(self, config, *args, **kwargs)
         _cut_out(self, mask)
 
-    narrow = type(plain.__name__, (plain,), {"__init__": make, "__module__": plain.__module__})
+    narrow: Any = type(plain.__name__, (plain,), {"__init__": make, "__module__": plain.__module__})
     try:
         model, found = narrow.from_pretrained(path, dtype="auto", output_loading_info=True)
     except RuntimeError as e:

@@ -42,14 +42,14 @@ def match_maps(
     return _assign((_unit(a) @ _unit(b).T).abs())
 
 
-def _unit(maps):
+def _unit(maps: torch.Tensor) -> torch.Tensor:
     "Maps without their mean, of length 1."
     centred = maps.double() - maps.double().mean(1, keepdim=True)
     length = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
     return centred / torch.where(length > 0, length, 1)
 
 
-def _assign(r):
+def _assign(r: torch.Tensor) -> MapMatch:
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(-r.numpy())
@@ -144,7 +144,7 @@ def _rows(arms: dict, names: torch.Tensor | None, **columns) -> list[dict]:
     rows = []
     for arm, (a, b) in arms.items():
         match = match_maps(a, b)
-        component, named = range(len(match.r)), [math.nan] * len(match.r)
+        component, named = list(range(len(match.r))), [math.nan] * len(match.r)
         if arm == "ica" and names is not None:
             i, j = zip(*match.pairs)
             alike = ((_unit(names) @ _unit(a[list(i)]).T).abs() + (_unit(names) @ _unit(b[list(j)]).T).abs()) / 2

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'settings_from', 'HeldOut', 'held_out_courses', 'reading_rule', 'write_page', 'network_table', 'summary',
-           'draw_figures', 'manifest', 'loaded_facts', 'find_into', 'check_folder', 'has_networks', 'read_found',
-           'Sources', 'Run', 'publish', 'read_run', 'run_settings', 'draw_study']
+           'find_into', 'check_folder', 'has_networks', 'read_found', 'Sources', 'Run', 'publish', 'read_run',
+           'run_settings', 'draw_study']
 
 # %% ../nbs/11_run.ipynb #d66364eb
+import contextlib
 import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -22,7 +23,7 @@ import torch
 from .activations import capture
 from .connectivity import network_time_courses
 from .experiments import PRESETS, Found, Settings, claim_folder, condition_name, find_networks, first_texts, run_experiment
-from .files import load_tensors, read_json, reading, save_tensors, write_json, write_text
+from .files import load_tensors, read_json, reading, save_tensors, sole_use, write_json, write_text
 from .evaluate import EvalSet
 from .measures import model_fingerprint
 from .networks import FunctionalNetworks
@@ -74,7 +75,7 @@ def held_out_courses(
     read: Callable[[], tuple],  # gives (activations on the run's held-out texts, tokenizer); called only if the part is missing
 ) -> HeldOut:
     "Return the networks' time courses on the run's held-out texts."
-    path = folder / "parts" / "courses.safetensors"
+    path = _courses_of(folder)
     if not path.exists():
         acts, tokenizer = read()
         ordinary = ~acts.sinks  # a sink token's values would decide every correlation
@@ -82,6 +83,14 @@ def held_out_courses(
         tokens = [tokenizer.decode([t]) for t in acts.token_ids[ordinary].tolist()]
         fitted = found.networks.transform(acts)[ordinary]
         save_tensors(path, {"means": courses, "fitted": fitted, "text_ids": acts.text_ids[ordinary]}, "courses", {"tokens": tokens})
+    return _read_courses(path, found)
+
+
+def _courses_of(folder: Path) -> Path:
+    return folder / "parts" / "courses.safetensors"
+
+
+def _read_courses(path: Path, found: Found) -> HeldOut:
     tensors, meta = load_tensors(path, "courses", ("means", "fitted", "text_ids", "tokens"))
     with reading(path, "set of time courses"):
         shape = (len(meta["tokens"]), len(found.networks.maps_))
@@ -92,9 +101,9 @@ def held_out_courses(
 
 def reading_rule(found: Found, settings: Settings) -> tuple[float, str]:
     "Return the (alpha, tail) at which networks are described: the run's own or, where the key rule is a fraction, 3.6 as in the paper's notebooks, lower only if key neurons are."
-    if settings.alpha is not None:
-        return settings.alpha, settings.tail
-    return min(3.6, found.networks.implied_alpha(settings.fraction)), "positive"
+    if settings.fraction is not None:
+        return min(3.6, found.networks.implied_alpha(settings.fraction)), "positive"
+    return settings.alpha, settings.tail  # type: ignore[return-value]  # Settings has one of the two
 
 # %% ../nbs/11_run.ipynb #5a05ee90
 def write_page(
@@ -105,7 +114,7 @@ def write_page(
 ) -> Path:
     "Write the interactive page of the networks, read on the run's held-out texts; return its path."
     acts, tokenizer = read()
-    key = {} if settings.fraction is None else {"fraction": settings.fraction}
+    key: dict[str, Any] = {} if settings.fraction is None else {"fraction": settings.fraction}
     return found.networks.to_html(path, acts, tokenizer, title=f"Functional networks of {settings.model}", **key)
 
 # %% ../nbs/11_run.ipynb #1d1d693d
@@ -157,7 +166,7 @@ def summary(
     return says
 
 # %% ../nbs/11_run.ipynb #e59dc3db
-def draw_figures(
+def _draw_figures(
     found: Found,  # fitted networks
     results: pd.DataFrame,  # table of the arms
     settings: Settings,  # of the run
@@ -214,10 +223,10 @@ def draw_figures(
     return [(figures.save_figure(fig, folder / f"{name}.png"), caption, alt) for name, (fig, caption, alt) in drawn.items()]
 
 # %% ../nbs/11_run.ipynb #461e5ba6
-def manifest(
+def _manifest(
     found: Found,  # with its facts
     settings: Settings,  # of the run
-    loaded: dict,  # what `loaded_facts` took down when the model was loaded
+    loaded: dict,  # what `_loaded_facts` took down when the model was loaded
 ) -> dict:
     "Return everything needed to run this again, ready for JSON."
     from llmfact_nb import __version__
@@ -232,7 +241,7 @@ def manifest(
     } | loaded
 
 
-def loaded_facts(
+def _loaded_facts(
     model,  # as it was loaded
     tokenizer,  # likewise
     held_out: EvalSet,  # what the run scores
@@ -256,23 +265,33 @@ def find_into(
     settings: Settings,  # what to look for
     folder: str | os.PathLike,  # becomes this run's, or is resumed
     load: Callable[[], tuple],  # gives (model, tokenizer); called only if the networks are missing
-    texts: Callable[[str], object],  # gives the texts of a split; likewise
+    texts: Callable[[str], Sequence[str]],  # gives the texts of a split; likewise
     progress: bool = True,  # show a progress bar
     beside: dict | None = None,  # what else decides the numbers: device, revision ...
 ) -> Found:
-    "Return the networks of the folder; find and keep them first if it has none. Raises ValueError with the difference if the folder belongs to other settings or to something else."
+    "Return the networks of the folder; find and keep them first if it has none. Raises ValueError with the difference if the folder belongs to other settings or to something else, BlockingIOError while another process works there."
     check_folder(folder, settings, beside)
     if not has_networks(folder):
+        with sole_use(folder):
+            _find_into(settings, folder, load, texts, progress, beside)
+    return read_found(folder)[1]
+
+
+def _find_into(settings: Settings, folder: str | os.PathLike, load: Callable[[], tuple], texts: Callable[[str], Sequence[str]], progress: bool, beside: dict | None) -> None:
+    try:
         fit_texts = texts("fit")  # an unknown text set is refused before the model is loaded
         model, tokenizer = load()
         found = find_networks(model, tokenizer, fit_texts, settings, progress)
-        parts = claim_folder(folder, settings, beside) / "parts"
-        held_out = EvalSet(tokenizer, first_texts(texts("eval"), settings.eval_texts), max_length=settings.eval_length)
-        write_json(parts / "loaded.json", loaded_facts(model, tokenizer, held_out))
-        save_tensors(parts / "statistics.safetensors", {"mean": found.mean, "variance": found.variance}, "statistics")
-        found.networks.save(Path(folder) / "networks.safetensors")
-        write_json(parts / "facts.json", found.facts)  # last: its presence says that the others are whole
-    return read_found(folder)[1]
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(folder).rmdir()  # made to be held; if anything is in it, it stays
+        raise
+    parts = claim_folder(folder, settings, beside) / "parts"
+    held_out = EvalSet(tokenizer, first_texts(texts("eval"), settings.eval_texts), max_length=settings.eval_length)
+    write_json(parts / "loaded.json", _loaded_facts(model, tokenizer, held_out))
+    save_tensors(parts / "statistics.safetensors", {"mean": found.mean, "variance": found.variance}, "statistics")
+    found.networks.save(Path(folder) / "networks.safetensors")
+    write_json(parts / "facts.json", found.facts)  # last: its presence says that the others are whole
 
 
 def check_folder(
@@ -388,7 +407,7 @@ def publish(
     run: Run,
 ) -> Path:
     "Draw the figures and write report.html, both from the run's tables; return the page's path."
-    pictures = draw_figures(run.found, run.results, run.settings, run.held_out, run.folder / "figures")
+    pictures = _draw_figures(run.found, run.results, run.settings, run.held_out, run.folder / "figures")
     return write_report(run.folder / "report.html", f"Functional networks of {run.settings.model}", run.summary(), run.results, pictures, read_json(run.folder / "manifest.json"), run.networks())
 
 
@@ -412,7 +431,7 @@ def read_run(
     facts = read_json(folder / "manifest.json", ("found",))["found"]
     with reading(folder / "manifest.json", "manifest of a run"):
         summary(dataclasses.replace(found, facts=facts), results, settings)  # the facts it needs are there
-    return Run(folder, settings, dataclasses.replace(found, facts=facts), results, held_out_courses(found, settings, folder, lambda: None))  # the courses are there
+    return Run(folder, settings, dataclasses.replace(found, facts=facts), results, _read_courses(_courses_of(folder), found))
 
 # %% ../nbs/11_run.ipynb #32e3b491
 def run_settings(
@@ -424,19 +443,22 @@ def run_settings(
 ) -> Run:
     """Run the experiment and write results.csv, figures/, report.html, networks.html, networks.safetensors and manifest.json into `out`; return the finished run.
 
-    Finished parts are found again, so the same call after an interruption goes on where it stopped. Raises ValueError if the folder belongs to other settings."""
+    Finished parts are found again, so the same call after an interruption goes on where it stopped. Raises ValueError if the folder belongs to other settings, BlockingIOError while another process works there."""
     folder, sources = Path(out), Sources(settings, device, progress, **load_options)
-    find_into(settings, folder, sources.load, sources.texts, progress, sources.beside)
-    found, results = run_experiment(settings, folder, sources.load, sources.texts, progress, sources.beside)
-    run = Run(folder, settings, found, results, held_out_courses(found, settings, folder, sources.read))
-    if not (folder / "networks.html").exists():
-        write_page(found, settings, folder / "networks.html", sources.read)
-    write_text(folder / "results.csv", results.to_csv(index=False))
-    write_text(folder / "networks.csv", run.networks().to_csv(index=False))
-    of_files = {name: sha256_of(folder / name) for name in ("settings.json", "networks.safetensors", "networks.csv", "results.csv", "parts/statistics.safetensors", "parts/courses.safetensors")}
-    write_json(folder / "manifest.json", manifest(found, settings, read_json(folder / "parts" / "loaded.json")) | {"files": of_files})
-    note("drawing figures ...", progress)
-    publish(run)
+    check_folder(folder, settings, sources.beside)
+    with sole_use(folder):
+        if not has_networks(folder):
+            _find_into(settings, folder, sources.load, sources.texts, progress, sources.beside)
+        found, results = run_experiment(settings, folder, sources.load, sources.texts, progress, sources.beside)
+        run = Run(folder, settings, found, results, held_out_courses(found, settings, folder, sources.read))
+        if not (folder / "networks.html").exists():
+            write_page(found, settings, folder / "networks.html", sources.read)
+        write_text(folder / "results.csv", results.to_csv(index=False))
+        write_text(folder / "networks.csv", run.networks().to_csv(index=False))
+        of_files = {name: sha256_of(folder / name) for name in ("settings.json", "networks.safetensors", "networks.csv", "results.csv", "parts/statistics.safetensors", "parts/courses.safetensors")}
+        write_json(folder / "manifest.json", _manifest(found, settings, read_json(folder / "parts" / "loaded.json")) | {"files": of_files})
+        note("drawing figures ...", progress)
+        publish(run)
     return run
 
 # %% ../nbs/11_run.ipynb #7bdd6fbc
@@ -482,4 +504,4 @@ def _show_model(found: "Candidates", folder: Path, load: Callable[[], tuple], pr
         acts = capture(model, tokenizer, load_texts("wiki", "eval", 12), found.networks.site, max_length=128, progress=False)
         courses = network_time_courses(acts, found.network_masks(), standardize=True)[~acts.sinks]
         alive = courses[:, courses.isfinite().all(0) & (courses.std(0) > 0)]
-        write_text(folder / "connectivity.csv", pd.DataFrame(functional_connectivity(alive).numpy()).to_csv(index=False, header=False))
+        write_text(folder / "connectivity.csv", pd.DataFrame(torch.as_tensor(functional_connectivity(alive)).numpy()).to_csv(index=False, header=False))

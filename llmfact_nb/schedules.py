@@ -9,7 +9,7 @@ __all__ = ['NetworkUnfreezeCallback', 'FrozenGuardCallback', 'NetworkActivateCal
 import math
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations
 from numbers import Real
@@ -73,7 +73,7 @@ def _tuning(model: nn.Module, who: str) -> NeuronTuning:
 # %% ../nbs/10_schedules.ipynb #1c59c1b2
 def _overtaken(schedule: Mapping[str, float | None], masks: Mapping[str, NeuronMask]) -> list[tuple[str, str, int]]:
     "Pairs (listed first, but begins later; listed later, but begins first; neurons they share)."
-    start = {name: math.inf if schedule[name] is None else schedule[name] for name in masks}
+    start = {name: math.inf if begin is None else begin for name, begin in schedule.items()}
     return [(a, b, (masks[a] & masks[b]).n) for a, b in combinations(masks, 2) if start[b] < start[a] and (masks[a] & masks[b]).n]
 
 
@@ -90,7 +90,7 @@ class NetworkUnfreezeCallback(_NetworkSchedule):
         unit: str = "step",  # "step" (of the optimizer) or "epoch" (fractions are fine)
     ):
         super().__init__(schedule, unit)
-        self._tuning = lambda: None
+        self._tuning: Callable[[], NeuronTuning | None] = lambda: None  # in training a weak reference
 
     def _prepare(self, model, args, optimizer):
         tuning = _tuning(model, "NetworkUnfreezeCallback")
@@ -127,7 +127,8 @@ class FrozenGuardCallback(TrainerCallback):
     ):
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"every={every!r} is not accepted; accepted: a whole number of steps, at least 1.")
-        self.every, self._digests = every, {}
+        self.every = every
+        self._digests: dict[str, str] = {}  # of the frozen weights as training began
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._digests = _tuning(model, "FrozenGuardCallback").frozen_digests()
@@ -194,8 +195,8 @@ class NetworkActivateCallback(_NetworkSchedule):
 
     def _apply(self, names):
         if self.exclusive and names:
-            latest = max(self.schedule[n] for n in names)
-            names = [n for n in names if self.schedule[n] == latest]
+            begins = {n: start for n, start in self.schedule.items() if n in names and start is not None}
+            names = [n for n, start in begins.items() if start == max(begins.values())]
         if tuple(names) == self.active:
             return
         self._block.close()

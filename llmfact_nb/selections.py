@@ -40,9 +40,9 @@ def gradient_times_activation(
     about: torch.Tensor | None = None,  # (N,) what a silenced neuron becomes, e.g. its mean; None: zero
 ) -> torch.Tensor:
     "Return (N,) the mean over tokens of |gradient of the summed loss x (activation - about)|: to first order, how much the loss moves when the neuron falls silent at one token. The model comes back as it was, without gradients."
-    sites, total, n = neuron_sites(model, site), None, 0
+    sites, n = neuron_sites(model, site), 0
+    total = torch.zeros(sites.n_neurons, dtype=torch.float64)
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    before = [0.0] * len(sites) if about is None else list(about.split(sites.widths))
     try:
         for p, _ in flags:
             p.requires_grad_(False)
@@ -61,9 +61,10 @@ def gradient_times_activation(
             parts = []
             for i, g in enumerate(gradients):
                 x = seen[i][0].reshape(-1, sites.widths[i])[flat].float()
-                x = x - (before[i].to(x) if isinstance(before[i], torch.Tensor) else 0)
+                if about is not None:
+                    x = x - about.split(sites.widths)[i].to(x)
                 parts.append((x * g.reshape(-1, sites.widths[i])[flat].float()).abs().sum(0).double().cpu())
-            total, n = torch.cat(parts) if total is None else total + torch.cat(parts), n + int(flat.sum())
+            total, n = total + torch.cat(parts), n + int(flat.sum())
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
@@ -86,7 +87,7 @@ def wanda_score(
     At mlp_hidden the weights are those that read the neuron, a column of the down projection; at mlp_out those that make it, a row. Raises NotImplementedError at sites that are no linear maps."""
     sites = neuron_sites(model, site)
     inputs = [type(s)(s.layer, s.name, s.module, 0, "input") for s in sites]
-    squares, n = [0.0] * len(sites), 0
+    squares, n = [torch.zeros(1)] * len(sites), 0
     for s in sites:
         if getattr(s.module, "weight", None) is None or s.module.weight.dim() != 2:
             raise NotImplementedError(f"{s.name} ({type(s.module).__name__}) has no plain weight matrix, so it has no Wanda score.")

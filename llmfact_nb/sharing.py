@@ -21,7 +21,7 @@ from torch import nn
 from .files import digest, load_tensors, save_tensors, write_atomic, write_json
 from .finetune import NeuronSlices, NeuronTuning, NeuronTuningConfig, get_neuron_model
 from .masks import NeuronMask
-from .sites import linear_shape, neuron_sites
+from .sites import neuron_sites
 
 # %% ../nbs/10_sharing.ipynb #a38b9f5f
 def describe_base(
@@ -31,7 +31,8 @@ def describe_base(
     """Return what a base model is recognised by: "model_type", "dtype", "widths" (neurons per layer), "parameters" (name -> [dtype, shape, digest or None]) and their common "checksum".
 
     Reads every parameter once. Raises ValueError if some are offloaded or sharded, NotImplementedError for a model whose MLPs are not understood."""
-    tuning, table = getattr(model, "neuron_tuning", None), {}
+    tuning = getattr(model, "neuron_tuning", None)
+    table: dict[str, list] = {}
     names, also = ([n for n, _ in model.named_parameters()], also) if tuning is None else (tuning.requires_grad, tuning.config.also)
     for name in names:
         p = model.get_parameter(name)
@@ -193,13 +194,12 @@ def _one_hot_lora(
     with_bias: bool,  # also give the change of the bias
 ) -> dict[str, torch.Tensor]:
     "The slices' change as LoRA weights: A (n, input width), B (output width, n), and the bias of B (output width,)."
-    width_in, width_out = linear_shape(owner)
     change = slices.joined("weight") - slices.rows(owner.weight, slices.index)
-    places = F.one_hot(slices.index, width_in if slices.side == "out" else width_out).to(change)
+    places = F.one_hot(slices.index, owner.weight.shape[slices.axis]).to(change)
     a, b = (places, change.T) if slices.side == "out" else (change, places.T)
     lora = {"lora_A.weight": a, "lora_B.weight": b}
     if with_bias:
-        bias = change.new_zeros(width_out)
+        bias = change.new_zeros(len(b))
         if slices.biased:
             bias[slices.index] = slices.joined("bias") - owner.bias[slices.index]
         lora["lora_B.bias"] = bias

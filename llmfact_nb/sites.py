@@ -78,20 +78,20 @@ def linear_shape(
     module: nn.Module,  # any module
 ) -> tuple[int, int] | None:
     "Return (input width, output width) if `module` is a linear map, None if it is something else."
-    shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if all(isinstance(n, int) for n in shape):
-        return shape
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(inputs, int) and isinstance(outputs, int):
+        return inputs, outputs
     if type(module).__name__ == "Conv1D":  # transformers keeps GPT-2's weights transposed: (input, output)
         return tuple(module.weight.shape)
     return None
 
 
-def _linear_maps(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    "The linear maps inside `module` by dotted name, not looking inside them."
+def _linear_maps(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
+    "The linear maps inside `module` by dotted name and with their shapes, not looking inside them."
     for name, child in module.named_children():
-        path = f"{prefix}.{name}" if prefix else name
-        if linear_shape(child):
-            yield path, child
+        path, shape = f"{prefix}.{name}" if prefix else name, linear_shape(child)
+        if shape:
+            yield path, child, shape
         else:
             yield from _linear_maps(child, path)
 
@@ -118,8 +118,7 @@ def _lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 def _text_config(model: nn.Module):
     "The part of the configuration that describes the language model; None if there is no configuration."
-    config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else None
+    return getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
 
 
 def blocks(
@@ -154,18 +153,18 @@ _MIXERS = ("attn", "attention", "mixer", "mamba", "ssm", "linear_attn", "tempora
 _DOWN_NAMES = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "lin2", "wo", "w2", "output.dense", "ff_out", "value", "Wo")
 
 
-def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str, nn.Module]:
-    "The one down projection of a block; NotImplementedError with the candidates otherwise."
+def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str, nn.Module, tuple[int, int]]:
+    "The one down projection of a block, with its shape; NotImplementedError with the candidates otherwise."
     kind, width = _model_type(model), getattr(_text_config(model), "hidden_size", None)
     if any(word in path for path, _ in block.named_modules() for word in ("expert", "router")):
         raise NotImplementedError(f"model type {kind!r}: block {name} is a mixture of experts, whose neurons depend on each token's route; this is not supported. Use a dense model, or give site= a list of module names.")
-    maps = [(p, m) for p, m in _linear_maps(block) if not any(w in part for part in p.split(".") for w in _MIXERS)]
-    made = {n for _, m in maps for n in (linear_shape(m)[1], linear_shape(m)[1] // 2)}
-    found = [(p, m) for p, m in maps if linear_shape(m)[1] == width and linear_shape(m)[0] in made]
+    maps = [(p, m, shape) for p, m, shape in _linear_maps(block) if not any(w in part for part in p.split(".") for w in _MIXERS)]
+    made = {n for *_, (_, outputs) in maps for n in (outputs, outputs // 2)}
+    found = [(p, m, (inputs, outputs)) for p, m, (inputs, outputs) in maps if outputs == width and inputs in made]
     if len(found) > 1:
-        found = [(p, m) for p, m in found if f".{p}".endswith(tuple(f".{name}" for name in _DOWN_NAMES))]
+        found = [f for f in found if f".{f[0]}".endswith(tuple(f".{name}" for name in _DOWN_NAMES))]
     if len(found) != 1:
-        shapes = [f"{p} {linear_shape(m)[0]} -> {linear_shape(m)[1]}" for p, m in maps]
+        shapes = [f"{p} {inputs} -> {outputs}" for p, _, (inputs, outputs) in maps]
         raise NotImplementedError(
             f"model type {kind!r}: cannot tell which linear map of block {name} is the MLP's down projection; candidates: {shapes or 'none'}. Give site= a list of module names" + (f", e.g. ['{name}.{maps[-1][0]}']." if maps else ".")
         )
@@ -186,9 +185,9 @@ def neuron_sites(
         list_name, layers = blocks(model)
         sites = []
         for i, block in enumerate(layers):
-            path, module = _down_projection(model, block, f"{list_name}.{i}")
-            where = "input" if site == "mlp_hidden" else "output"
-            sites.append(NeuronSite(i, f"{list_name}.{i}.{path}", module, linear_shape(module)[where == "output"], where))
+            path, module, (inputs, outputs) = _down_projection(model, block, f"{list_name}.{i}")
+            width, where = (inputs, "input") if site == "mlp_hidden" else (outputs, "output")
+            sites.append(NeuronSite(i, f"{list_name}.{i}.{path}", module, width, where))
         if len({s.module for s in sites}) < len(sites):
             raise NotImplementedError(f"model type {_model_type(model)!r}: some layers share one down projection, so their neurons cannot be told apart.")
         return NeuronSites(sites, site)
@@ -198,15 +197,16 @@ def neuron_sites(
     modules = [(n, m) for n, m in model.named_modules() if n in set(names)]
     missing = set(names) - {n for n, _ in modules}
     if missing or not names:
-        known = [n for n, _ in _linear_maps(model)]
+        known = [n for n, *_ in _linear_maps(model)]
         raise ValueError(f"site={list(names)}: the model has no module {sorted(missing)}; its linear maps are {known[:8]} ... ({len(known)} in all).")
     return NeuronSites([NeuronSite(i, n, m, _output_width(n, m), "output") for i, (n, m) in enumerate(modules)], tuple(n for n, _ in modules))
 
 
 def _output_width(name: str, module: nn.Module) -> int:
     "Width of a named module's output: known for linear maps and for norms."
-    if linear_shape(module):
-        return linear_shape(module)[1]
+    shape = linear_shape(module)
+    if shape:
+        return shape[1]
     weight = getattr(module, "weight", None)
     if weight is None or weight.dim() != 1:
         raise NotImplementedError(f"site: cannot tell the output width of {name!r} ({type(module).__name__}); name linear maps or norms.")

@@ -24,7 +24,7 @@ class Estimate:
 
 def document_estimate(
     statistic: Callable,  # from the arms' means, one (draws,) array each, to (draws,) numbers
-    sums: Sequence[np.ndarray],  # one (D,) array per arm: what is averaged, summed over the items of each document
+    sums: Sequence[np.ndarray] | np.ndarray,  # one (D,) array per arm: what is averaged, summed over the items of each document
     counts: np.ndarray,  # (D,) items of each document
     draws: int = 2000,
     seed: int = 0,
@@ -65,7 +65,7 @@ def control_p_value(
 
 # %% ../nbs/09_statistics.ipynb #43f6d2b7
 def max_statistic(
-    values: Sequence[float],  # (m,) one per network
+    values: Sequence[float] | np.ndarray,  # (m,) one per network
     controls: np.ndarray,  # (m, s) the same of s control draws of each network; draw j of all networks belongs together
 ) -> np.ndarray:
     "Return (m,) p-values, corrected for looking at m networks: the share of draws (the networks themselves are one) whose most outstanding network stands out at least as much. Raises ValueError with fewer than 19 draws."
@@ -82,7 +82,7 @@ def max_statistic(
 
 
 def benjamini_hochberg(
-    p: Sequence[float],  # p-values of any number of tests
+    p: Sequence[float] | np.ndarray,  # p-values of any number of tests
 ) -> np.ndarray:
     "Return the adjusted p-values, in the same order: those at most q are the findings among which a share of at most q is expected to be false. Raises ValueError for what is no p-value."
     p = np.asarray(p, dtype=float)

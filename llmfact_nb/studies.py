@@ -81,12 +81,15 @@ def as_table(
     return frame.astype({c: "Int64" for c in whole} | {c: float for c in real} | {c: "boolean" for c in ("late_binding", "broken")} | {c: object for c in words}).fillna({c: "" for c in words})
 
 # %% ../nbs/09_studies.ipynb #7efe4d65
+_Entry = tuple[Mapping, Intervention | Lesion | None]
+
+
 def measured_table(
     bench: Bench,
     study: str,  # its name
-    entries: Sequence[tuple[Mapping, object]],  # (entries of its row, intervention); the intervention None: not measured, its row has a note
+    entries: Sequence[tuple[Mapping, Intervention | Lesion | None]],  # (entries of its row, intervention); the intervention None: not measured, its row has a note
     yardsticks: Sequence[Yardstick],
-    off: object | None = None,  # the intervention "all off", if `recovered` is wanted
+    off: Intervention | None = None,  # the intervention "all off", if `recovered` is wanted
     sample: Activations | None = None,  # of the unmasked model, if `injected` is wanted
 ) -> "pd.DataFrame":
     "Measure everything that is missing, and return one row for the unmasked model and one per entry, for every yardstick and measure."
@@ -156,7 +159,7 @@ def union_study(
     bench: Bench,
     found: Candidates,
     yardsticks: Sequence[Yardstick],
-    controls: Mapping[str, int] = {c: 3 for c in CONTROLS},  # control -> seeds
+    controls: Mapping[str, int] = dict.fromkeys(CONTROLS, 3),  # control -> seeds
     condition: tuple[str, str] = MEAN,  # (about, positions)
     selections: Sequence[str] | None = None,  # None: all there are
     keep: bool = True,  # also keep the key neurons alone, and switch all off
@@ -165,7 +168,7 @@ def union_study(
 ) -> "pd.DataFrame":
     'Ablate the key neurons, the other selections at the same size, and the controls. Study "union".'
     about = {"setting": setting, "k": len(found.networks.maps_), "fraction": found.key.n / found.key.n_neurons}
-    entries = [(about, _ablation(found, s, found.select(s), condition)) for s in (found.selections if selections is None else selections)]
+    entries: list[_Entry] = [(about, _ablation(found, s, found.select(s), condition)) for s in (found.selections if selections is None else selections)]
     entries += _with_controls(found, found.key, controls, condition, about)
     if keep:
         entries += [(about, _ablation(found, "keep key", found.key, condition, operation="keep")), (about, all_off(found, condition))]
@@ -213,15 +216,15 @@ def preservation_study(
     there = {k: found for k, found in at_k.items() if isinstance(found, Candidates)}
     if not there:
         raise ValueError(f"at_k has networks for no k: {dict(at_k)!r}. Give more fit tokens, or smaller k.")
-    entries = []
-    for k, found in at_k.items():
-        about = {"k": k}
+    entries: list[_Entry] = []
+    for k, why in at_k.items():
         if k not in there:
-            entries.append((about | {"arm": "keep key", "operation": "keep", "about": condition[0], "positions": condition[1], "note": str(found)}, None))
+            entries.append(({"k": k, "arm": "keep key", "operation": "keep", "about": condition[0], "positions": condition[1], "note": str(why)}, None))
             continue
+        found = there[k]
         for late in late_binding:
-            entries.append((about, _ablation(found, "keep key", found.key, condition, operation="keep", late=late)))
-            entries += [(about, _ablation(found, "keep random", found.control("random", found.key, s), condition, s, "keep", late)) for s in range(control_seeds)]
+            entries.append(({"k": k}, _ablation(found, "keep key", found.key, condition, operation="keep", late=late)))
+            entries += [({"k": k}, _ablation(found, "keep random", found.control("random", found.key, s), condition, s, "keep", late)) for s in range(control_seeds)]
     found = there[min(there, key=lambda k: abs(k - 32))]
     for fraction in _fractions(fractions) if fractions else ():
         n = max(1, round(fraction * len(found.mean)))
@@ -245,7 +248,7 @@ def amplification_study(
     sample: Activations | None = None,  # for the column `injected`
 ) -> "pd.DataFrame":
     'Turn neurons up and down about zero and about their mean, and shift them. Study "amplification".'
-    arms = [(name, None, mask) for name, mask in ({"key": found.key} if masks is None else masks).items()]
+    arms: list[tuple[str, int | None, NeuronMask]] = [(name, None, mask) for name, mask in ({"key": found.key} if masks is None else masks).items()]
     first = arms[0][2]
     arms += [(c, s if c in DRAWN else None, found.control(c, first, s)) for c, seeds in controls.items() for s in range(seeds if c in DRAWN else min(1, seeds))]
     spread, entries = found.variance.sqrt(), []
@@ -269,7 +272,7 @@ def network_study(
     condition: tuple[str, str] = MEAN,  # (about, positions)
 ) -> "pd.DataFrame":
     'Ablate each network alone, and its controls. Study "networks"; a network without units at this threshold has a row with a note.'
-    entries = []
+    entries: list[_Entry] = []
     for i, mask in enumerate(found.network_masks()):
         if networks is not None and i not in networks:
             continue
@@ -292,7 +295,8 @@ def lesion_study(
     'Subtract each component, and all of them, beside ablating their neurons. Study "lesion"; all of them is the row without `network`.'
     k = len(found.networks.maps_)
     chosen = list(range(k)) if networks is None else list(networks)
-    masks, entries = found.network_masks(), []
+    masks = found.network_masks()
+    entries: list[_Entry] = []
     for i in chosen:
         entries.append(({"network": i, "k": k}, Lesion(found.networks, (i,), positions=condition[1])))
         if masks[i].n:

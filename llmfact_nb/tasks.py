@@ -240,7 +240,8 @@ def speeches_task(
     train = [t for i, t in enumerate(fit) if i % 10 != 5]
     sets = ((train, n_train), (fit[5::10], n_val), (held_out, n_test))
     spread = sorted(range(len(train)), key=lambda i: i * 0.6180339887 % 1)  # by multiples of the golden ratio: every beginning spans all years
-    return TuningTask("speeches", *(window_examples(tokenizer, texts, n, max_length) for texts, n in sets), [train[i][len(train[i]) // 2 :] for i in spread])
+    to_train, to_choose, to_test = (window_examples(tokenizer, texts, n, max_length) for texts, n in sets)
+    return TuningTask("speeches", to_train, to_choose, to_test, [train[i][len(train[i]) // 2 :] for i in spread])
 
 
-TASKS: dict[str, Callable] = {"reviews": reviews_task, "speeches": speeches_task}
+TASKS: dict[str, Callable[..., TuningTask]] = {"reviews": reviews_task, "speeches": speeches_task}

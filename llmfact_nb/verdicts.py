@@ -335,8 +335,8 @@ def _t10(tables):
     rows = _rows(tables, "union", setting="baseline", arm="key", measure="nats")
     (items,) = _complete(rows, "union", "items")
     row = rows.iloc[[int(items.argmax())]]
-    unmasked, value, *numbers = (float(v[0]) for v in _complete(row, "union", "unmasked", "value", "damage", "ci_low", "ci_high"))
-    return _against(0, *numbers, f"perplexity {math.exp(min(unmasked, 50)):,.1f} to {math.exp(min(value, 50)):,.1f}")
+    unmasked, value, damage, low, high = (float(v[0]) for v in _complete(row, "union", "unmasked", "value", "damage", "ci_low", "ci_high"))
+    return _against(0, damage, low, high, f"perplexity {math.exp(min(unmasked, 50)):,.1f} to {math.exp(min(value, 50)):,.1f}")
 
 # %% ../nbs/09_verdicts.ipynb #c917527a
 def _keeping(tables: Mapping, late: bool) -> Verdict:
@@ -463,8 +463,7 @@ def verdict_table(
     import pandas as pd
 
     rows = []
-    for c in CLAIMS.values():
+    for c in sorted(CLAIMS.values(), key=lambda c: (int("".join(filter(str.isdigit, c.id))), c.id)):
         v = c.judge(tables)
         rows.append({"id": c.id, "claim": c.claim, "published": c.published, "number": c.number, "here": v.here, "ci_low": v.ci_low, "ci_high": v.ci_high, "verdict": v.verdict, "why": v.why, "rule": c.rule})
-    order = sorted(rows, key=lambda row: (int("".join(filter(str.isdigit, row["id"]))), row["id"]))
-    return pd.DataFrame(order)
+    return pd.DataFrame(rows)

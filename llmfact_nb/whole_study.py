@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUICK', 'WholeSettings', 'StudyTexts', 'wanted_networks', 'found_networks', 'network_sizes', 'study_tables',
-           'CountingBench', 'placeholder', 'hash_seed', 'whole_study', 'read_study', 'main']
+           'CountingBench', 'placeholder', 'whole_study', 'read_study', 'main']
 
 # %% ../nbs/09_whole_study.ipynb #edd61f54
 import hashlib
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import nn
 from .activations import Activations, capture
 from .evaluate import EvalSet, positions_of
 from .experiments import PRESETS, Settings
-from .files import read_json, reading, write_json, write_text
+from .files import file_name, read_json, reading, write_json, write_text
 from .ica import ConvergenceWarning
 from .interventions import Intervention
 from .masks import NeuronMask
@@ -88,9 +88,9 @@ class StudyTexts:
 
     fit: dict[str, list[str]]  # kind -> texts to find networks in; the first kind is the baseline's
     held_out: dict[str, list[str]]  # the same kinds -> texts to measure on
-    labelled: object  # held-out sentences: Dataset with "text" and "label", or a list of (text, label)
+    labelled: Any  # held-out sentences: Dataset with "text" and "label", or a list of (text, label)
     template: str = "Review: {text}\nSentiment:"  # their prompt
-    label_words: object = None  # as for `label_accuracy`
+    label_words: dict[str, str] | Sequence[str] | None = None  # as for `label_accuracy`
 
     @classmethod
     def default(cls, settings: WholeSettings) -> "StudyTexts":
@@ -128,31 +128,38 @@ def wanted_networks(
     cheap = replace(base, n_init=min(base.n_init, settings.variant_restarts))
     wanted: dict[str, _Wanted | str] = {"baseline": _Wanted(base, kinds[0], scores=True)}
 
-    def add(name: str, of: Settings, read: str = kinds[0], skip: int = 0, **changes):
+    def add(name: str, of: Settings, changes: dict, read: str = kinds[0], skip: int = 0):
         try:
             wanted[name] = _Wanted(replace(of, **changes), read, skip)
         except ValueError as e:  # more components than tokens
             wanted[name] = str(e)
 
-    other_site = "mlp_out" if base.site == "mlp_hidden" else "mlp_hidden"
-    factors = {f"site {other_site}": {"site": other_site}, f"kind {(k := 'spatial' if base.kind == 'temporal' else 'temporal')}": {"kind": k}, f"standardize {not base.standardize}": {"standardize": not base.standardize}}
-    factors |= {f"exclude {(e := None if base.exclude else 'sinks')}": {"exclude": e}} | {f"k {k}": {"n_components": k} for k in (max(2, base.n_components // 3), 2 * base.n_components)}
-    for name, changes in factors.items():
-        add(name, cheap, **changes)
+    other = {
+        "site": "mlp_out" if base.site == "mlp_hidden" else "mlp_hidden",
+        "kind": "spatial" if base.kind == "temporal" else "temporal",
+        "standardize": not base.standardize,
+        "exclude": None if base.exclude else "sinks",
+    }
+    for factor, value in other.items():
+        add(f"{factor} {value}", cheap, {factor: value})
+    for k in (max(2, base.n_components // 3), 2 * base.n_components):
+        add(f"k {k}", cheap, {"n_components": k})
     for seed in settings.more_seeds:
-        add(f"ICA seed {seed}", cheap, ica_seed=seed)
+        add(f"ICA seed {seed}", cheap, {"ica_seed": seed})
     for i in range(settings.more_texts):
-        add(f"texts {i + 1}", cheap, skip=(i + 1) * -(-base.fit_tokens // base.fit_length))
+        add(f"texts {i + 1}", cheap, {}, skip=(i + 1) * -(-base.fit_tokens // base.fit_length))
     for kind in kinds[1:]:
-        add(f"found on {kind}", cheap, kind)
+        add(f"found on {kind}", cheap, {}, kind)
     for k in settings.ks:
-        add(f"published k {k}", settings.published, n_components=k)
-    add("published, z-scored", settings.published, standardize=True, exclude="sinks")
+        add(f"published k {k}", settings.published, {"n_components": k})
+    add("published, z-scored", settings.published, {"standardize": True, "exclude": "sinks"})
     return wanted
 
 # %% ../nbs/09_whole_study.ipynb #c69df469
 def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
+    "The file of a set of networks or of a table. Users name the kinds of texts, so two names that differ only in what a hyphen stands for must not meet there."
+    plain = "".join(c if c.isalnum() else "-" for c in name)
+    return file_name(name) if name.startswith("found on ") and plain.replace("-", " ") != file_name(name) else plain
 
 
 def _further(tokenizer, texts: Sequence[str], wanted: _Wanted) -> list[str]:
@@ -165,6 +172,9 @@ def _further(tokenizer, texts: Sequence[str], wanted: _Wanted) -> list[str]:
     return chosen
 
 
+_OF_THE_DATA = ("n_components=", "alpha=", "exclude=", "X holds", "X is finite", "after the first")  # how messages begin that blame what was read: too little of it, no unit at the threshold, overflow
+
+
 def found_networks(
     model: nn.Module,
     tokenizer,
@@ -172,16 +182,15 @@ def found_networks(
     wanted: "_Wanted | str",
     texts: Sequence[str],  # fit texts of that kind
     folder: Path,
-    progress: bool = True,
 ) -> "Candidates | str":
-    "Return a set of networks from its folder, or find it. What the data cannot carry is returned as a sentence."
+    "Return a set of networks from its folder, or find it. What the data cannot carry is returned as a sentence, and kept; other errors are raised."
     if isinstance(wanted, str):
         return wanted
     at, failed = folder / _slug(name), folder / f"{_slug(name)}.json"
     if (at / "candidates.safetensors").exists():
         return Candidates.load(at)
     if failed.exists():
-        return read_json(failed)["why"]
+        return read_json(failed, ("why",))["why"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the table `sizes` says which fits have not converged
@@ -189,6 +198,8 @@ def found_networks(
             found = find_candidates(model, tokenizer, chosen, wanted.settings, ("gradient x activation", "Wanda score") if wanted.scores else (), progress=False)
         _ = found.key  # no unit at this threshold is a reason too
     except ValueError as e:
+        if not str(e).startswith(_OF_THE_DATA):
+            raise
         write_json(failed, {"why": str(e)})
         return str(e)
     if not (at / "candidates.safetensors").exists():
@@ -218,7 +229,8 @@ def network_sizes(
 def _yardsticks(tokenizer, texts: StudyTexts, s: WholeSettings, limit: float = math.inf) -> dict[str, Yardstick]:
     '"full", "answers" and "answers, short" of the baseline\'s texts; "short" and by kind the beginnings. No text is longer than the model\'s `limit` of positions.'
     base = next(iter(texts.held_out))
-    length = int(max(2, min(1024, limit, -(-s.eval_tokens // len(texts.held_out[base])))))
+    lengths, longest = [len(ids) for ids in tokenizer(list(texts.held_out[base]), truncation=False, verbose=False)["input_ids"]], int(min(2048, limit))
+    length = next((cut for cut in range(2, longest) if sum(max(0, min(n, cut) - 1) for n in lengths) >= s.eval_tokens), longest)  # what short texts lack, the long ones give
     rows = texts.labelled.select(range(min(s.short_sentences, len(texts.labelled)))) if hasattr(texts.labelled, "select") else texts.labelled[: s.short_sentences]
     answers = lambda name, of: answers_on(name, tokenizer, of, texts.template, texts.label_words)
     kinds = {kind: loss_on(f"{kind}, short", EvalSet(tokenizer, of, int(min(s.short_length, limit)))) for kind, of in texts.held_out.items()}
@@ -249,7 +261,6 @@ def study_tables(
         raise ValueError(f"the baseline's networks could not be found: {base}")
     full, short, both = [yard["full"], yard["answers"]], [yard["short"]], [yard["short"], yard["answers, short"]]
     few = {"random": s.seeds, "matched shuffle": s.seeds}
-    there = lambda name: isinstance(found[name], Candidates)
     tables: dict[str, pd.DataFrame] = {}
     tables["union"] = pd.concat([
         union_study(bench, base, full, {c: 1 if c == "matched shuffle" else s.seeds for c in CONTROLS}, sample=sample),  # 19 draws of it follow
@@ -275,16 +286,16 @@ def study_tables(
     if base.key_rule.get("fraction") is not None:
         by_alpha = replace(base, key_rule={"alpha": 3.6, "tail": "both", "fraction": None})
         parts.append(_named(union_study(bench, by_alpha, short, few, MEAN, ["key"], keep=False), "alpha 3.6") if by_alpha.networks.key_neurons(3.6, "both").n else _noted("union", "alpha 3.6", "no unit passes alpha 3.6"))
-    arms = {"yardsticks": full, "controls": {c: s.seeds for c in CONTROLS}, "keep": True} if s.grid else {"yardsticks": short, "controls": few, "selections": ["key"], "keep": False}
-    for name in found:
+    arms: dict[str, Any] = {"yardsticks": full, "controls": {c: s.seeds for c in CONTROLS}, "keep": True} if s.grid else {"yardsticks": short, "controls": few, "selections": ["key"], "keep": False}
+    for name, of in found.items():
         if name.startswith(("site", "kind", "standardize", "exclude", "k ", "ICA seed", "texts")):
-            parts.append(_named(union_study(bench, found[name], **arms), name) if there(name) else _noted("union", name, found[name]))
+            parts.append(_named(union_study(bench, of, **arms), name) if isinstance(of, Candidates) else _noted("union", name, of))
     tables["factors"] = pd.concat(parts, ignore_index=True).assign(study="factors")
     tables["contrasts"] = pd.concat([contrasts(tables[name], bench) for name in ("union", "networks", "cross-task", "factors", "damage")], ignore_index=True)
     sizes = [network_sizes(base, "baseline")]
     for name, setting in ((f"published k {s.ks[0]}", "published"), ("published, z-scored", "published, z-scored")):
-        if there(name):
-            sizes.append(network_sizes(found[name], setting))
+        if isinstance(of := found[name], Candidates):
+            sizes.append(network_sizes(of, setting))
     tables["sizes"] = pd.concat(sizes, ignore_index=True)
     return tables
 
@@ -333,7 +344,7 @@ def placeholder(
     if isinstance(wanted, str):
         return wanted
     sites, k = neuron_sites(model, wanted.settings.site), wanted.settings.n_components
-    generator = torch.Generator().manual_seed(hash_seed(repr(wanted)))
+    generator = torch.Generator().manual_seed(_hash_seed(repr(wanted)))
     n = FunctionalNetworks(k)
     maps = z_scores(torch.randn(k, sites.n_neurons, generator=generator) ** 3)  # with tails, so that thresholds are passed
     n.__dict__.update(maps_=maps, mixing_=maps, mean_=torch.zeros(sites.n_neurons), scale_=torch.ones(sites.n_neurons), sign_=torch.ones(k), stability_=torch.full((k,), math.nan), rotation_=torch.eye(k))
@@ -343,7 +354,7 @@ def placeholder(
     return Candidates(n, some, some, wanted.settings.key_rule, scores)
 
 
-def hash_seed(text: str) -> int:
+def _hash_seed(text: str) -> int:
     "Return a seed that depends on a text alone."
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
@@ -360,10 +371,11 @@ def whole_study(
     texts: StudyTexts | None = None,  # None: the embedded ones
     progress: bool = True,  # print an estimate first, show progress
     assist: bool = False,  # be the second process beside one that does the same without it: begin at the other end, and leave tables and verdicts to that one
+    model_name: str | None = None,  # what the model is called, for `study.json` to say; None: as in `settings`
 ) -> dict[str, "pd.DataFrame"]:
     """Find all networks, measure all studies, judge all claims. Return the tables by name; `folder/tables` holds them as csv, and `read_study(folder)` reads them.
 
-    Tables: union, damage, preservation, amplification, networks, lesion, cross-task, random share, factors (the columns of `studies.COLUMNS`), contrasts, sizes, recurrence, facts, verdicts. The same call goes on where it stopped; what two processes find or measure in one folder each of them has. Raises ValueError with the difference if the folder belongs to other settings,
+    `folder/study.json` says with which model and settings. Tables: union, damage, preservation, amplification, networks, lesion, cross-task, random share, factors (the columns of `studies.COLUMNS`), contrasts, sizes, recurrence, facts, verdicts. The same call goes on where it stopped; what two processes find or measure in one folder each of them has. Raises ValueError with the difference if the folder belongs to other settings,
     texts or another model."""
     import pandas as pd
 
@@ -379,8 +391,8 @@ def whole_study(
     found: dict[str, Candidates | str] = {}
     for i, (name, of) in enumerate(reversed(wanted.items()) if assist else wanted.items()):
         begun = time.perf_counter()
-        found[name] = found_networks(model, tokenizer, name, of, texts.fit[of.read] if isinstance(of, _Wanted) else (), at, progress)
-        note(f"networks {i + 1} of {len(wanted)}, {name}: {found[name] if isinstance(found[name], str) else f'{found[name].key.n:,} key neurons'}, {time.perf_counter() - begun:.0f} s", progress)
+        found[name] = one = found_networks(model, tokenizer, name, of, texts.fit[of.read] if isinstance(of, _Wanted) else (), at)
+        note(f"networks {i + 1} of {len(wanted)}, {name}: {one if isinstance(one, str) else f'{one.key.n:,} key neurons'}, {time.perf_counter() - begun:.0f} s", progress)
     found = {name: found[name] for name in wanted}
     if assist:
         _recurrence(model, tokenizer, texts, settings, kinds, folder, progress)  # the other process comes to it last
@@ -396,7 +408,8 @@ def whole_study(
         _write_table(folder, name, table)
     tables["verdicts"] = verdict_table(tables)
     _write_table(folder, "verdicts", tables["verdicts"])
-    write_json(folder / "study.json", {"settings": _plain(asdict(settings)), "model": model_fingerprint(model, tokenizer), "threads": torch.get_num_threads(), "seconds of the last call": round(time.perf_counter() - started)})
+    named = settings if model_name is None else replace(settings, find=replace(settings.find, model=model_name), published=replace(settings.published, model=model_name))
+    write_json(folder / "study.json", {"settings": _plain(asdict(named)), "model": model_fingerprint(model, tokenizer), "threads": torch.get_num_threads(), "seconds of the last call": round(time.perf_counter() - started)})
     note(f"{len(tables)} tables in {folder / 'tables'}", progress)
     return tables
 
@@ -437,7 +450,7 @@ def _announce(model, bench, wanted, yard, settings, kinds, at: Path) -> None:
     note(f"{len(new)} sets of networks to find: about {find / 60:.0f} minutes", True)
     for study, tokens in counting.tokens.items():
         note(f"  {study}: {counting.arms[study]} measurements, {tokens:,} tokens, about {tokens / speed / 60:.1f} minutes", True)
-    note(f"in all about {(sum(counting.tokens.values()) / speed + find) / 60:.0f} minutes, and a few for recurrence", True)
+    note(f"in all about {(sum(counting.tokens.values()) / speed + find) / 60:.0f} minutes for one process, and a few for recurrence; two (--processes 2) share them", True)
 
 
 def _fit_flops(model, s: Settings) -> float:
@@ -449,13 +462,20 @@ def _fit_flops(model, s: Settings) -> float:
 
 def read_study(
     folder: str | os.PathLike,  # of a whole study
+    model: str | None = None,  # the name of the model it must be a study of; None: any
 ) -> dict[str, "pd.DataFrame"]:
-    "Return the tables of a finished study by name. Raises FileNotFoundError if there are none."
+    "Return the tables of a finished study by name. Raises FileNotFoundError if there are none, and ValueError if they are another model's."
     import pandas as pd
 
     paths = sorted((Path(folder) / "tables").glob("*.csv"))
     if not paths:
         raise FileNotFoundError(f"folder={str(folder)!r} holds no tables of a whole study. Run python -m llmfact_nb.whole_study --out {str(folder)} first.")
+    if model is not None:
+        about = Path(folder) / "study.json"
+        with reading(about, "record of a whole study"):
+            measured = read_json(about)["settings"]["find"]["model"]
+        if measured != model:
+            raise ValueError(f"folder={str(folder)!r} holds a study of {measured!r}, not of model={model!r}. Name that model, or another folder.")
     tables = {}
     for path in paths:
         with reading(path, "table of a whole study"):
@@ -488,7 +508,7 @@ def main(
         _end_with_the_first()
     with _second_process(a) if a.processes == 2 and not a.assist else nullcontext():
         model, tokenizer = load_model(a.model)
-        tables = whole_study(model, tokenizer, a.out, settings, progress=not a.assist, assist=a.assist)
+        tables = whole_study(model, tokenizer, a.out, settings, progress=not a.assist, assist=a.assist, model_name=a.model)
     for row in () if a.assist else tables["verdicts"].itertuples():
         print(f"{row.id} {row.verdict.upper()}: {row.claim}\n    {row.why}")
 

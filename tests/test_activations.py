@@ -211,6 +211,51 @@ def test_named_modules_as_site():
     torch.testing.assert_close(a.values[:, D:], capture(model, t, TEXTS, layers=[2], **OPTIONS).values)
 
 
+# Encoder-decoders by name: down projections of the encoder, by layer, and one of the decoder.
+STACKS = {"t5": ("encoder.block.{}.layer.1.DenseReluDense.wo", "decoder.block.1.layer.2.DenseReluDense.wo"), "bart": ("encoder.layers.{}.fc2", "decoder.layers.1.fc2")}
+
+
+def two_stacks(family, head):
+    "A tiny encoder-decoder, its encoder, the names of the encoder's down projections and of one in the decoder."
+    import transformers
+
+    model = families.build(family) if head == "base" else families.shake(transformers.AutoModelForSeq2SeqLM.from_config(families.config_of(family)))
+    prefix = "model." if (family, head) == ("bart", "seq2seq") else ""
+    encoder, decoder = STACKS[family]
+    return model, model.get_submodule(f"{prefix}encoder"), [prefix + encoder.format(i) for i in range(LAYERS)], prefix + decoder
+
+
+@pytest.mark.parametrize("head", ["base", "seq2seq"])
+@pytest.mark.parametrize("family", STACKS)
+def test_an_encoder_is_read_and_its_decoder_is_refused(family, head, tmp_path):
+    "The encoder's rows are those of a plain hook on it alone; the decoder does not run, and is refused, since its rows would stand beside the wrong tokens."
+    model, encoder, names, late = two_stacks(family, head)
+    before, t, rows = families.state(model), families.tokenizer(side="left"), []
+    for ids in lists_of(t):
+        seen = {}
+        with ExitStack() as stack, torch.no_grad():
+            for n in names:
+                stack.callback(model.get_submodule(n).register_forward_hook(lambda m, a, out, n=n: seen.__setitem__(n, out.detach().clone())).remove)
+            encoder(input_ids=torch.tensor([ids]))
+        rows.append(torch.cat([seen[n].reshape(len(ids), -1) for n in names], 1))
+    with ExitStack() as stack:
+        stack.callback(model.get_submodule(late).register_forward_hook(lambda *a: pytest.fail("the decoder ran")).remove)
+        torch.testing.assert_close(capture(model, t, TEXTS, names, batch_size=3, **OPTIONS).values, torch.cat(rows), rtol=1e-4, atol=1e-4)
+    for wrong in ([late], [*names, late]):
+        with pytest.raises(ValueError, match=f"^site: '{late}' lies outside .*encoder'.*name modules that begin with"):
+            capture(model, t, TEXTS, wrong, path=tmp_path / "a.safetensors", **OPTIONS)
+    assert families.state(model) == before and not list(tmp_path.iterdir())
+
+
+def test_an_encoder_that_accelerate_placed(tmp_path):
+    "There every module has to return, and the decoder, which would miss its own input, is not asked."
+    accelerate = pytest.importorskip("accelerate")
+    model, _, names, _ = two_stacks("t5", "seq2seq")
+    expected = capture(model, families.tokenizer(), TEXTS, names, **OPTIONS)
+    accelerate.disk_offload(model, tmp_path / "weights", execution_device="cpu")
+    torch.testing.assert_close(capture(model, families.tokenizer(), TEXTS, names, **OPTIONS).values, expected.values)
+
+
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16])
 def test_half_precision_models_give_float32_rows(weights):
     model, t = families.build("llama").to(weights), families.tokenizer()

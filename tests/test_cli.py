@@ -1,5 +1,6 @@
-"""Pins the command as a user meets it: a whole run on a tiny model, networks, masks, training, figures of a run and of the paper; kill, Ctrl-C and resume; dry runs that keep their word; refusals at once, in the user's words, that leave nothing behind; exit codes, JSON."""
+"""Pins the command as a user meets it: a whole run on a tiny model, networks, masks, training, figures of a run and of the paper, verification; kill, Ctrl-C and resume; dry runs that keep their word; refusals at once, in the user's words, that leave nothing behind; exit codes, JSON."""
 
+import inspect
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 from pathlib import Path
 
 import families
@@ -28,6 +30,8 @@ from llmfact_nb.masks import NeuronMask
 from llmfact_nb.paper_figures import invented_study
 from llmfact_nb.resources import load_model
 from llmfact_nb.run import read_found
+from llmfact_nb.verify import verify
+from llmfact_nb.whole_study import QUICK, StudyTexts, whole_study
 
 LLMFACT = Path(sys.executable).with_name("llmfact")
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -233,6 +237,41 @@ def test_finetune_trains_the_key_neurons_of_a_run(tiny, whole, tmp_path):
     assert "holds a run" in llmfact(f"finetune --run {whole[0]} --out {whole[0]}", 1)[1] and "holds something else" in llmfact(run_line(tiny, tmp_path / "t"), 1)[1]
 
 
+def test_verify_confirms_a_run_or_ends_with_1(whole, tmp_path):
+    before = {p: p.read_bytes() for p in whole[0].rglob("*") if p.is_file()}
+    printed, _ = llmfact(f"verify {whole[0]} --sample 2")
+    assert printed.splitlines()[-1] == "The numbers are confirmed." and "environment: " in printed.splitlines()[0]
+    answer = json.loads(llmfact(f"verify --out {whole[0]} --sample 2 --json")[0])
+    table = verify(whole[0], sample=2)
+    assert answer["confirmed"] is True and answer["disagreements"] == 0 and [(c["part"], c["what"], c["verdict"]) for c in answer["checks"]] == list(zip(table.part, table.what, table.verdict))
+    assert {p: p.read_bytes() for p in whole[0].rglob("*") if p.is_file()} == before, "nothing is written"
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    (out / "networks.csv").write_text("something else")
+    printed, notes = llmfact(f"verify {out} --sample 0 --quiet", 1)
+    assert printed.splitlines()[-1] == "NOT confirmed: 1 differs." and "networks.csv" in printed and not notes
+    answer = json.loads(llmfact(f"verify {out} --sample 0 --json", 1)[0])
+    assert answer["confirmed"] is False and [c["what"] for c in answer["checks"] if c["verdict"] == "differs" and c["part"] != "environment"] == ["networks.csv"]
+
+
+def test_a_moved_model_and_code_of_a_checkpoint_are_asked_for(tiny, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps(settings | {"model": str(tmp_path / "gone")}))
+    assert "gone" in llmfact(f"verify {out} --sample 0", 1)[1]
+    printed, _ = llmfact(f"verify {out} --sample 0 --model {tiny / 'model'}", 1)
+    assert printed.splitlines()[-1] == "NOT confirmed: 1 differs." and "settings.json" in printed, "of the model nothing differs"
+    (out / "settings.json").write_text(json.dumps(settings | {"trust_remote_code": True}))
+    assert "give --trust-remote-code" in llmfact(f"verify {out} --sample 0", 1)[1]
+
+
+def test_the_defaults_of_verify_are_those_of_the_library():
+    command = next(c.callback for c in app.registered_commands if c.callback.__name__ == "verify")
+    ours, theirs = (inspect.signature(f).parameters for f in (command, verify))
+    assert all(ours[name].default == theirs[name].default for name in ("sample", "seed", "tolerance", "model", "device", "refit"))
+
+
 def test_output_streams(tiny, whole):
     out = whole[0]
     line = f"mask --out {out} --key --generate w9 --tokens 2 --texts {tiny / 'texts.jsonl'} --eval-texts 30"  # there are fewer
@@ -289,6 +328,16 @@ def test_output_streams(tiny, whole):
         ("figures OUT", 1, "holds no run|llmfact run --out|figures --model"),
         ("figures --model MODEL --out RUN", 1, "holds a run"),
         ("figures --quick", 2, "--quick belongs to --model"),
+        ("figures --dry-run", 2, "--dry-run belongs to --model"),
+        ("figures --model smolm2-135m --dry-run", 2, "--model 'smolm2-135m'"),
+        ("figures --model MODEL --dry-run --out RUN", 1, "holds a run"),
+        ("verify OUT", 1, "there is no such folder"),
+        ("verify HERE", 1, "holds no run"),
+        ("verify RUN --out OUT", 2, "--out|name one"),
+        ("verify RUN --sample -1", 2, "--sample -1"),
+        ("verify RUN --tolerance many", 2, "--tolerance needs a number"),
+        ("verify RUN --device cudaa", 2, "--device 'cudaa'"),
+        ("verify RUN --model smolm2-135m", 2, "--model 'smolm2-135m'"),
         ("info OUT", 1, "is no folder"),
         ("info --out HERE", 1, "nothing that is known"),
     ],
@@ -325,7 +374,19 @@ def test_choices_are_those_of_the_library():
 
 
 def test_names_in_json_are_snake_case(tiny, whole):
-    answers = [json.loads(llmfact(f"{line} --json")[0]) for line in (run_line(tiny, whole[0]), f"networks --out {whole[0]}", f"mask --out {whole[0]} --key", f"info {whole[0]}", "info", f"{run_line(tiny, whole[0])} --dry-run")]
+    answers = [
+        json.loads(llmfact(f"{line} --json")[0])
+        for line in (
+            run_line(tiny, whole[0]),
+            f"networks --out {whole[0]}",
+            f"mask --out {whole[0]} --key",
+            f"info {whole[0]}",
+            "info",
+            f"{run_line(tiny, whole[0])} --dry-run",
+            f"figures --model {tiny / 'model'} --quick --dry-run",
+            f"verify {whole[0]} --sample 0",
+        )
+    ]
     by_data = {"units_by_layer", "bytes", "fetched", "model_files", "text_files", "match_of_the_controls"}  # the names in these are layers, files, resources, arms
 
     def names(value) -> set[str]:
@@ -356,6 +417,25 @@ def test_the_figures_of_the_paper(tiny, tmp_path, monkeypatch):
     assert "--quick: True there, False now" in llmfact(f"figures --model {tiny / 'model'} --out {out}", 1)[1] and "studies of the paper" in llmfact(f"info {out}")[0]
 
 
+def test_a_dry_run_of_the_paper_keeps_its_word(tiny, tmp_path, monkeypatch, capsys):
+    "What the studies count when they begin, with the model and the texts at hand, is no more than was said without them."
+    wiki = [json.loads(line)["text"] for line in (tiny / "texts.jsonl").read_text().splitlines()]
+    kinds = ("wiki", "speeches", "reviews", "code")
+    texts = StudyTexts({k: wiki[:20] for k in kinds}, {k: [f"w{i} {t}" for t in wiki[20:]] for i, k in enumerate(kinds)}, [(t, i % 2) for i, t in enumerate(wiki[:10])], "{text}", ["w1", "w2"])
+    bill = json.loads(llmfact(f"figures --model {tiny / 'model'} --quick --dry-run --out {tmp_path / 'no'} --json")[0])
+    assert not (tmp_path / "no").exists()
+    model, tokenizer = load_model(tiny / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole_study(model, tokenizer, tmp_path / "paper", QUICK, texts)
+    said = capsys.readouterr().err
+    counted = [tuple(int(n.replace(",", "")) for n in found) for found in re.findall(r": ([\d,]+) measurements, ([\d,]+) tokens", said)]
+    arms, tokens = map(sum, zip(*counted))
+    assert f"the rest for {arms} measurements" in bill["passes"] and 0.5 * arms < len(list((tmp_path / "paper" / "scores").glob("*.safetensors"))) <= arms
+    assert 0.3 * bill["tokens"] < tokens <= bill["tokens"]
+    assert sum(p.stat().st_size for p in (tmp_path / "paper").rglob("*") if p.is_file()) <= bill["disk"]
+
+
 def test_debug_shows_the_trace_wherever_it_stands():
     for line in ("--debug run --tail raw", "run --tail raw --debug"):
         assert isinstance(CliRunner().invoke(app, line.split()).exception, ValueError)
@@ -376,7 +456,7 @@ def test_help_teaches_and_is_light():
 import sys
 from llmfact_nb.cli import app
 from typer.testing import CliRunner
-for name in ("run", "networks", "mask", "finetune", "figures", "fetch", "info"):
+for name in ("run", "networks", "mask", "finetune", "figures", "verify", "fetch", "info"):
     text = CliRunner().invoke(app, [name, "--help"]).output
     assert f"\\n  llmfact {name}" in text and "Exit codes" in text and "--json" in text, name
     assert name in ("figures", "fetch", "info") or "default" in text

@@ -608,6 +608,12 @@ def test_the_second_time_nothing_is_loaded(done):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == files, "and nothing is written"
 
 
+def test_the_same_seed_gives_the_same_table_twice(done, tmp_path):
+    found, table = run(tmp_path, Sources())
+    pd.testing.assert_frame_equal(table, done[3], check_exact=True)
+    assert torch.equal(found.networks.maps_, done[2].networks.maps_)
+
+
 def test_an_interrupted_run_keeps_its_fit_and_its_arms(done, tmp_path):
     whole, sources = done[3], Sources()
 

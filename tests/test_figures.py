@@ -28,6 +28,33 @@ class Mask:
         self.counts = [int(part.sum()) for part in self.flat.split(WIDTHS)]
 
 
+SEEN = {  # linear RGB as people see it who lack one kind of cone (Machado, Oliveira and Fernandes 2009, severity 1)
+    "all cones": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+
+
+def lab(colours, seen) -> np.ndarray:
+    "CIE L*a*b*, (n, 3), in which equal distances look about equal; 2 is just visible."
+    rgb = np.array([matplotlib.colors.to_rgb(c) for c in colours])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ np.transpose(seen)
+    xyz = linear.clip(0, 1) @ np.transpose([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) / [0.95047, 1, 1.08883]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+
+
+@pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN)
+def test_every_arm_has_a_colour_that_all_can_tell_apart(seen):
+    from llmfact_nb.selections import CONTROLS
+
+    assert {"key", "PCA", "rotation", "gradient x activation", "Wanda score", *CONTROLS} <= figures.ARM_COLOURS.keys()
+    places = lab(figures.ARM_COLOURS.values(), seen)
+    apart = np.linalg.norm(places[:, None] - places[None], axis=-1) + 100 * np.eye(len(places))
+    assert apart.min() > 10, [list(figures.ARM_COLOURS)[i] for i in np.unravel_index(apart.argmin(), apart.shape)]
+
+
 def results(**changes):
     rows = []
     for condition in ("mean, after the first token", "zero, everywhere"):

@@ -6,7 +6,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
 from llmfact_nb.accuracy import paired_accuracy
-from llmfact_nb.head import classifier_accuracy, fit_classifier, linear_head, solve_head
+from llmfact_nb.head import _linear_head, classifier_accuracy, fit_classifier, solve_head
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
 
@@ -34,7 +34,7 @@ def test_a_head_is_fitted_and_judged_in_any_batch(family, tiny_model, tiny_token
 def test_an_encoder_reads_its_first_token(tiny_model, tiny_tokenizer):
     model, tokenizer = tiny_model("bert", "classification"), tiny_tokenizer(special=True)
     fit = fit_classifier(model, tokenizer, DATA, l2=1e-4)
-    assert classifier_accuracy(model, tokenizer, DATA).accuracy == fit.accuracy > 0.6 and linear_head(model) is model.classifier
+    assert classifier_accuracy(model, tokenizer, DATA).accuracy == fit.accuracy > 0.6 and _linear_head(model) is model.classifier
     with pytest.raises(NotImplementedError, match="classifier.out_proj.*trains='all'"):
         fit_classifier(tiny_model("roberta", "classification"), tokenizer, DATA)
     assert len(fit_classifier(tiny_model("roberta", "classification"), tokenizer, DATA, trains="all", steps=2).losses) == 2

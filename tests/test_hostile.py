@@ -420,6 +420,45 @@ def test_fuzzed_model_folders(finished_run, tmp_path):
     assert fuzz(model_folder, tmp_path, 300, "model folder")["refused"] > 100
 
 
+CHECKED = ["mask file", "networks file", "candidates folder", "neurons file", "scores folder", "losses folder", "whitened file"]  # what save_tensors writes
+
+
+def tensor_parts(folder: Path) -> dict[Path, tuple[bytes, int]]:
+    "The content of each tensor file, and where its tensors begin."
+    files = {p: p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+    return {p: (data, 8 + struct.unpack("<Q", data[:8])[0]) for p, data in files.items()}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_flipped_bit_of_a_tensor_is_refused(name, tmp_path):
+    "A number that has become another number looks like any other; only the checksum knows."
+    read, rng = READERS[name](tmp_path), random.Random(name)
+    parts = tensor_parts(tmp_path)
+    assert parts
+    for path, (data, start) in parts.items():
+        for at in {start, len(data) - 1, *(rng.randrange(start, len(data)) for _ in range(30))}:
+            damaged = bytearray(data)
+            damaged[at] ^= 1 << rng.randrange(8)
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{path.name}.* is damaged: its tensors have another checksum"):
+                read()
+        path.write_bytes(data)
+    read()
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_files_from_before_there_were_checksums_load(name, tmp_path):
+    read = READERS[name](tmp_path)
+    for path, (data, start) in tensor_parts(tmp_path).items():
+        header = json.loads(data[8:start])
+        about = json.loads(header["__metadata__"]["llmfact_nb"])
+        assert len(about.pop("checksum")) == 16
+        header["__metadata__"]["llmfact_nb"] = json.dumps(about)
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data[start:])
+    read()
+
+
 def test_there_are_enough_cases():
     quick = sum(DEAR.get(name, DEFAULT) for name in READERS)
     assert quick >= 1500 and quick + SLOW * len(READERS) + 300 >= 5000

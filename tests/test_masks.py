@@ -193,6 +193,16 @@ def test_top_of_a_layer_falls_back_to_the_nearest_scores_and_says_so():
     assert score_match(mask, near, score) == {"log_ratio": 0.0, "sum_ratio": 1.0, "overlap": 1.0}
 
 
+@pytest.mark.parametrize("of_others", [0.0, 2.0])
+def test_scores_that_sum_to_nothing_have_no_ratio(of_others):
+    "Neurons without variance: nan, without a word from numpy; the share that overlaps is known all the same."
+    mask, control = (NeuronMask.from_flat((np.arange(20) >= a) & (np.arange(20) < a + 5), (20,)) for a in (0, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = score_match(mask, control, np.where(mask.flat, 0.0, of_others))
+    assert np.isnan(found["log_ratio"]) and np.isnan(found["sum_ratio"]) and found["overlap"] == 0.4
+
+
 @pytest.mark.parametrize("score", [None, np.arange(10.0)])
 def test_crowded_layers_are_drawn_from_all_units(score):
     mask = NeuronMask.from_flat(np.arange(10) % 5 > 0, (5, 5), depths=(2, 7))

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import families
 import pytest
 import torch
 
@@ -24,7 +25,6 @@ from llmfact_nb.resources import (
     load_labelled,
     load_model,
     load_texts,
-    pip_download,
     resource_record,
     split_of,
 )
@@ -282,7 +282,7 @@ def test_offline_is_said_in_one_sentence(cache, monkeypatch, lonely_pip):
 def test_without_pip_the_remedy_is_named(cache, monkeypatch):
     monkeypatch.setattr(resources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="ensurepip"):
-        fetch("toy", download=pip_download)
+        fetch("toy")
 
 
 # names
@@ -353,7 +353,7 @@ def test_wrong_choices_are_refused_before_anything_is_loaded(wrong, cache):
 # models
 
 
-def tiny_gguf(path: Path, seed: int = 0) -> Path:
+def tiny_gguf(path: Path, seed: int = 0, without: str = "") -> Path:
     "Write a random llama of two layers, with a tokenizer of single letters."
     import gguf
     import numpy as np
@@ -376,6 +376,7 @@ def tiny_gguf(path: Path, seed: int = 0) -> Path:
         shapes |= {f"blk.{layer}.attn_{part}": (width, width) for part in ("q", "k", "v", "output")}
         shapes |= {f"blk.{layer}.ffn_{part}": (inner, width) for part in ("gate", "up")}
         shapes |= {f"blk.{layer}.ffn_down": (width, inner)}
+    shapes.pop(without, None)
     for name, shape in shapes.items():
         w.add_tensor(f"{name}.weight", rng.standard_normal(shape).astype(np.float32))
     w.write_header_to_file()
@@ -407,7 +408,7 @@ def test_a_gguf_file_becomes_an_ordinary_model_with_the_same_logits(cache, gguf,
 
 def test_a_gguf_file_is_converted_once(cache, gguf, monkeypatch):
     load_model(gguf)
-    monkeypatch.setattr(resources, "convert_gguf", lambda *a: pytest.fail("converted again"))
+    monkeypatch.setattr(resources, "_convert_gguf", lambda *a: pytest.fail("converted again"))
     load_model(str(gguf), dtype=torch.bfloat16)
     assert len(list((cache / "models").iterdir())) == 1
 
@@ -443,22 +444,22 @@ def test_an_interrupted_conversion_leaves_nothing(cache, gguf, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(resources, "convert_gguf", cut_short)
+        m.setattr(resources, "_convert_gguf", cut_short)
         load_model(gguf)
     assert files_in(cache) == []
     load_model(gguf)
 
 
 def test_another_process_may_convert_first(cache, gguf, monkeypatch):
-    convert = resources.convert_gguf
+    convert = resources._convert_gguf
 
     def late(source, folder):
         convert(source, folder)
         with monkeypatch.context() as m:
-            m.setattr(resources, "convert_gguf", convert)
+            m.setattr(resources, "_convert_gguf", convert)
             load_model(gguf)  # somebody else starts and ends in between
 
-    monkeypatch.setattr(resources, "convert_gguf", late)
+    monkeypatch.setattr(resources, "_convert_gguf", late)
     load_model(gguf)
     (folder,) = (cache / "models").iterdir()
     assert resources.is_whole(folder) and not list((cache / "unfinished").iterdir())
@@ -495,6 +496,56 @@ def test_tasks_and_local_folders(cache, gguf, tmp_path):
     assert resource_record(classifier) == {"name": str(tmp_path / "mine"), "revision": None}
     with pytest.raises(FileNotFoundError, match="config.json"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("changes, what", [
+    ({"intermediate_size": 32}, r"model.layers.0.mlp.down_proj.weight \(\(16, 24\) in the file, \(16, 32\) by the configuration\).* and 6 more"),
+    ({"vocab_size": 60}, r"weights would be random numbers: model.embed_tokens.weight \(\(48, 16\) in the file, \(60, 16\) by"),
+    ({"num_hidden_layers": 4}, r"model.layers.3.self_attn.q_proj.weight \(not in the file\), .* and 6 more"),
+    ({"attention_bias": True}, r"model.layers.0.self_attn.q_proj.bias \(not in the file\), .* and 9 more"),
+])  # fmt: skip
+def test_a_model_of_random_weights_is_refused(changes, what, tmp_path):
+    "The configuration asks for weights that the file does not have, or has in another shape; not even a caller who lets shapes differ gets noise for a model."
+    families.build("llama").save_pretrained(tmp_path / "m")
+    families.tokenizer().save_pretrained(tmp_path / "m")
+    assert torch.equal(load_model(tmp_path / "m")[0].lm_head.weight, families.build("llama").lm_head.weight)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | changes))
+    for task in ("causal-lm", "base", "classification"):
+        for options in ({}, {"ignore_mismatched_sizes": True}):
+            with pytest.raises(ValueError, match=f"m' could not be loaded: (?s:.)*{what}" if task == "causal-lm" else "m' could not be loaded: weights would be random"):
+                load_model(tmp_path / "m", task=task, **options)
+
+
+def test_what_may_be_new_and_what_may_not(tmp_path):
+    "A classification head and BERT's pooler; never a language head, and a saved classification head only when the caller says so."
+    models = {"llama": families.build("llama"), "headless": families.build("llama", "base"), "bert": families.build("bert"), "classifier": families.build("llama", "classification")}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        families.tokenizer().save_pretrained(tmp_path / name)
+    for name, options in (
+        ("llama", {"task": "classification", "num_labels": 4}),
+        ("bert", {"task": "classification", "num_labels": 4}),
+        ("bert", {"task": "base"}),
+        ("bert", {}),
+        ("classifier", {"task": "classification"}),
+        ("classifier", {"task": "classification", "num_labels": 4, "ignore_mismatched_sizes": True}),
+    ):
+        kept, found = models[name].base_model.state_dict(), load_model(tmp_path / name, **options)[0].base_model.state_dict()
+        assert all(torch.equal(found[k], v) for k, v in kept.items())
+    for name, options, what in (
+        ("headless", {}, r"weights would be random numbers: lm_head.weight \(not in the file\).*task='base'"),
+        ("classifier", {}, "lm_head.weight"),
+        ("classifier", {"task": "classification", "num_labels": 4}, r"score.weight \(\(3, 16\) in the file, \(4, 16\) by the configuration\)"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            load_model(tmp_path / name, **options)
+
+
+def test_a_gguf_file_that_lacks_a_tensor_is_refused(cache, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be converted .*model.layers.1.mlp.down_proj.weight \(not in the file\)"):
+        load_model(tiny_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_down"))
+    assert files_in(cache) == []
 
 
 def test_progress_bars_of_transformers_come_back(cache, gguf):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmfact_nb.files import HEADER, digest, load_tensors, save_tensors
+from llmfact_nb.files import digest, load_tensors, save_tensors
 from llmfact_nb.finetune import NeuronTuningConfig, get_neuron_model, merge_and_unload
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.sharing import describe_base, load_neurons, save_neurons, to_peft_lora
@@ -426,12 +426,12 @@ def test_damaged_and_foreign_files_are_refused(case, tmp_path):
 
 
 def forge(path, change):
-    "Write the file anew with `change(tensors, header)`, and a checksum that fits."
+    "Write the file anew with `change(tensors, header)`, and checksums that fit."
     tensors, meta = load_tensors(path, "set of tuned neurons")
     change(tensors, meta)
     about = json.dumps([{k: meta.get(k) for k in ("networks", "widths", "depths", "also", "base")}, sorted(tensors)], sort_keys=True).encode()
     meta["content"] = digest(torch.frombuffer(bytearray(about), dtype=torch.uint8), *(tensors[n] for n in sorted(tensors)))
-    save_file(tensors, path, {HEADER: json.dumps(meta)})
+    save_tensors(path, tensors, "set of tuned neurons", meta)
 
 
 INDEX, WEIGHT = "model.layers.1.mlp.up_proj.neurons.0.index", "model.layers.1.mlp.up_proj.neurons.0.weight"

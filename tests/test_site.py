@@ -107,7 +107,7 @@ def test_directives_decide_what_is_shown(pages, tmp_path):
 def test_exported_code_is_documented_and_folded(pages, tmp_path):
     from definitions import Definition, Module
 
-    library = {"room": Module("room", "", "04_room", {"public": Definition("public", "room", "", "function")}, {})}
+    library = {"room": Module("room", "", "04_room", {"public": Definition("public", "room", "", "function")})}
     code = "#| export\ndef public():\n    return 1"
     text, _ = converted(pages, tmp_path, "## One", ("#| export\nimport os\nimport re",), (code,), ("#| export\ndef _private():\n    return 2",), library=library)
     assert text.index("<summary>Imports</summary>") < text.index("### entry of public") < text.index("<summary>Source</summary>") < text.index("def public()") < text.index("def _private()")
@@ -131,7 +131,7 @@ def test_code_with_fences_inside_stays_code(pages, tmp_path):
 def test_pictures_are_described(pages, tmp_path, directive, code, words):
     from definitions import Definition, Module
 
-    library = {"figures": Module("figures", "", "11_figures", {"plot_maps": Definition("plot_maps", "figures", "", "function", "Draw maps by layer, and return the Figure. Raises nothing.")}, {})}
+    library = {"figures": Module("figures", "", "11_figures", {"plot_maps": Definition("plot_maps", "figures", "", "function", "Draw maps by layer, and return the Figure. Raises nothing.")})}
     text, files = converted(pages, tmp_path, "## The `maps`", "Each curve is a network. The rest is prose.", (f"{directive}\n{code}", drawn()), library=library)
     assert f":alt: {words}\n" in text and list(files.values()) == [b"\x89PNG"]
     assert all(name in text for name in files)
@@ -212,16 +212,29 @@ def test_every_public_name_has_a_page_with_words_parameters_and_an_example(pages
     for name, module in made.exposed.items():
         text = made.name_page(name)
         d = made.rooms[module].definitions[name]
-        assert f"api/{name}.html" in built
-        assert d.doc or d.kind == "constant", f"{module}.{name} has no docstring"
-        assert "**Example**" in text or "At work inside" in text, f"no notebook shows {name}"
+        assert f"api/{name}.html" in built and ("**Example**" in text or d.kind == "constant"), name
         for p in d.parameters:
             assert f"`{p.name}`" in text
+    unshown = []
     for module in made.rooms.values():
         text = made.module_page(module)
         for d in module.definitions.values():
             assert f"api/{d.name}.md" in text or f"# `{d.name}`" in text, d.name
             assert d.doc or d.kind == "constant", f"{module.name}.{d.name} has no docstring"
+            if d.kind != "constant" and "**Example**" not in made.full_entry(d, 2, f"modules/{module.name}"):
+                unshown.append(f"{module.name}.{d.name}")
+    assert not unshown, "no notebook shows " + ", ".join(unshown)
+
+
+def test_a_class_has_the_example_of_the_function_that_returns_it(pages, tmp_path):
+    from definitions import Definition, Module, Parameter
+
+    find = Definition("find", "room", "", "function", returns=Parameter("returns", "list[Found]", None, ""))
+    library = {"room": Module("room", "", "04_room", {"find": find, **{name: Definition(name, "room", "", "class") for name in ("Found", "Foundry", "Shown")}})}
+    made = pages.Notebook(notebook(tmp_path, ["# room", ("#| export\nfind()",), ("found = find()\nlen(found)", printed("3\n")), ("Shown()",)]), tmp_path)
+    shown = pages.examples([made], library)
+    assert shown["room", "Found"] is shown["room", "find"] and shown["room", "find"].output == "3" and shown["room", "Shown"].code == "Shown()"
+    assert ("room", "Foundry") not in shown
 
 
 def test_no_notebook_speaks_the_renderers_dialect():

@@ -5,6 +5,7 @@ import json
 import math
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import families
 import pandas as pd
@@ -27,7 +28,7 @@ from llmfact_nb.studies import (
     COLUMNS, amplification_study, contrasts, cross_task_study, damage_curve, lesion_study, measured_table, network_study, preservation_study, union_study,
 )  # fmt: skip
 from llmfact_nb.whole_study import (
-    CountingBench, StudyTexts, WholeSettings, _yardsticks, found_networks, placeholder, read_study, study_tables, wanted_networks, whole_study,
+    CountingBench, StudyTexts, WholeSettings, _slug, _yardsticks, found_networks, main, placeholder, read_study, study_tables, wanted_networks, whole_study,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:FastICA has not converged")
@@ -414,6 +415,42 @@ def test_answers_are_scored_by_hand():
     assert worse.damage == pytest.approx(worse.unmasked - worse.value), "fewer right answers are damage"
 
 
+@pytest.mark.parametrize(
+    "data, words, error, says",
+    [
+        ([("w5", 0), ("w6", 1)], None, ValueError, "label_words=None.*no class names"),
+        ([("w5", 0), ("w6", 2)], ["w20", "w21"], ValueError, r"labels \[0, 2\].*0 to 1"),
+        ([("w5", -1), ("w6", 0)], ["w20", "w21"], ValueError, r"labels \[-1, 0\]"),
+        ([("w5", "good"), ("w6", 0)], ["w20", "w21"], TypeError, r"labels\[0\]='good'"),
+    ],
+)
+def test_labels_without_words_are_refused_before_anything_is_measured(data, words, error, says):
+    with pytest.raises(error, match=says):
+        answers_on("words", TOKENIZER, data, "{text}", words)
+
+
+def test_a_class_that_the_sentences_lack_is_still_a_choice():
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    names = ["w20", "w21", "w22"]
+    data = Dataset.from_dict({"text": ["w5 w6", "w7", "w8"], "label": [0, 1, 1]}, Features({"text": Value("string"), "label": ClassLabel(names=names)}))
+    model, levels = families.build("llama"), {"chance": 1 / 3, "majority": 2 / 3}
+    for y in (answers_on("words", TOKENIZER, data, "{text}"), answers_on("words", TOKENIZER, list(zip(data["text"], data["label"])), "{text}", names)):
+        assert y.levels == levels
+        with pytest.warns(UserWarning, match=r"label 2 \('w22'\) does not occur"):
+            table = measured_table(bench(model), "test", [], [y])
+        assert table.chance.tolist() == [1 / 3] * 2 and table["items"].tolist() == [3, 3]
+
+
+def test_sentences_longer_than_the_model_reads_are_left_out_and_counted():
+    model, data = families.build("llama"), [("w5 w6", 0), (families.words(70), 1), ("w7", 1)]
+    y = answers_on("words", TOKENIZER, data, "{text}", ["w20", "w21"])
+    with pytest.warns(UserWarning, match="1 of 3 prompts are longer than the model's 64 positions"):
+        table = measured_table(bench(model), "test", [], [y])
+    fitting = measured_table(bench(model), "test", [], [answers_on("words", TOKENIZER, [data[0], data[2]], "{text}", ["w20", "w21"])])
+    assert table["items"].tolist() == table.documents.tolist() == [2, 2] and table.value.tolist() == fitting.value.tolist()
+
+
 # p-values and published numbers
 
 
@@ -436,6 +473,45 @@ WHOLE = WholeSettings(
     find=SETTINGS, published=replace(PRESETS["paper"], alpha=2.0, fit_tokens=400, fit_length=80), eval_tokens=120, sentences=6, short_length=12, short_sentences=4, seeds=1, draws=2, ks=(4, 300), fractions=(0.05, 0.125),
     kept=(0.1,), gains=(0.0, 2.0, 4.0), adds=(1.0,), networks=1, more_seeds=(1,), more_texts=1, variant_restarts=1, recurrence_texts=2, sample_tokens=40,
 )  # fmt: skip
+
+
+def test_names_of_networks_and_tables_have_files_of_their_own():
+    kinds = ["a b", "a-b", "a_b", "a/b", "a.b", "a  b", "a b ", "", "a" * 300, "a" * 299 + "b", "../b", "é b", "é-b"]
+    files = [_slug(f"found on {kind}") for kind in kinds]
+    assert len(set(files)) == len(kinds) and all(len(f) < 200 and "/" not in f for f in files)
+    ours = {**wanted_networks(WholeSettings(), ["wiki", "speeches", "film reviews"]), "random share": "", "cross-task": "", "union": ""}
+    assert {_slug(name) for name in ours} == {"".join(c if c.isalnum() else "-" for c in name) for name in ours}, "what earlier studies have found is found again"
+
+
+def test_only_what_the_texts_cannot_carry_is_remembered(tmp_path, monkeypatch):
+    model, texts, wanted = planted.model(), planted.texts(30, 80), wanted_networks(WHOLE, ["topics"])
+    find = lambda name, of=None: found_networks(model, TOKENIZER, name, of or wanted[name], texts, tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr("llmfact_nb.whole_study.find_candidates", lambda *a, **k: (_ for _ in ()).throw(ValueError("path='model' is damaged")))
+        with pytest.raises(ValueError, match="damaged"):
+            find("published k 4")
+    assert not list(tmp_path.iterdir()) and isinstance(find("published k 4"), Candidates), "it passes, and the study goes on"
+    quiet = replace(wanted["published k 4"], settings=replace(wanted["published k 4"].settings, alpha=1e3))
+    said = {"published k 300": find("published k 300"), "texts 1": find("texts 1", replace(wanted["texts 1"], skip=25)), "quiet": find("quiet", quiet)}
+    for name, why in said.items():
+        assert isinstance(why, str) and found_networks(None, None, name, quiet, (), tmp_path) == why, "a reason of the texts is kept"
+    assert said["published k 300"].startswith("n_components=300") and "further tokens" in said["texts 1"] and said["quiet"].startswith("alpha=1000")
+
+
+def test_tables_are_read_for_the_model_they_were_measured_with():
+    paper = Path(__file__).parent.parent / "nbs" / "tutorials" / "paper"
+    pd.testing.assert_frame_equal(read_study(paper, "smollm2-135m")["verdicts"], read_study(paper)["verdicts"])
+    with pytest.raises(ValueError, match="study of 'smollm2-135m', not of model='openai-community/gpt2'"):
+        read_study(paper, "openai-community/gpt2")
+
+
+def test_the_command_says_which_model_it_was(tmp_path, monkeypatch):
+    planted.model().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    said = {}
+    monkeypatch.setattr("llmfact_nb.whole_study.whole_study", lambda *_, **given: said.update(given) or {"verdicts": pd.DataFrame()})
+    main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--quick"])
+    assert said["model_name"] == str(tmp_path / "model")
 
 
 @pytest.mark.slow
@@ -472,7 +548,9 @@ def test_the_whole_study_interrupted_and_resumed(tmp_path):
     assert there == sorted(p.name for p in (tmp_path / "a").rglob("*.safetensors"))
     for name, table in run(tmp_path / "d").items():
         pd.testing.assert_frame_equal(table, whole[name], check_exact=True, obj=name)
-    again = read_study(tmp_path / "a")
+    named = whole_study(model, TOKENIZER, tmp_path / "a", WHOLE, texts, progress=False, model_name="planted")  # a folder from before the model had a name
+    pd.testing.assert_frame_equal(named["union"], whole["union"], check_exact=True)
+    again = read_study(tmp_path / "a", "planted")
     assert set(again) == set(whole) and again["union"].damage.tolist() == pytest.approx(whole["union"].damage.tolist(), nan_ok=True) and (again["union"].dtypes == whole["union"].dtypes).all()
     gone = whole["preservation"].query("k == 300")
     assert len(gone) == 3 and gone.note.str.contains("300").all() and gone.damage.isna().all() and whole["verdicts"].set_index("id").verdict["T6"] == "undecided"  # two draws give no p-value

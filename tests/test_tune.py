@@ -10,11 +10,12 @@ import families
 import pytest
 import torch
 
+from llmfact_nb.files import sole_use, write_json
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.resources import load_model, load_texts
 from llmfact_nb.sharing import load_neurons
 from llmfact_nb.tasks import score, window_examples
-from llmfact_nb.tune import Steps, TuneSettings, tune
+from llmfact_nb.tune import TuneSettings, _Steps, tune
 
 MASK = NeuronMask.from_layers([torch.arange(families.HIDDEN) < n for n in (5, 0, 3)], "mlp_hidden")
 
@@ -59,13 +60,13 @@ def test_what_trains_and_what_is_written(asked, whole):
 @pytest.mark.parametrize("step", [1, 5])
 def test_ctrl_c_keeps_a_checkpoint_and_the_rest_is_the_same(asked, whole, tmp_path, monkeypatch, step):
     """A real SIGINT in the middle of a step."""
-    end = Steps.on_step_end
-    monkeypatch.setattr(Steps, "on_step_end", lambda self, args, state, control, **kw: (state.global_step == step and os.kill(os.getpid(), signal.SIGINT), end(self, args, state, control, **kw))[1])
+    end = _Steps.on_step_end
+    monkeypatch.setattr(_Steps, "on_step_end", lambda self, args, state, control, **kw: (state.global_step == step and os.kill(os.getpid(), signal.SIGINT), end(self, args, state, control, **kw))[1])
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         tune(asked, MASK, tmp_path, save_every=4, progress=False)
     assert signal.getsignal(signal.SIGINT) is before and (tmp_path / "checkpoints" / f"checkpoint-{step}").is_dir() and not (tmp_path / "tuned.json").exists()
-    monkeypatch.setattr(Steps, "on_step_end", end)
+    monkeypatch.setattr(_Steps, "on_step_end", end)
     facts = tune(asked, MASK, tmp_path, save_every=4, progress=False)
     assert facts["loss after"] == pytest.approx(whole[0]["loss after"], rel=1e-6) and not (tmp_path / "checkpoints").exists()
 
@@ -81,11 +82,40 @@ def test_a_training_that_died_after_its_last_step(asked, whole, tmp_path, monkey
 def test_finished_is_not_done_again_and_others_are_refused(asked, whole, monkeypatch):
     facts, folder = whole
     with monkeypatch.context() as m:
-        m.setattr("llmfact_nb.tune._train", lambda *_: pytest.fail("it was finished"))
+        m.setattr("llmfact_nb.resources.load_model", lambda *_, **__: pytest.fail("it was finished"))
         assert tune(asked, MASK, folder, merge=True, progress=False) == facts
-    for settings, mask, says in ((dataclasses.replace(asked, lr=0.01), MASK, "lr: 0.02 there, 0.01 now"), (asked, ~MASK, "neurons")):
-        with pytest.raises(ValueError, match=says):
-            tune(settings, mask, folder, progress=False)
+        for settings, mask, says in ((dataclasses.replace(asked, lr=0.01), MASK, "holds a fine-tuning with other settings .lr: 0.02 there, 0.01 now"), (asked, ~MASK, "neurons")):
+            with pytest.raises(ValueError, match=says):
+                tune(settings, mask, folder, progress=False)
+
+
+@pytest.mark.parametrize("what, settings", [("a run", {"conditions": []}), ("a tuning study", {"task": "reviews"}), ("something else", {})])
+def test_a_folder_of_something_else_is_named_and_kept(asked, tmp_path, what, settings):
+    write_json(tmp_path / "settings.json", settings)
+    with pytest.raises(ValueError, match=f"holds {what}, so a fine-tuning cannot go there"):
+        tune(asked, MASK, tmp_path, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["settings.json"] and json.loads((tmp_path / "settings.json").read_text()) == settings
+
+
+WRONG = {"model": "nowhere/model.gguf", "texts": "no-such-texts.jsonl", "neurons": NeuronMask.from_layers([torch.ones(7, dtype=torch.bool)] * 3, "mlp_hidden")}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_slip_of_the_hand_claims_nothing(asked, whole, tmp_path, what):
+    "A wrong name, or neurons of another model; then the same folder takes the right ones."
+    settings, mask = (asked, WRONG[what]) if what == "neurons" else (dataclasses.replace(asked, **{what: WRONG[what]}), MASK)
+    with pytest.raises((ValueError, OSError)):
+        tune(settings, mask, tmp_path / "out", progress=False)
+    assert not list((tmp_path / "out").glob("*"))
+    assert tune(asked, MASK, tmp_path / "out", progress=False)["loss after"] == whole[0]["loss after"]
+
+
+def test_one_training_at_a_time_in_a_folder(asked, whole, tmp_path):
+    with sole_use(tmp_path), pytest.raises(BlockingIOError, match="another process works there"):
+        tune(asked, MASK, tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+    with sole_use(whole[1]):  # and what is finished can be read
+        load_neurons(load_model(asked.model)[0], whole[1] / "neurons.safetensors", verbose=False)
 
 
 @pytest.mark.parametrize("mode", ["rest", "full"])

@@ -155,7 +155,7 @@ def test_finished_study_trains_nothing(finished, monkeypatch):
     ],
 )
 def test_changed_configuration_is_refused_with_the_difference(finished, change, words):
-    with pytest.raises(ValueError, match="another configuration") as e:
+    with pytest.raises(ValueError, match="holds a tuning study with other settings") as e:
         study(finished[0], **change)
     assert f"({words})" in str(e.value) and "Choose another folder" in str(e.value)
 
@@ -664,7 +664,7 @@ def test_excerpts_spread_over_documents_and_within():
 def test_command_line(finished, tmp_path, monkeypatch, capsys):
     asked = {}
     monkeypatch.setattr(module, "tuning_study", lambda *a, **k: asked.update(a=a, k=k) or finished[1])
-    module.main(["--task", "speeches", "--folder", str(tmp_path), "--arms", "key", "top variance", "--seeds", "3", "--steps", "7", "--lr", "key=1e-4,1e-3", "--lr", "top variance=1,2"])
+    module._main(["--task", "speeches", "--folder", str(tmp_path), "--arms", "key", "top variance", "--seeds", "3", "--steps", "7", "--lr", "key=1e-4,1e-3", "--lr", "top variance=1,2"])
     assert asked["a"] == ("smollm2-135m", "speeches", ["key", "top variance"], [3], str(tmp_path)) and asked["k"]["steps"] == 7
     assert asked["k"]["lrs"] == {"key": (1e-4, 1e-3), "top variance": (1.0, 2.0)} and "learning rates" in capsys.readouterr().out
     assert len(pd.read_csv(tmp_path / "speeches" / "runs.csv")) == 4

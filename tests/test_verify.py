@@ -10,10 +10,11 @@ import families
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_faults import SMALL, small_run, small_world
 
 from llmfact_nb import run as run_module
+from llmfact_nb.files import HEADER, save_tensors, write_json
 from llmfact_nb.resources import load_model
 from llmfact_nb.verify import COLUMNS, compared, disagreements, kind_of, verification_report, verify
 
@@ -78,24 +79,21 @@ def lost_row(out):
     (out / "results.csv").write_text("".join(lines[:gone] + lines[gone + 1 :]))
 
 
-def other_maps(out):
+def exchanged(path: Path, change) -> None:
+    "Other tensors under the same description, and a checksum that fits."
     from safetensors import safe_open
 
-    path = out / "networks.safetensors"
     with safe_open(path, "pt") as f:
-        meta = f.metadata()
-    tensors = load_file(path)
-    tensors["mixing_"] = tensors["mixing_"].flip(1).contiguous()
-    save_file(tensors, path, meta)
+        meta = json.loads(f.metadata()[HEADER])
+    save_tensors(path, change(load_file(path)), meta.pop("kind"), meta)
+
+
+def other_maps(out):
+    exchanged(out / "networks.safetensors", lambda tensors: tensors | {"mixing_": tensors["mixing_"].flip(1)})
 
 
 def other_means(out):
-    from safetensors import safe_open
-
-    path = out / "parts" / "statistics.safetensors"
-    with safe_open(path, "pt") as f:
-        meta = f.metadata()
-    save_file({k: v + 1 for k, v in load_file(path).items()}, path, meta)
+    exchanged(out / "parts" / "statistics.safetensors", lambda tensors: {k: v + 1 for k, v in tensors.items()})
 
 
 TAMPERED = {changed_cell: ("table", "kept losses"), lost_row: ("table", "rows that are missing"), other_maps: ("table", "units of each layer"), other_means: ("losses", "key, mean")}
@@ -147,6 +145,14 @@ def test_the_tolerance_is_what_decides():
         assert compared("losses", "x", 0.5, 0.5 + off, 1e-3).verdict == compared("losses", "x", 20.0, 20 * (1 + off), 1e-3).verdict == verdict
     for odd in (float("nan"), float("inf")):
         assert compared("losses", "x", odd, odd, 1e-3).verdict == "agrees" and compared("losses", "x", odd, 1.0, 1e-3).verdict == compared("losses", "x", 1.0, odd, 1e-3).verdict == "differs"
+
+
+def test_what_takes_long_is_said_and_a_library_can_be_silent(finished, capsys):
+    verify(finished, sample=3, refit=True)
+    said = capsys.readouterr().err
+    assert "loading" in said and "measured again: 4 of 4 arm" in said and "finding the networks again" in said
+    verify(finished, sample=3, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 # folders that are none
@@ -258,6 +264,8 @@ def test_a_whole_study_is_confirmed_and_a_changed_cell_found(tmp_path):
     texts = t.study_texts()
     table = verify(tmp_path / "study", sample=6, model=tmp_path / "model", texts=texts)
     assert not len(disagreements(table)), verification_report(table)
+    write_json(tmp_path / "study" / "asked.json", {"model": str(tmp_path / "model"), "quick": True})  # what `llmfact figures --model` leaves there
+    assert not len(disagreements(verify(tmp_path / "study", sample=0, texts=texts)))
     assert len(table[table.part == "losses"]) >= 7 and (table[table.part == "losses"].difference.abs() < 1e-6).all()
     path = tmp_path / "study" / "tables" / "damage.csv"
     lines = pd.read_csv(path, dtype=str, keep_default_na=False)
