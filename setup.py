@@ -35,7 +35,7 @@ setup(
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={
         name.removesuffix("_requirements"): shlex.split(cfg[name])
-        for name in ("dev_requirements", "docs_requirements", "lab_requirements", "bench_requirements", "peft_requirements", "lm_eval_requirements")
+        for name in ("dev_requirements", "docs_requirements", "lab_requirements", "bench_requirements", "peft_requirements", "lm_eval_requirements", "audit_requirements")
     },
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),
