@@ -148,7 +148,6 @@ _TYPED = {  # a name in a message: the options it can stand for. Where there are
     "name": ("model", "texts", "names"), "path": ("file", "save", "html"), "folder": ("out", "folder", "tuning"), "out": ("out", "folder"),
 }  # fmt: skip
 _PHRASES = {
-    "a study with another configuration": "something else, or a fine-tuning with other settings",
     "results of another configuration": "the studies of another model, or with other settings",
     "Accepted: None, 'cpu'": "Accepted: 'cpu'",
 }

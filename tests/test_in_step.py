@@ -33,6 +33,11 @@ def test_notebooks_are_clean(regenerated, notebook):
     assert json.loads((regenerated / notebook).read_text()) == json.loads((ROOT / notebook).read_text()), f"run nbdev_clean on {notebook}"
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
+def test_notebooks_stay_small(notebook):
+    assert (ROOT / notebook).stat().st_size < 700_000, "draw fewer pixels, or quantise the pictures"
+
+
 def test_library_is_exported(regenerated):
     ours = {p.name: p.read_text() for p in (ROOT / "llmfact_nb").glob("*.py")}
     fresh = {p.name: p.read_text() for p in (regenerated / "llmfact_nb").glob("*.py")}
