@@ -25,6 +25,7 @@ from .files import file_name, load_tensors, read_json, reading, save_tensors, wr
 from .forward import text_list
 from .masked_model import MaskedModel
 from .masks import NeuronMask, score_match
+from .ica import DataError
 from .networks import TAILS, FunctionalNetworks
 from .sites import SITES
 
@@ -123,7 +124,7 @@ def key_arms(
     "Return the key neurons' arm with all its controls: layer-matched, layer- and variance-matched (disjoint from the key neurons, and from all), top variance, PCA, keep, all off."
     key = networks.key_neurons(**settings.key_rule)
     if key.n == 0:
-        raise ValueError(f"alpha={settings.alpha} is passed by no unit: the largest |z| is {float(networks.maps_.abs().max()):.2f}. Give a smaller alpha, or a fraction.")
+        raise DataError(f"alpha={settings.alpha} is passed by no unit: the largest |z| is {float(networks.maps_.abs().max()):.2f}. Give a smaller alpha, or a fraction.")
     seeds, bins = range(settings.control_seeds), max(1, min(_BINS, min(key.widths) // _UNITS_A_BIN))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the draws would say of their match, `match_facts` measures

@@ -214,15 +214,29 @@ def file_name(
 def sole_use(
     folder: str | os.PathLike,  # made if it is missing
 ) -> Iterator[Path]:
-    """Hold the folder for the length of the block and give its path. Raises BlockingIOError if another process, or another block of this one, holds it.
+    """Hold the folder for the length of the block and give its path. A folder that was made for it and is still empty at the end, because the work was refused, goes again.
 
-    Where the system knows no such hold (Windows, some network disks), the block runs without it."""
+    Raises BlockingIOError if another process, or another block of this one, holds the folder, NotADirectoryError if it is a file or would lie in one. Where the system knows no such hold (Windows, some network disks), the block runs without it."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        raise NotADirectoryError(e.errno, f"folder={str(folder)!r} cannot be made: there is a file of that name, or in place of a folder above it. Choose another folder") from e
+    with _held(folder):
+        try:
+            yield folder
+        finally:
+            if made and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:
-        yield folder
+        yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -233,6 +247,6 @@ def sole_use(
     except OSError:
         pass  # a disk without locks
     try:
-        yield folder
+        yield
     finally:
         os.close(handle)

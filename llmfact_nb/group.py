@@ -22,7 +22,7 @@ from torch import nn
 
 from .activations import Activations, capture, text_list
 from .files import digest, load_tensors, reading, save_tensors
-from .ica import ICA, CentredX, choose_solver, differences, gram, leading_directions, sketch, there_and_back
+from .ica import ICA, CentredX, DataError, choose_solver, differences, gram, leading_directions, sketch, there_and_back
 from .sites import neuron_sites
 
 # %% ../nbs/05_group.ipynb #60083600
@@ -381,8 +381,8 @@ def _reduce(fit: _Fit, w: _Work) -> dict[str, torch.Tensor]:
         data = CentredX(X, index, bool(fit.how.standardize), "neurons" if T <= acts.n_neurons else "tokens", **fit.arithmetic(X.device))
         try:
             kept = leading_rows(data, fit.how._r, fit.seed).cpu()
-        except ValueError as e:
-            raise ValueError(f"{w.name}, {fit.how.per} {i}: {e}") from e
+        except DataError as e:
+            raise DataError(f"{w.name}, {fit.how.per} {i}: {e}") from e
         rows.append(kept * data.scale.cpu() if by_all else kept)
         squares += T * torch.where(data.constant, 0, data.scale).cpu().double().square() if by_all else data.total
         means.append(data.mean.cpu()[None])
@@ -423,7 +423,7 @@ def _moments(fit: _Fit) -> _Moments:
     counts, sums, squares = fit.ranks.gather(torch.cat(counts)), fit.ranks.total(sums), fit.ranks.total(squares)
     T = int(counts.sum())
     if len(counts) < 2:
-        raise ValueError(f"exclude={fit.how.exclude!r} and rows leave tokens in {len(counts)} {fit.how.per}s; a group needs at least two. Give longer texts, or exclude less.")
+        raise DataError(f"exclude={fit.how.exclude!r} and rows leave tokens in {len(counts)} {fit.how.per}s; a group needs at least two. Give longer texts, or exclude less.")
     mean, scale = sums[0] / T, torch.ones(N, dtype=torch.float64)
     between = torch.zeros(1, dtype=torch.float64) if fit.how.center_texts else (sums[1] - T * mean.square()).clamp_min(0)
     if not by_all:

@@ -19,7 +19,7 @@ from .activations import Activations
 from .cards import always_shown, bars, card, dots, site_name
 from .files import load_tensors, reading, save_tensors
 from .group import GroupICA
-from .ica import ICA
+from .ica import ICA, DataError
 from .masks import NeuronMask, common_site
 from .network_page import token_pieces, write_network_page
 
@@ -98,7 +98,7 @@ class FunctionalNetworks:
         activations: Activations,  # one text or many: several texts are one group fit, their tokens stacked (paper, section 2)
         path: str | os.PathLike | None = None,  # keep the whitened data in this file, from which the same call goes on after an interruption, see `ICA.fit`
     ) -> "FunctionalNetworks":
-        "Find the networks; return self. Raises ValueError as `ICA.fit` does (k above rank, nan, another fit's file), and if `exclude` leaves no token."
+        "Find the networks; return self. Raises DataError if the data have fewer directions than that or hold nan, or `exclude` leaves no token; the rest as `ICA.fit` does."
         if not isinstance(activations, Activations):
             raise TypeError(f"activations is a {type(activations).__name__}; expected what capture() or Activations.load() gives.")
         rows = self.rows_to_use(activations)
@@ -135,20 +135,20 @@ class FunctionalNetworks:
         self,
         activations: Activations,  # several texts
     ) -> "list[FunctionalNetworks]":
-        "Fit every text by itself; return one fitted object per text. Raises ValueError naming the text that cannot be fitted."
+        "Fit every text by itself; return one fitted object per text. Raises DataError naming the text that cannot be fitted."
         fitted = []
         for text in activations.text_ids.unique().tolist():
             try:
                 fitted.append(FunctionalNetworks(self.n_components, self.kind, self.standardize, self.exclude, **self.ica).fit(activations.of_text(text)))
-            except ValueError as e:
-                raise ValueError(f"text {text}: {e}") from e
+            except DataError as e:
+                raise DataError(f"text {text}: {e}") from e
         return fitted
 
     def rows_to_use(self, activations: Activations) -> torch.Tensor:
-        "Return (T,) bool, the tokens that `exclude` leaves. Raises ValueError if there are none."
+        "Return (T,) bool, the tokens that `exclude` leaves. Raises DataError if there are none."
         away = {None: torch.zeros_like(activations.sinks), "first": activations.positions == 0, "sinks": activations.sinks}[self.exclude]
         if away.all():
-            raise ValueError(f"exclude={self.exclude!r} leaves none of the {activations.n_tokens} tokens; give longer texts.")
+            raise DataError(f"exclude={self.exclude!r} leaves none of the {activations.n_tokens} tokens; give longer texts.")
         return ~away
 
     def transform(

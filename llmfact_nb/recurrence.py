@@ -21,6 +21,7 @@ from torch import nn
 
 from .activations import Activations, capture
 from .files import read_json, write_json
+from .ica import DataError
 from .networks import FunctionalNetworks, match_networks
 from .progress import progress_bar
 from .reproducibility import match_maps
@@ -176,7 +177,7 @@ def recurrence_study(
                 else:
                     try:
                         own = fit(read([text]))
-                    except ValueError as e:  # too short, or of too low a rank
+                    except DataError as e:  # too short, or of too low a rank
                         found = {"why": str(e), "rows": []}
                     else:
                         about = {"texts": kind, "text": i, "converged": bool(templates.converged_ and own.converged_)}

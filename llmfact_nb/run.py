@@ -8,7 +8,6 @@ __all__ = ['PROMPTS', 'settings_from', 'HeldOut', 'held_out_courses', 'reading_r
            'run_settings', 'draw_study']
 
 # %% ../nbs/11_run.ipynb #d66364eb
-import contextlib
 import dataclasses
 import functools
 import math
@@ -278,14 +277,9 @@ def find_into(
 
 
 def _find_into(settings: Settings, folder: str | os.PathLike, load: Callable[[], tuple], texts: Callable[[str], Sequence[str]], progress: bool, beside: dict | None) -> None:
-    try:
-        fit_texts = texts("fit")  # an unknown text set is refused before the model is loaded
-        model, tokenizer = load()
-        found = find_networks(model, tokenizer, fit_texts, settings, progress)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(folder).rmdir()  # made to be held; if anything is in it, it stays
-        raise
+    fit_texts = texts("fit")  # an unknown text set is refused before the model is loaded
+    model, tokenizer = load()
+    found = find_networks(model, tokenizer, fit_texts, settings, progress)
     parts = claim_folder(folder, settings, beside) / "parts"
     held_out = EvalSet(tokenizer, first_texts(texts("eval"), settings.eval_texts), max_length=settings.eval_length)
     write_json(parts / "loaded.json", _loaded_facts(model, tokenizer, held_out))

@@ -20,6 +20,7 @@ from .experiments import Found, Settings, enough_texts, find_networks
 from .files import load_tensors, reading, save_tensors
 from .forward import evaluation_mode, input_device, length_batches, padded
 from .masks import NeuronMask
+from .ica import DataError
 from .networks import FunctionalNetworks
 from .sites import attach, neuron_sites
 
@@ -139,10 +140,10 @@ class Candidates:
 
     @property
     def key(self) -> NeuronMask:
-        "The key neurons. Raises ValueError if there are none."
+        "The key neurons. Raises DataError if there are none."
         key = self.networks.key_neurons(**self.key_rule)
         if key.n == 0:
-            raise ValueError(f"alpha={self.key_rule.get('alpha')} is passed by no unit: the largest |z| is {float(self.networks.maps_.abs().max()):.2f}. Give a smaller alpha, or a fraction.")
+            raise DataError(f"alpha={self.key_rule.get('alpha')} is passed by no unit: the largest |z| is {float(self.networks.maps_.abs().max()):.2f}. Give a smaller alpha, or a fraction.")
         return key
 
     @property

@@ -29,7 +29,7 @@ from .activations import Activations, capture
 from .evaluate import EvalSet, positions_of
 from .experiments import PRESETS, Settings
 from .files import file_name, read_json, reading, write_json, write_text
-from .ica import ConvergenceWarning
+from .ica import ConvergenceWarning, DataError
 from .interventions import Intervention
 from .masks import NeuronMask
 from .networks import FunctionalNetworks, z_scores
@@ -163,16 +163,13 @@ def _slug(name: str) -> str:
 
 
 def _further(tokenizer, texts: Sequence[str], wanted: _Wanted) -> list[str]:
-    "The texts after those that are passed over. Raises ValueError if there are not enough of them: other networks would share texts with the baseline's."
+    "The texts after those that are passed over. Raises DataError if there are not enough of them: other networks would share texts with the baseline's."
     chosen, s = list(texts)[wanted.skip :], wanted.settings
     if wanted.skip:
         n = sum(min(s.fit_length, len(tokenizer(t[: 20 * s.fit_length])["input_ids"])) for t in chosen)
         if n < s.fit_tokens:
-            raise ValueError(f"after the first {wanted.skip} texts there are {n:,} further tokens at {s.fit_length} a text; {s.fit_tokens:,} are needed. Give more fit texts.")
+            raise DataError(f"after the first {wanted.skip} texts there are {n:,} further tokens at {s.fit_length} a text; {s.fit_tokens:,} are needed. Give more fit texts.")
     return chosen
-
-
-_OF_THE_DATA = ("n_components=", "alpha=", "exclude=", "X holds", "X is finite", "after the first")  # how messages begin that blame what was read: too little of it, no unit at the threshold, overflow
 
 
 def found_networks(
@@ -197,9 +194,7 @@ def found_networks(
             chosen = _further(tokenizer, texts, wanted)
             found = find_candidates(model, tokenizer, chosen, wanted.settings, ("gradient x activation", "Wanda score") if wanted.scores else (), progress=False)
         _ = found.key  # no unit at this threshold is a reason too
-    except ValueError as e:
-        if not str(e).startswith(_OF_THE_DATA):
-            raise
+    except DataError as e:
         write_json(failed, {"why": str(e)})
         return str(e)
     if not (at / "candidates.safetensors").exists():

@@ -368,7 +368,23 @@ def test_a_folder_is_held_by_one(tmp_path):
         t = threading.Thread(target=second)
         t.start()
         t.join()
-    assert len(refused) == 1 and not list((tmp_path / "run").iterdir())
+    assert len(refused) == 1
+
+
+def test_a_folder_that_stayed_empty_goes_again(tmp_path):
+    for name, there in {"new": False, "mine": True}.items():
+        folder = tmp_path / name
+        if there:
+            folder.mkdir()
+        with pytest.raises(Fault), sole_use(folder):
+            raise Fault
+        assert folder.exists() == there, "only what was made is removed"
+    with sole_use(tmp_path / "new") as folder:
+        (folder / "a").touch()
+    assert (tmp_path / "new" / "a").exists()
+    for name in ("new/a", "new/a/b"):
+        with pytest.raises(NotADirectoryError, match=f"{name}' cannot be made: there is a file"), sole_use(tmp_path / name):
+            pass
 
 
 def test_a_held_folder_is_read_and_not_written(in_memory, world, tmp_path, monkeypatch):
@@ -378,7 +394,7 @@ def test_a_held_folder_is_read_and_not_written(in_memory, world, tmp_path, monke
     with sole_use(out), monkeypatch.context() as m, pytest.raises(BlockingIOError, match=held):
         m.setattr(resources, "load_model", lambda *a, **kw: pytest.fail("refused at once"))
         small_run(world, out)
-    assert not list(out.iterdir())
+    assert not out.exists()
     small_run(world, out)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     with sole_use(out):

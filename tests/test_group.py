@@ -481,7 +481,7 @@ def test_two_processes_do_nothing_twice(two_processes):
     "case, first, second",
     [
         ("stranger", "rank 1, shard 0 does not belong to rank 0, shard 0: model", "rank 1, shard 0 does not belong"),
-        ("nan", "rank 1 stopped with ValueError: shard 0, text 0: X holds", "X[5, 5]"),
+        ("nan", "rank 1 stopped with DataError: shard 0, text 0: X holds", "X[5, 5]"),
         ("missing", "rank 1 stopped with FileNotFoundError", "gone.safetensors"),
         ("settings", "rank 1 has other settings than rank 0: n_reduced is 8 there and 9 here", "rank 1 has other settings"),
         ("contrast", "rank 1 has other settings than rank 0: fun is 'logcosh' there and 'cube' here", "rank 1 has other settings"),
