@@ -810,9 +810,9 @@ def _paper_cost(model: str, quick: bool, device: str | None) -> "Cost":
     def unread(name: str, tokens: int, *measures: str) -> Yardstick:
         return Yardstick(name, measures, name, tokens, score=lambda model: bench.scores(None, yard[name]))
 
-    short = {kind: unread(kind, _DOCUMENTS * s.short_length, "nats") for kind in kinds}
+    short = {f"on {kind}": unread(f"on {kind}", _DOCUMENTS * s.short_length, "nats") for kind in kinds}
     answers = {name: unread(name, n * _SENTENCE, "accuracy", "label nats") for name, n in {"answers": s.sentences, "answers, short": s.short_sentences}.items()}
-    yard = {"full": unread("full", s.eval_tokens + _DOCUMENTS, "nats"), "short": short[kinds[0]], **answers, **short}
+    yard = {"full": unread("full", s.eval_tokens + _DOCUMENTS, "nats"), "short": short[f"on {kinds[0]}"], **answers, **short}
     wanted, bench = wanted_networks(s, kinds), CountingBench(Bench(torch.nn.Identity()))
     study_tables(bench, {name: placeholder(empty, of) for name, of in wanted.items()}, yard, s, kinds)
     sets = [of for of in wanted.values() if not isinstance(of, str)]

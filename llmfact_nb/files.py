@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADER', 'write_atomic', 'write_text', 'write_json', 'read_json', 'reading', 'digest', 'save_tensors', 'read_header',
-           'load_tensors', 'refuse_unwritable', 'file_name', 'sole_use']
+           'load_tensors', 'refuse_unwritable', 'file_name', 'from_home', 'sole_use']
 
 # %% ../nbs/00_files.ipynb #32046f0e
 import errno
@@ -208,6 +208,14 @@ def file_name(
     "Return `name` itself if it can be the name of a file and leads nowhere; else what is harmless in it, with a checksum that keeps different names apart."
     plain = re.sub(r"[^\w ()=,.-]", "-", name)[:80].strip(" .-")
     return name if plain == name != "" else f"{plain or 'unnamed'}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+
+# %% ../nbs/00_files.ipynb #5a79c68d
+def from_home(
+    name: str,  # a path, or any other name
+) -> str:
+    "Return a path below the user's home folder with ~ in its place, and anything else as it is."
+    home = str(Path.home()) + os.sep
+    return "~/" + name[len(home) :] if name.startswith(home) else name
 
 # %% ../nbs/00_files.ipynb #7dd4b5ea
 @contextmanager

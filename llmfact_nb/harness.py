@@ -139,9 +139,9 @@ def evaluate_with_lm_eval(
     from lm_eval.tasks import TaskManager
 
     tasks = [tasks] if isinstance(tasks, (str, dict)) else list(tasks)
-    refused = {"use_cache", "cache_requests", "batch_size", "max_batch_size", "device", "model", "model_args", "task_manager", "log_samples"} & set(options)
+    refused = {"use_cache", "cache_requests", "batch_size", "max_batch_size", "device", "model", "model_args", "task_manager", "log_samples", "fewshot_random_seed"} & set(options)
     if refused or not tasks:
-        raise ValueError(f"tasks={tasks!r}, refused options {sorted(refused)}: expected at least one task. Batch size, device and caches are set here; a cache would give one mask the answers of another.")
+        raise ValueError(f"tasks={tasks!r}, refused options {sorted(refused)}: expected at least one task. Batch size, device, caches and, with seed=, the examples are set here; a cache would give one mask the answers of another.")
     named = [t for t in tasks if isinstance(t, str)]
     manager = TaskManager(include_path=None if include_path is None else str(include_path), include_defaults=bool(named))
     if unknown := [t for t in named if t not in manager.all_tasks]:

@@ -7,6 +7,7 @@ __all__ = ['OPERATIONS', 'Intervention', 'injected_norm']
 
 # %% ../nbs/09_interventions.ipynb #a86cfcba
 import hashlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def injected_norm(
     intervention,  # an `Intervention`, or anything with `change` and `mask`
     activations: Activations,  # of the unmasked model at the intervention's site, all layers; some hundred tokens are enough
 ) -> float:
-    """Return the norm of the intervention's own change to the MLP outputs, over all layers and over the tokens that are no sinks, divided by the norm of these outputs.
+    """Return the norm of the intervention's own change to the MLP outputs, over all layers and over the tokens that are no sinks, divided by the norm of these outputs; nan if there is no such token.
 
     It is a first-order size: what the change leads to in later layers is not in it, and a norm that follows the MLP (Gemma) is not either."""
     mask = intervention.mask
@@ -120,4 +121,4 @@ def injected_norm(
                 like = next(s.module.parameters())
                 x, y = (s.module(v.to(like)).float().cpu() for v in (x, y))
             injected, whole = injected + float((y - x).double().square().sum()), whole + float(x.double().square().sum())
-    return (injected / whole) ** 0.5
+    return (injected / whole) ** 0.5 if whole else math.nan

@@ -22,7 +22,7 @@ import torch
 from .activations import capture
 from .connectivity import network_time_courses
 from .experiments import PRESETS, Found, Settings, claim_folder, condition_name, find_networks, first_texts, run_experiment
-from .files import load_tensors, read_json, reading, save_tensors, sole_use, write_json, write_text
+from .files import from_home, load_tensors, read_json, reading, save_tensors, sole_use, write_json, write_text
 from .evaluate import EvalSet
 from .measures import model_fingerprint
 from .networks import FunctionalNetworks
@@ -43,8 +43,7 @@ def settings_from(
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is not known; accepted: {', '.join(map(repr, PRESETS))}.")
     given = {k: v for k, v in options.items() if v is not None}
-    home = str(Path.home()) + os.sep
-    given |= {k: "~/" + given[k][len(home) :] for k in ("model", "texts") if str(given.get(k, "")).startswith(home)}  # a result says nothing of who made it
+    given |= {k: from_home(given[k]) for k in ("model", "texts") if isinstance(given.get(k), str)}
     if "alpha" in given and "fraction" in given:
         raise ValueError(f"alpha={given['alpha']} and fraction={given['fraction']} are two rules for the same thing; give one of them.")
     if "tail" in given and "alpha" not in given and ("fraction" in given or PRESETS[preset].alpha is None):

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .activations import longest_input
 from .evaluate import EvalSet
 from .experiments import Found, Settings, enough_texts, find_networks
 from .files import load_tensors, reading, save_tensors
@@ -241,7 +242,8 @@ def find_candidates(
 ) -> Candidates:
     "Find the networks in the fit texts and score the neurons there. Raises ValueError as `find_networks` does, for instance if n_components is more than the tokens can carry."
     found: Found = find_networks(model, tokenizer, texts, settings, progress)
-    some = EvalSet(tokenizer, enough_texts(tokenizer, texts, min(score_tokens, settings.fit_tokens), settings.fit_length), settings.fit_length)
+    length = longest_input(model, tokenizer, settings.fit_length)
+    some = EvalSet(tokenizer, enough_texts(tokenizer, texts, min(score_tokens, settings.fit_tokens), length), length)
     about = found.mean if settings.conditions[0][0] == "mean" else None
     ways = {"gradient x activation": lambda: gradient_times_activation(model, some, settings.site, about), "Wanda score": lambda: wanda_score(model, some, settings.site)}
     return Candidates(found.networks, found.mean, found.variance, settings.key_rule, {name: ways[name]() for name in scores}, found.facts)

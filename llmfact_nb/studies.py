@@ -135,12 +135,12 @@ def all_off(
     return _ablation(found, "all off", NeuronMask.full(found.key.widths, found.key.site, found.key.depths), condition)
 
 
-def _with_controls(found: Candidates, mask: NeuronMask, controls: Mapping[str, int], condition, about: Mapping, operation: str = "ablate") -> list[tuple[dict, Intervention]]:
-    "The controls of one mask; a control that is not drawn has one version, whatever number is asked for."
+def _with_controls(found: Candidates, mask: NeuronMask, controls: Mapping[str, int], condition, about: Mapping, operation: str = "ablate", nth: int = 0) -> list[tuple[dict, Intervention]]:
+    "The controls of one mask; a control that is not drawn has one version, whatever number is asked for. The nth of several masks has its own seeds, so that the draws are independent."
     name = lambda control: control if operation != "keep" else f"keep {control}"
     entries = []
     for control, seeds in controls.items():
-        for seed in range(seeds if control in DRAWN else min(1, seeds)):
+        for seed in range(nth * seeds, (nth + 1) * seeds) if control in DRAWN else range(min(1, seeds)):
             drawn = found.control(control, mask, seed)
             entries.append((dict(about) | _closeness(found, mask, drawn), _ablation(found, name(control), drawn, condition, seed if control in DRAWN else None, operation)))
     return entries
@@ -312,11 +312,11 @@ def cross_task_study(
     controls: Mapping[str, int] = {"random": 1, "matched shuffle": 1},  # control -> seeds
     condition: tuple[str, str] = MEAN,  # (about, positions)
 ) -> "pd.DataFrame":
-    'Ablate the key neurons of each kind of text, and measure on all kinds. Study "cross-task".'
+    'Ablate the key neurons of each kind of text, and measure on all kinds; the controls of each have seeds of their own. Study "cross-task".'
     entries = []
-    for name, found in found_on.items():
+    for nth, (name, found) in enumerate(found_on.items()):
         about = {"found_on": name, "k": len(found.networks.maps_)}
-        entries += [(about, _ablation(found, "key", found.key, condition))] + _with_controls(found, found.key, controls, condition, about)
+        entries += [(about, _ablation(found, "key", found.key, condition))] + _with_controls(found, found.key, controls, condition, about, nth=nth)
     return measured_table(bench, "cross-task", entries, yardsticks)
 
 # %% ../nbs/09_studies.ipynb #33243ef4

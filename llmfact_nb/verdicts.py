@@ -183,7 +183,7 @@ def _t3(tables):
     "One network holds under about 1 % of the units",
     "15 to 72 of 9,216 units (GPT-2, Table 4)",
     "share of networks under 1 % at alpha 3.6",
-    "published setting, ten networks, those without any unit left out; needs three; holds if at least 90 % of the networks lie under 1 %, fails if fewer than half do",
+    "the networks of the published setting (by default ten, alpha 3.6), those without any unit left out; needs three; holds if at least 90 % of the networks lie under 1 %, fails if fewer than half do",
 )
 def _t4(tables):
     table, empty = _with_units(tables, "published")

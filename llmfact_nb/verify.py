@@ -7,6 +7,7 @@ __all__ = ['TOLERANCE', 'COLUMNS', 'NUMBERS', 'Check', 'compared', 'kind_of', 'v
 
 # %% ../nbs/11_verify.ipynb #7681b6cb
 import dataclasses
+import io
 import math
 import os
 import platform
@@ -26,10 +27,12 @@ from .files import read_json, reading
 from .measures import Bench, model_fingerprint
 from .networks import iou
 from .progress import note, progress_bar
+from .recurrence import RECURRENCE_COLUMNS, _file_name
 from .resources import load_model, resource_record, sha256_of
 from .run import Run, Sources, read_run
 from .selections import Candidates
-from .whole_study import StudyTexts, WholeSettings, _slug, _yardsticks, read_study, study_tables, wanted_networks
+from .verdicts import verdict_table
+from .whole_study import StudyTexts, WholeSettings, _yardsticks, kept_networks, read_study, study_tables, wanted_networks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -196,13 +199,13 @@ def _loss_checks(
 
 # %% ../nbs/11_verify.ipynb #f900362e
 def _model_checks(
-    recorded: Mapping | None,  # from `model_fingerprint`, as the folder has it; None: not on record
+    recorded: Mapping,  # from `model_fingerprint`, as the folder has it; empty: not on record
     model,
     tokenizer,
 ) -> list[Check]:
     "Compare weights, configuration and tokenizer with those on record."
     here = model_fingerprint(model, tokenizer)
-    return [compared("model", name, (recorded or {}).get(name), here[name]) for name in ("weights", "configuration", "tokenizer")]
+    return [compared("model", name, recorded.get(name), here[name]) for name in ("weights", "configuration", "tokenizer")]
 
 
 def _text_mark(
@@ -257,12 +260,12 @@ def _verify_run(
         arms = key_arms(run.found.networks, run.found.variance, run.settings)
         rows = [*_file_checks(folder, record.get("files")), *_table_checks(run, arms)]
         recorded = {"versions": {"llmfact_nb": record.get("llmfact_nb")} | record["versions"], "threads": record["found"].get("threads")} | record["machine"]
-        marks = {**record["model"]}, {**record["texts"]}
+        marks, weights = ({**record["model"]}, {**record["texts"]}), {**(record.get("fingerprint") or {})}
     sources = Sources(dataclasses.replace(run.settings, model=model or run.settings.model), device, progress, **options)
     net, tokenizer = sources.load()
     about = resource_record(net)
     rows += [compared("model", k, marks[0].get(k), about.get(k)) for k in sorted({*marks[0], *about} - {"licence"}) if not (k == "name" and model) and (marks[0].get(k), about.get(k)) != (None, None)]
-    rows += _model_checks(record.get("fingerprint"), net, tokenizer)
+    rows += _model_checks(weights, net, tokenizer)
     about = resource_record(run.settings.texts)
     rows += [compared("texts", k, marks[1].get(k), about.get(k)) for k in sorted({*marks[1], *about} - {"licence"}) if (marks[1].get(k), about.get(k)) != (None, None)]
     texts = EvalSet(tokenizer, first_texts(sources.texts("eval"), run.settings.eval_texts), max_length=run.settings.eval_length)
@@ -307,28 +310,48 @@ def _found_of_study(folder: Path, wanted: Mapping) -> "dict[str, Candidates | st
     "All sets of networks of a study, or why there are none. Raises FileNotFoundError if one is missing."
     found: dict[str, Candidates | str] = {}
     for name, of in wanted.items():
-        at = folder / "networks" / _slug(name)
-        if isinstance(of, str):
-            found[name] = of
-        elif (at / "candidates.safetensors").exists():
-            found[name] = Candidates.load(at)
-        else:
-            found[name] = str(read_json(folder / "networks" / f"{_slug(name)}.json", ("why",))["why"])
+        kept = of if isinstance(of, str) else kept_networks(folder / "networks", name)
+        if kept is None:
+            raise FileNotFoundError(f"folder={str(folder)!r} lacks the networks {name!r}; the command that made the study makes them again.")
+        found[name] = kept
     return found
 
 # %% ../nbs/11_verify.ipynb #4e56dec8
-def _largest_difference(there: "pd.DataFrame", here: "pd.DataFrame") -> float:
-    "Over all numbers of two tables; infinite if they have not the same rows."
+def _table_check(
+    name: str,
+    there: "pd.DataFrame | None",  # in the folder; None: not there
+    here: "pd.DataFrame | None",  # computed again; None: no study makes it
+) -> Check:
+    "Compare a table with the same table computed again. The row tells the first that differs: rows and columns, then words, then numbers."
     import pandas as pd
 
-    if len(there) != len(here) or not set(here.columns) <= set(there.columns):
-        return math.inf
-    off = 0.0
-    for c in here.columns:
-        a, b = (pd.to_numeric(t[c], errors="coerce").astype(float).to_numpy() for t in (there, here))
-        same = (a == b) | ((a != a) & (b != b))
-        off = max([off, *(float(abs(x - y) / max(1.0, abs(y))) if math.isfinite(x - y) else math.inf for x, y in zip(a[~same], b[~same]))])
-    return off
+    if there is None or here is None:
+        rows = ["missing" if t is None else f"{len(t)} rows" for t in (there, here)]
+        return compared("table", f"{name}: the table", rows[0], rows[1])
+    rows = [f"{len(a)} rows" + "".join(f", {c}" for c in a if c not in b) for a, b in ((there, here), (here, there))]
+    if rows[0] != rows[1]:
+        return compared("table", f"{name}: rows, and columns that the other lacks", rows[0], rows[1])
+    there, here = (pd.read_csv(io.StringIO(t.drop(columns="injected", errors="ignore").to_csv(index=False)), low_memory=False) for t in (there, here))  # as a file gives them back
+    worst = 0.0
+    for c in here:
+        a, b = there[c], here[c]
+        other = (a != b) & ~(a.isna() & b.isna())
+        if not all(map(pd.api.types.is_numeric_dtype, (a, b))):
+            if other.any():
+                first = int(other.argmax())
+                return compared("table", f"{name}: {c}, row {first + 1} of {len(here)}", a[first], b[first])
+        elif other.any():
+            a, b = a[other].astype(float), b[other].astype(float)
+            worst = max(worst, float(((a - b).abs() / b.abs().clip(lower=1)).fillna(math.inf).max()))
+    return compared("table", f"{name}: largest relative difference, {len(here)} rows", 0.0, worst, 1e-9)
+
+
+def _recurrence_again(folder: Path, texts: StudyTexts, n: int) -> "pd.DataFrame":
+    "The table of recurrence, from the files of the first n texts of each kind."
+    import pandas as pd
+
+    parts = [read_json(folder / _file_name(kind, i), ("rows",))["rows"] for kind, of in texts.held_out.items() for i in range(min(n, len(of)))]
+    return pd.DataFrame([row for rows in parts for row in rows], columns=RECURRENCE_COLUMNS)
 
 
 def _verify_study(
@@ -346,14 +369,15 @@ def _verify_study(
     record, claimed = read_json(folder / "study.json", ("settings", "model")), read_json(folder / "configuration.json", ("texts",))
     with reading(folder / "study.json", "study"):
         settings = _settings_of(record["settings"])
-        recorded = {"versions": {k: record["model"].get(k) for k in ("llmfact_nb", "torch", "transformers")}, "device": record["model"].get("device"), "threads": record.get("threads")}
+        weights = {**record["model"]}
+        recorded = {"versions": {k: weights.get(k) for k in ("llmfact_nb", "torch", "transformers")}, "device": weights.get("device"), "threads": record.get("threads")}
     with reading(folder / "tables", "set of tables"):
         tables = read_study(folder)
     asked = read_json(folder / "asked.json").get("model") if (folder / "asked.json").exists() else None  # what `llmfact figures --model` was given
     name = model or asked or settings.find.model
     note(f"loading {name} ...", progress)
     net, tokenizer = load_model(name, device=device, **load_options)
-    rows = [*_environment(recorded, net.device.type), *_model_checks(record["model"], net, tokenizer)]
+    rows = [*_environment(recorded, net.device.type), *_model_checks(weights, net, tokenizer)]
     texts = texts or StudyTexts.default(settings)
     rows.append(compared("texts", "all texts", claimed["texts"], texts.fingerprint))
     if any(r.verdict == "differs" for r in rows if r.part in ("model", "texts")):
@@ -363,17 +387,20 @@ def _verify_study(
     bench = _Kept(net, folder / "scores", read_json(folder / "scores" / "model.json"))
     with reading(folder / "scores", "set of scores"):
         again = study_tables(bench, found, yard, settings, kinds)
-    for name, new in again.items():
-        new = new.drop(columns="injected", errors="ignore")  # it is measured, not computed from scores
-        rows.append(compared("table", f"{name}: largest relative difference to the kept scores, {len(new)} rows", 0.0, _largest_difference(tables[name], new) if name in tables else math.inf, 1e-9))
+    if settings.recurrence_texts:
+        with reading(folder / "recurrence", "set of recurrences"):
+            again["recurrence"] = _recurrence_again(folder / "recurrence", texts, settings.recurrence_texts)
+    with reading(folder, "whole study"):
+        again["verdicts"] = verdict_table(again)
+    rows += [_table_check(name, tables.get(name), again.get(name)) for name in dict.fromkeys([*again, *tables])]
     return rows + _arms_again(bench, again, sample, seed, tolerance, progress)
 
 
 def _arms_again(bench: _Kept, tables: "Mapping[str, pd.DataFrame]", sample: int, seed: int, tolerance: float, progress: bool) -> list[Check]:
-    "Measure some of a study's scores again: the unmasked model and the key neurons first, then what the seed draws."
+    "Measure some of a study's scores again: the unmasked model and the key neurons first, then what the seed draws. Of an accuracy one sentence may differ."
     import pandas as pd
 
-    measured = pd.concat([t[["study", "arm", "seed", "data", "measure", "value", "part"]].astype(object) for t in tables.values() if "part" in t])
+    measured = pd.concat([t[["study", "arm", "seed", "data", "measure", "value", "items", "part"]].astype(object) for t in tables.values() if "part" in t])
     measured = measured[measured.part != ""].drop_duplicates(["part", "measure"])
     first = [measured[measured.arm == arm].part.iloc[0] for arm in ("unmasked", "key")][: 1 + bool(sample)]
     others = sorted(set(measured.part) - set(first))
@@ -389,7 +416,8 @@ def _arms_again(bench: _Kept, tables: "Mapping[str, pd.DataFrame]", sample: int,
             bar.update()
             for old in measured[measured.part == part].itertuples():
                 name = f"{old.study}, {old.arm}{'' if pd.isna(old.seed) else f' {old.seed}'}, {old.data}: {old.measure}"
-                rows.append(compared("losses", name, float(old.value), scores.mean(old.measure), tolerance))
+                one = 1 / old.items if old.measure == "accuracy" else 0.0
+                rows.append(compared("losses", name + (f", one of {old.items} may flip" if one else ""), float(old.value), scores.mean(old.measure), tolerance + one))
     return rows
 
 # %% ../nbs/11_verify.ipynb #2a328916

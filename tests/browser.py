@@ -42,7 +42,7 @@ class Watched:
                 self.problems.append(f"asked outside: {request.url}")
 
         page.on("request", asked)
-        page.on("requestfailed", lambda request: self.problems.append(f"failed: {request.url} {request.failure}"))
+        page.on("requestfailed", lambda request: request.failure == "net::ERR_ABORTED" or self.problems.append(f"failed: {request.url} {request.failure}"))  # aborted: the page was left, the icon may still be on its way
         page.on("response", lambda response: response.status < 400 or self.problems.append(f"{response.status}: {response.url}"))
         page.on("console", lambda message: message.type not in ("error", "warning") or self.problems.append(f"{message.type} in the console: {message.text}"))
         page.on("pageerror", lambda error: self.problems.append(f"script failed: {error}"))

@@ -21,7 +21,7 @@ def test_from_the_first_page_to_a_chapter_and_back(served_site, browser_page):
     captions = [c.strip() for c in contents.locator(".caption-text").all_text_contents()]
     assert captions == ["Tutorials", "Foundations", "Finding networks", "Using them", "Fine-tuning", "Figures and the command line", "Reference", "About"]
     contents.get_by_role("link", name="ica", exact=True).first.click()
-    page.wait_for_load_state()  # leaving a page that still loads is reported as a failed request
+    page.wait_for_load_state()
     assert page.url == f"{served_site}/ica.html" and page.locator("h1").inner_text().startswith("ica")
     page.locator("a.next-page").click()
     page.wait_for_load_state()

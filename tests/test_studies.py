@@ -15,7 +15,7 @@ import torch
 
 from llmfact_nb.activations import capture
 from llmfact_nb.evaluate import EvalSet, perplexity
-from llmfact_nb.experiments import PRESETS, Settings
+from llmfact_nb.experiments import PRESETS, Settings, enough_texts
 from llmfact_nb.interventions import Intervention, injected_norm
 from llmfact_nb.lesion import Lesion
 from llmfact_nb.masks import NeuronMask
@@ -28,7 +28,7 @@ from llmfact_nb.studies import (
     COLUMNS, amplification_study, contrasts, cross_task_study, damage_curve, lesion_study, measured_table, network_study, preservation_study, union_study,
 )  # fmt: skip
 from llmfact_nb.whole_study import (
-    CountingBench, StudyTexts, WholeSettings, _slug, _yardsticks, found_networks, main, placeholder, read_study, study_tables, wanted_networks, whole_study,
+    CountingBench, StudyTexts, WholeSettings, _further, _slug, _yardsticks, found_networks, main, placeholder, read_study, study_tables, wanted_networks, whole_study,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:FastICA has not converged")
@@ -492,7 +492,7 @@ def test_only_what_the_texts_cannot_carry_is_remembered(tmp_path, monkeypatch):
             find("published k 4")
     assert not list(tmp_path.iterdir()) and isinstance(find("published k 4"), Candidates), "it passes, and the study goes on"
     quiet = replace(wanted["published k 4"], settings=replace(wanted["published k 4"].settings, alpha=1e3))
-    said = {"published k 300": find("published k 300"), "texts 1": find("texts 1", replace(wanted["texts 1"], skip=25)), "quiet": find("quiet", quiet)}
+    said = {"published k 300": find("published k 300"), "texts 1": find("texts 1", replace(wanted["texts 1"], skip=2)), "quiet": find("quiet", quiet)}
     for name, why in said.items():
         assert isinstance(why, str) and found_networks(None, None, name, quiet, (), tmp_path) == why, "a reason of the texts is kept"
     assert said["published k 300"].startswith("n_components=300") and "further tokens" in said["texts 1"] and said["quiet"].startswith("alpha=1000")
@@ -503,6 +503,53 @@ def test_tables_are_read_for_the_model_they_were_measured_with():
     pd.testing.assert_frame_equal(read_study(paper, "smollm2-135m")["verdicts"], read_study(paper)["verdicts"])
     with pytest.raises(ValueError, match="study of 'smollm2-135m', not of model='openai-community/gpt2'"):
         read_study(paper, "openai-community/gpt2")
+
+
+def study_texts(**kinds):
+    "Texts of a whole study by kind; the first is the baseline's."
+    held_out = {kind: planted.texts(4, 80, seed=8 + i) for i, kind in enumerate(kinds)}
+    return StudyTexts(kinds, held_out, [(f"w{5 + i} w{6 + i}", i % 2) for i in range(6)], "w4 {text}", ["w20", "w30"])
+
+
+def test_a_kind_of_text_may_have_any_name():
+    "Also that of a yardstick of the study itself."
+    plain, named = (_yardsticks(TOKENIZER, study_texts(topics=["w5"], **{name: ["w5"]}), WHOLE) for name in ("others", "full"))
+    for name in ("full", "short", "answers", "answers, short", "on topics"):
+        assert (named[name].data, named[name].measures, named[name].fingerprint) == (plain[name].data, plain[name].measures, plain[name].fingerprint)
+    assert named["on full"].fingerprint == plain["on others"].fingerprint
+    with pytest.raises(ValueError, match=r"fit has the kinds of text \['topics'\], held_out has \['topics', 'others'\]"):
+        StudyTexts({"topics": ["w5"]}, {"topics": ["w5"], "others": ["w5"]}, [])
+
+
+def test_further_texts_are_no_texts_of_the_baseline():
+    "Short ones neither: as many are passed over as the earlier sets read."
+    model, texts = planted.model(), planted.texts(100, 20)
+    wanted, length = wanted_networks(replace(WHOLE, more_texts=2, find=replace(SETTINGS, fit_tokens=400)), ["topics"]), SETTINGS.fit_length
+    read = [enough_texts(TOKENIZER, _further(model, TOKENIZER, texts, wanted[name]), 400, length) for name in ("baseline", "texts 1", "texts 2")]
+    assert [t for some in read for t in some] == texts[: sum(map(len, read))] and min(map(len, read)) > 400 // length
+
+
+def test_draws_of_different_sets_are_independent(world):
+    "Two sets of key neurons that are alike would otherwise share their controls."
+    model, found, yardsticks, _ = world
+    table = cross_task_study(bench(model), {"a": found, "b": found}, yardsticks, {"random": 2, "matched shuffle": 1})
+    drawn = table[table.arm.isin(["random", "matched shuffle"])]
+    assert drawn.groupby(["arm", "found_on"]).seed.apply(list).to_dict() == {("random", "a"): [0, 1], ("random", "b"): [2, 3], ("matched shuffle", "a"): [0], ("matched shuffle", "b"): [1]}
+    assert drawn.part.nunique() == len(drawn)
+
+
+def test_a_study_of_odd_texts_and_thresholds(tmp_path, capsys):
+    "The first fit text is one token, no unit passes the published threshold, fit_length is more than the model reads; the estimate minds none of it."
+    torch.manual_seed(0)
+    model = families.build("gpt2", max_position_embeddings=32)
+    settings = replace(
+        WHOLE, find=replace(SETTINGS, n_components=4, fit_tokens=200, fit_length=64), published=replace(WHOLE.published, alpha=50.0, fit_length=64, fit_tokens=200), ks=(3,), more_texts=0, more_seeds=(), recurrence_texts=0, draws=1, sample_tokens=16
+    )  # fmt: skip
+    tables = whole_study(model, TOKENIZER, tmp_path / "out", settings, study_texts(topics=["w5", *planted.texts(30, 80)]))
+    assert "in all about" in capsys.readouterr().err
+    assert tables["preservation"].note.str.startswith("alpha=50").all() and tables["union"].injected.dropna().between(0, 10).any()
+    name = json.loads((tmp_path / "out" / "study.json").read_text())["settings"]["find"]["model"]
+    assert name == "GPT2LMHeadModel" and set(read_study(tmp_path / "out", name)) == set(tables)
 
 
 def test_the_command_says_which_model_it_was(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Pins `verify`: an untouched run is confirmed to the digit and not written to; every exchanged file and every changed number is found and named; other versions are reported and are no fault; folders that are no run are refused; manifests say enough and not too much."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_faults import SMALL, small_run, small_world
 
-from llmfact_nb import run as run_module
+from llmfact_nb import measures, run as run_module
 from llmfact_nb.files import HEADER, save_tensors, write_json
 from llmfact_nb.resources import load_model
 from llmfact_nb.verify import COLUMNS, compared, disagreements, kind_of, verification_report, verify
@@ -187,6 +188,13 @@ def test_a_damaged_file_is_named(name, copied):
     assert path.name in str(e.value) or path.suffix == ".csv"
 
 
+def test_a_manifest_of_another_kind_is_named(copied):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"fingerprint": [1]}))
+    with pytest.raises(ValueError, match="run' is damaged, or no run"):
+        verify(copied, sample=0)
+
+
 def test_settings_of_another_version_are_named(copied):
     settings = json.loads((copied / "settings.json").read_text())
     settings["tail"] = "left, as in version 9"
@@ -252,24 +260,120 @@ def test_nothing_of_this_machine_in_a_manifest(finished):
 # a whole study
 
 
-@pytest.mark.slow
-def test_a_whole_study_is_confirmed_and_a_changed_cell_found(tmp_path):
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    "A finished study in the folder `study`, and its model beside it."
     import planted
     import test_faults as t
     import test_studies as s
 
-    planted.model().save_pretrained(tmp_path / "model")
-    s.TOKENIZER.save_pretrained(tmp_path / "model")
-    t.study_job(tmp_path / "study", load_model(tmp_path / "model")[0])
-    texts = t.study_texts()
-    table = verify(tmp_path / "study", sample=6, model=tmp_path / "model", texts=texts)
+    at = tmp_path_factory.mktemp("whole")
+    planted.model().save_pretrained(at / "model")
+    s.TOKENIZER.save_pretrained(at / "model")
+    t.study_job(at / "study", load_model(at / "model")[0])
+    return at
+
+
+@pytest.fixture
+def copied_study(study, tmp_path):
+    "A study to be tampered with."
+    shutil.copytree(study / "study", tmp_path / "study")
+    return tmp_path / "study"
+
+
+def verified(folder: Path, study: Path, sample: int = 0):
+    "`verify` with the model and the texts of the study."
+    from test_faults import study_texts
+
+    return verify(folder, sample=sample, model=study / "model", texts=study_texts(), progress=False)
+
+
+def test_an_untouched_study_is_confirmed(study, copied_study):
+    from test_faults import study_texts
+
+    table = verified(study / "study", study, sample=6)
     assert not len(disagreements(table)), verification_report(table)
-    write_json(tmp_path / "study" / "asked.json", {"model": str(tmp_path / "model"), "quick": True})  # what `llmfact figures --model` leaves there
-    assert not len(disagreements(verify(tmp_path / "study", sample=0, texts=texts)))
+    named = {what.partition(":")[0].replace(" ", "-") for what in table[table.part == "table"].what}
+    assert named == {p.stem for p in (study / "study" / "tables").glob("*.csv")} >= {"verdicts", "recurrence", "facts", "contrasts"}
     assert len(table[table.part == "losses"]) >= 7 and (table[table.part == "losses"].difference.abs() < 1e-6).all()
-    path = tmp_path / "study" / "tables" / "damage.csv"
-    lines = pd.read_csv(path, dtype=str, keep_default_na=False)
-    lines.loc[3, "value"] = str(float(lines.loc[3, "value"]) + 1e-5)
-    lines.to_csv(path, index=False)
-    wrong = disagreements(verify(tmp_path / "study", sample=0, model=tmp_path / "model", texts=texts))
-    assert len(wrong) == 1 and wrong.what.iloc[0].startswith("damage:")
+    write_json(copied_study / "asked.json", {"model": str(study / "model"), "quick": True})  # what `llmfact figures --model` leaves there
+    assert not len(disagreements(verify(copied_study, sample=0, texts=study_texts(), progress=False)))
+
+
+def cell(column: str, row: int, to):
+    "Change one cell; to what, or how."
+    return lambda t: t.assign(**{column: [(to(v) if callable(to) else to) if i == row else v for i, v in enumerate(t[column])]})
+
+
+FALSIFIED = {  # table -> how its cells, all words, are changed (None: it is deleted), and the row that says so
+    "words": {
+        "verdicts": (lambda t: t.assign(verdict="holds", here="99"), "verdicts: verdict, row"),
+        "union": (lambda t: t.assign(arm=t.arm.replace({"key": "random", "random": "key"})), "union: arm, row"),
+        "lesion": (lambda t: t.assign(data="moon"), "lesion: data, row 1 of"),
+        "amplification": (cell("counts", 1, "1 2 3"), "amplification: counts, row 2 of"),
+        "factors": (cell("setting", 0, "baseline"), "factors: setting, row 1 of"),
+        "contrasts": (cell("note", 0, "as planned"), "contrasts: note, row 1 of"),
+        "cross-task": (cell("part", 3, ""), "cross-task: part, row 4 of"),
+        "facts": (cell("value", 0, "many"), "facts: value, row 1 of"),
+    },
+    "numbers": {
+        "verdicts": (lambda t: t.assign(here="99"), "verdicts: largest"),
+        "recurrence": (lambda t: t.assign(similar="9"), "recurrence: largest"),
+        "damage": (cell("value", 3, lambda v: str(float(v) + 1e-5)), "damage: largest"),
+        "random-share": (cell("value", 2, ""), "random share: largest"),
+        "union": (cell("ci_low", 4, "inf"), "union: largest"),
+        "sizes": (cell("units", 5, lambda v: str(int(v) + 1)), "sizes: largest"),
+    },
+    "rows and columns": {
+        "sizes": (lambda t: t.drop(columns="depth"), "sizes: rows, and columns"),
+        "union": (lambda t: t.assign(approved="yes"), "union: rows, and columns"),
+        "verdicts": (lambda t: t[1:], "verdicts: rows, and columns"),
+        "networks": (lambda t: t[::-1], "networks: arm, row 1 of 2"),
+        "facts": (lambda t: t[:0], "facts: rows, and columns"),
+    },
+    "tables": {name: (None, f"{name}: the table") for name in ("verdicts", "recurrence", "facts", "contrasts", "lesion")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", FALSIFIED.values(), ids=FALSIFIED)
+def test_what_was_changed_in_a_study_is_found(changes, study, copied_study):
+    for name, (change, _) in changes.items():
+        path = copied_study / "tables" / f"{name}.csv"
+        if change is None:
+            path.unlink()
+        else:
+            change(pd.read_csv(path, dtype=str, keep_default_na=False)).to_csv(path, index=False)
+    table = verified(copied_study, study)
+    wrong = sorted(disagreements(table).what)
+    assert len(wrong) == len(changes) and all(what.startswith(says) for what, says in zip(wrong, sorted(says for _, says in changes.values()))), verification_report(table)
+    assert verification_report(table).splitlines()[-1] == f"NOT confirmed: {len(changes)} differ."
+
+
+def test_a_table_too_many_and_another_recurrence_are_found(study, copied_study):
+    "The verdicts rest on recurrence, so they differ with it."
+    shutil.copy(copied_study / "tables" / "sizes.csv", copied_study / "tables" / "models.csv")
+    path = next((copied_study / "recurrence").glob("topics-*-0.json"))
+    kept = json.loads(path.read_text())
+    kept["rows"][0]["similar"] += 1
+    path.write_text(json.dumps(kept))
+    assert [what.partition(",")[0] for what in disagreements(verified(copied_study, study)).what] == ["recurrence: largest relative difference", "verdicts: why", "models: the table"]
+
+
+@pytest.mark.parametrize("flipped, verdict", [(1, "agrees"), (2, "differs")])
+def test_of_an_accuracy_one_sentence_may_differ(flipped, verdict, study, monkeypatch):
+    "Other hardware lets a near-tie fall the other way."
+    honest = measures.label_accuracy
+
+    def elsewhere(*a, **kw):
+        found = honest(*a, **kw)
+        right = found.predictions == found.labels
+        some = (right if right.sum() >= flipped else ~right).nonzero()[:flipped, 0]
+        predictions = found.predictions.clone()
+        predictions[some] = torch.where(right[some], -1, found.labels[some])
+        return dataclasses.replace(found, predictions=predictions)
+
+    monkeypatch.setattr(measures, "label_accuracy", elsewhere)
+    table = verified(study / "study", study, sample=12)
+    accuracy = table.what.str.contains(": accuracy, one of 4 may flip")
+    assert accuracy.sum() > 1 and set(table[accuracy].verdict) == {verdict} and set(table[accuracy].difference.abs()) == {flipped / 4}
+    assert set(disagreements(table[~accuracy]).what) == set()
