@@ -143,7 +143,7 @@ def _without_nan(value):
     return None if isinstance(value, float) and value - value != 0 else str(value) if isinstance(value, Path) else value
 
 # %% ../nbs/12_cli.ipynb #dc6fa581
-_TYPED = {  # a name in a message: the options it can stand for. Where there are several, the one whose value is seen
+_TYPED = {  # a name in a message: the options it can stand for. Where there are several, the one whose value is seen, or none: it may be a file that nobody typed
     "n_components": ("k",), "ica_seed": ("seed",), "operation": ("mode",), "about": ("replace",), "n_tokens": ("tokens",), "max_new_tokens": ("tokens",), "prompt": ("generate",),
     "name": ("model", "texts", "names"), "path": ("file", "save", "html"), "folder": ("out", "folder", "tuning"), "out": ("out", "folder"),
 }  # fmt: skip
@@ -174,9 +174,10 @@ def in_options(
     "Return the message with options in place of the library's names."
 
     def option_of(name: str, seen: str | None = None) -> str | None:
-        there = [o for o in _TYPED.get(name, (name,)) if o in shown]
+        options = _TYPED.get(name, (name,))
+        there = [o for o in options if o in shown]
         same = [o for o in there if seen is not None and seen in (str(values.get(o)), *map(str, values[o] if isinstance(values.get(o), (list, tuple)) else ()))]
-        return shown[same[0]] if same else shown[there[0]] if len(there) == 1 else None
+        return shown[same[0]] if same else shown[there[0]] if there and len(options) == 1 else None
 
     def given(m: re.Match) -> str:
         flag = {"False": "without {}", "True": "{}"}.get(m[2])
@@ -965,7 +966,8 @@ def _about_folder(folder: Path) -> Answer:
     if kind is None:
         made = f"`llmfact run --out {folder}` makes a run there"
         raise FileNotFoundError(f"{str(folder)!r} {'holds nothing that is known here' if folder.is_dir() else 'is no folder'}; {made}.")
-    settings = read_json(folder / "settings.json") if kind in ("run", "tuned") else {}
+    needed = {"run": ("conditions", "control_seeds", "n_components"), "tuned": ()}
+    settings = read_json(folder / "settings.json", needed[kind]) if kind in needed else {}
     what, more = {"run": _about_run, "tuned": _about_tuning, "paper": _about_paper, "tuning": _about_study}[kind](folder, settings)
     sizes = {p.name + ("/" if p.is_dir() else ""): _size_of(p) for p in sorted(folder.iterdir())}
     about = {k: settings[k] for k in ("model", "texts") if k in settings} | more
@@ -989,10 +991,11 @@ def _about_tuning(folder: Path, settings: dict) -> tuple[str, dict]:
     from llmfact_nb.files import read_json
 
     if not (folder / "tuned.json").exists():
-        steps = sorted(int(p.name.rpartition("-")[2]) for p in (folder / "checkpoints").glob("checkpoint-*"))
+        steps = sorted(int(p.parent.name.rpartition("-")[2]) for p in (folder / "checkpoints").glob("checkpoint-*/trainer_state.json"))
         return f"a fine-tuning under way or interrupted; `llmfact finetune --out {folder}` with the same options goes on", {"last checkpoint": f"step {steps[-1]}" if steps else "none"}
-    facts = read_json(folder / "tuned.json")
-    return "a finished fine-tuning", {k: facts[k] for k in ("trained parameters", "loss before", "loss after", "frozen weights intact", "files")}
+    told = ("trained parameters", "loss before", "loss after", "frozen weights intact", "files")
+    facts = read_json(folder / "tuned.json", told)
+    return "a finished fine-tuning", {k: facts[k] for k in told}
 
 
 def _about_paper(folder: Path, settings: dict) -> tuple[str, dict]:

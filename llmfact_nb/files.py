@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from collections.abc import Iterator, Sequence
 
@@ -226,35 +226,44 @@ def sole_use(
 
     Raises BlockingIOError if another process, or another block of this one, holds the folder, NotADirectoryError if it is a file or would lie in one. Where the system knows no such hold (Windows, some network disks), the block runs without it."""
     folder = Path(folder)
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as e:
-        raise NotADirectoryError(e.errno, f"folder={str(folder)!r} cannot be made: there is a file of that name, or in place of a folder above it. Choose another folder") from e
-    with _held(folder):
+    while True:
+        made = not folder.exists()
         try:
-            yield folder
-        finally:
-            if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as e:
+            raise NotADirectoryError(e.errno, f"folder={str(folder)!r} cannot be made: there is a file of that name, or in place of a folder above it. Choose another folder") from e
+        try:
+            handle = _hold(folder)
+            break
+        except FileNotFoundError:
+            pass  # whoever held it before us has removed it, empty
+    try:
+        yield folder
+    finally:
+        if made:
+            with suppress(OSError):  # it is not empty
                 folder.rmdir()
+        if handle is not None:
+            os.close(handle)
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _hold(folder: Path) -> int | None:
+    "Lock the folder and return its handle, None where no locks are known. Raises BlockingIOError if it is held, FileNotFoundError if it went while we came."
     try:
         import fcntl
     except ImportError:
-        yield
-        return
+        return None
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        os.close(handle)
-        raise BlockingIOError(e.errno, f"folder={str(folder)!r} is in use: another process works there. Wait until it has ended, or choose another folder") from e
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise BlockingIOError(e.errno, f"folder={str(folder)!r} is in use: another process works there. Wait until it has ended, or choose another folder") from e
+        except OSError:
+            return handle  # a disk without locks
+        if not os.path.samestat(os.fstat(handle), os.stat(folder)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))  # what we hold has no name any more
     except OSError:
-        pass  # a disk without locks
-    try:
-        yield
-    finally:
         os.close(handle)
+        raise
+    return handle

@@ -193,7 +193,7 @@ def _invented_contrasts() -> list[dict]:
     rows = [row("union", "baseline", "key", against, 19, d, p=0.05) for against, d in (("random", 0.9), ("matched shuffle", 0.05))]
     for i, setting in enumerate(settings):
         rows += [row("factors", setting, "key", "random", 3, 0.7 + 0.05 * (i % 5)), row("factors", setting, "key", "matched shuffle", 3, 0.1 - 0.05 * (i % 4))]
-    return rows + [row("networks", "baseline", "network", "random", 19, 0.1, network=float(i), p=0.05 if i in (0, 4, 6) else 0.4) for i in range(10)]
+    return rows + [row("networks", "baseline", "network", "random", 19, 0.1, data="wiki", network=float(i), p=0.05 if i in (0, 4, 6) else 0.4) for i in range(10)]
 
 # %% ../nbs/11_paper_figures.ipynb #c7f32800
 def _invented_others() -> dict[str, "pd.DataFrame"]:
@@ -614,7 +614,7 @@ def plot_single_networks(
     fig = _figure(fig, (7.2, 0.24 * max(10, len(ours)) + 1.2))
     axes = fig.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.5]})
     _published_networks(axes[0])
-    ax, p = axes[1], _p_values(contrasts, measure)
+    ax, p = axes[1], _p_values(contrasts, measure, ours["data"].iloc[0])
     y = np.arange(len(ours))
     for row, of in zip(y, ours.itertuples()):
         theirs = draws[draws["network"] == of.network]["damage"].to_numpy()
@@ -653,12 +653,12 @@ def _published_networks(ax) -> None:
     _heading(ax, "Published", f"GPT-2 on AGNews, unmasked {normal:.1%}; no control, no interval", width=42)
 
 
-def _p_values(contrasts, measure: str) -> dict[float, float]:
-    "Network -> rank p-value against its random draws."
+def _p_values(contrasts, measure: str, data: str) -> dict[float, float]:
+    "Network -> rank p-value against its random draws on the same texts."
     if contrasts is None:
         return {}
-    frame = _frame(contrasts, "contrasts", ("study", "network", "measure", "against", "p"))
-    rows = frame[(frame["study"] == "networks") & (frame["measure"] == measure) & (frame["against"] == "random") & np.isfinite(frame["p"])]
+    frame = _frame(contrasts, "contrasts", ("study", "network", "data", "measure", "against", "p"))
+    rows = frame[(frame["study"] == "networks") & (frame["measure"] == measure) & (frame["data"] == data) & (frame["against"] == "random") & np.isfinite(frame["p"])]
     return dict(zip(rows["network"], rows["p"]))
 
 # %% ../nbs/11_paper_figures.ipynb #3b602636
@@ -674,7 +674,8 @@ def plot_cross_task(
     frame = _frame(cross_task, "cross-task", (*_DRAWN, "found_on", "note"))
     rows = _part(frame[frame["found_on"] != ""], "cross-task", measure="nats")
     part, left = _finite(rows, "damage", "cross-task")
-    part = part.assign(data=part["data"].str.removesuffix(", short"))
+    if part["data"].str.endswith(", short").all():  # else "wiki" and "wiki, short" would fall into one cell
+        part = part.assign(data=part["data"].str.removesuffix(", short"))
     arms = [a for a in ("key", "matched shuffle", "matched random", "random") if (part["arm"] == a).any()]
     kinds = list(dict.fromkeys(part["data"]))
     found = list(dict.fromkeys(part["found_on"]))
@@ -689,10 +690,11 @@ def plot_cross_task(
         ax.set_yticks(range(len(found)), [_drawable(k, 14) for k in found], parse_math=False)
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-        _heading(ax, f"{arm}{_seeds(of)}", _span(of["units"], "unit"), width=30)
+        draws = of.groupby(["found_on", "data"])["seed"].nunique()  # each kind has seeds of its own
+        _heading(ax, f"{arm}, {_span(draws, 'draw')}" if draws.any() else arm, _span(of["units"], "unit"), width=30)
     axes[0].set_ylabel("networks found on")
     missing = sorted(frame.loc[(frame["note"] != "") & (frame["found_on"] != ""), "found_on"].unique())
-    fig.supxlabel("; ".join(filter(None, ("damage measured on, nats per token (below: 95 % interval)", f"{_span(part['documents'], 'document')} of each kind", f"no networks: {', '.join(missing)}" if missing else "", left))), fontsize=8)
+    fig.supxlabel("; ".join(filter(None, ("damage measured on, nats per token (below: 95 % interval, the widest of the draws)", f"{_span(part['documents'], 'document')} of each kind", f"no networks: {', '.join(missing)}" if missing else "", left))), fontsize=8)
     bar = fig.colorbar(image, ax=axes, shrink=0.9, aspect=14, pad=0.01)
     bar.outline.set_linewidth(0.5)
     return fig
@@ -713,7 +715,7 @@ def _cell_texts(ax, of, found: Sequence[str], kinds: Sequence[str], norm) -> Non
 @_styled
 def plot_lesion(
     lesion,  # table of a lesion study
-    networks=None,  # table of a network study on the same texts: adds the control draws
+    networks=None,  # table of a network study: adds the control draws on the same texts
     ax=None,  # axes to draw on
 ):
     "Draw the damage of subtracting each component beside that of silencing its neurons, and of all of them, and return the Axes. Raises ValueError without the columns or rows."
@@ -723,7 +725,7 @@ def plot_lesion(
     draws = None
     if networks is not None:
         draws = _frame(networks, "networks", (*_DRAWN, "network"))
-        draws = draws[(draws["arm"] == "random") & (draws["measure"] == "nats") & np.isfinite(draws["damage"])]
+        draws = draws[(draws["arm"] == "random") & (draws["measure"] == "nats") & (draws["data"] == part["data"].iloc[0]) & draws["network"].isin(order) & np.isfinite(draws["damage"])]
     ax = _axes(ax, (7.2, 0.27 * len(order) + 1.5))
     labels = []
     for row, n in enumerate(order):
@@ -741,9 +743,9 @@ def plot_lesion(
     if draws is not None and len(draws):
         ax.plot([], [], linestyle="none", marker="|", markersize=9, color=_looks("random")[0], label=f"as many random neurons, {_span(draws.groupby('network').size(), 'draw')}")
     _rows_axis(ax, labels)
-    _damage_axis(ax, np.concatenate([part["damage"], part["ci_low"], part["ci_high"], [] if draws is None else draws.loc[draws["network"].isin(order), "damage"]]), "x")
+    _damage_axis(ax, np.concatenate([part["damage"], part["ci_low"], part["ci_high"], [] if draws is None else draws["damage"]]), "x")
     ax.set(xlabel="damage: nats per token over the unmasked model")
-    _heading(ax, "Components subtracted, and their neurons silenced", _measured_on(part), "no numbers published", left, width=90)
+    _heading(ax, "Components subtracted, and their neurons silenced", _measured_on(part), "no numbers published", "random neurons: not measured on these texts" if draws is not None and draws.empty else "", left, width=90)
     _legend_below(ax, 3)
     return ax
 
@@ -755,10 +757,15 @@ def plot_factors(
     measure: str = "nats",
     ax=None,  # axes to draw on
 ):
-    "Draw key minus control for the baseline and for every changed factor, with intervals, and return the Axes. Raises ValueError without the columns or rows."
+    """Draw key minus control for the baseline and for every changed factor, with intervals, and return the Axes.
+
+    All rows are of one kind of text, that with the most settings; settings measured on others are left out and counted. Raises ValueError without the columns or rows."""
     frame = _frame(contrasts, "contrasts", ("study", "setting", "arm", "against", "seeds", "units", "data", "measure", "difference", "ci_low", "ci_high"))
     changed = _part(frame, "contrasts", study="factors", arm="key", measure=measure)
-    base = frame[(frame["study"] == "union") & (frame["arm"] == "key") & (frame["measure"] == measure) & (frame["data"] == changed["data"].iloc[0])]
+    settings_on = changed.groupby("data", sort=False)["setting"].nunique()
+    data, elsewhere = settings_on.idxmax(), changed["setting"].nunique() - settings_on.max()
+    changed = changed[changed["data"] == data]
+    base = frame[(frame["study"] == "union") & (frame["arm"] == "key") & (frame["measure"] == measure) & (frame["data"] == data)]
     import pandas as pd
 
     part = pd.concat([base.assign(setting="baseline"), changed])
@@ -777,8 +784,9 @@ def plot_factors(
         ax.annotate(_drawable(text, 74), (0, settings.index(s)), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7, style="italic", color=FAINT, parse_math=False)
     _rows_axis(ax, [_drawable(s, 30) + (f": {_count(part.loc[part['setting'] == s, 'units'].iloc[0], 'unit')}" if (part["setting"] == s).any() else "") for s in settings])
     _damage_axis(ax, part[["difference", "ci_low", "ci_high"]], "x")
-    ax.set(xlabel="damage of the key neurons minus that of the control, nats per token")
-    _heading(ax, "One factor changed at a time", f"measured on {_drawable(changed['data'].iloc[0], 30)}; lines: 95 % interval over documents; no numbers published", left, width=90)
+    ax.set(xlabel=f"damage of the key neurons minus that of the control, {'nats per token' if measure == 'nats' else measure}")
+    lacks = (f"left out: {_count(elsewhere, 'setting')} measured on other texts" if elsewhere else "", "baseline: not measured on these texts" if base.empty else "")
+    _heading(ax, "One factor changed at a time", f"measured on {_drawable(data, 30)}; lines: 95 % interval over documents; no numbers published", *lacks, left, width=90)
     _legend_below(ax, 3)
     return ax
 
@@ -796,19 +804,23 @@ def plot_selections(
     fig=None,  # figure to draw on
 ):
     "Draw what every selection and control does, one row each, and return the Figure. Raises ValueError without the columns or rows."
+    import pandas as pd
+
     frame = _frame(union, "union", _DRAWN)
     frame = _part(frame, "union", arm=tuple(a for a in frame["arm"].unique() if a != "unmasked"))
     measures = [m for m in measures if (frame["measure"] == m).any()]
     if not measures:
         raise ValueError(f"union holds no measure that can be drawn; it holds {sorted(frame['measure'].unique())}, accepted: {', '.join(map(repr, _AXIS))}.")
-    arms, parts = _arms(frame), [_finite(_one_data(frame, "union", measure, None), "damage", "union") for measure in measures]
+    parts = [_finite(_one_data(frame, "union", measure, None), "damage", "union") for measure in measures]
+    shown = pd.concat([part for part, _ in parts])
+    arms = _arms(shown)
     fig = _figure(fig, (7.2, 0.33 * len(arms) + 1.3))
     axes = fig.subplots(1, len(measures), sharey=True, squeeze=False, gridspec_kw={"width_ratios": [1.5, *[1] * (len(measures) - 1)]})[0]
     for ax, measure, (part, left) in zip(axes, measures, parts):
         part = _with_ends(part)
         for row, arm in enumerate(arms):
             _forest_row(ax, row, part[part["arm"] == arm], _looks(arm))
-        _rows_axis(ax, [_selection_label(frame[frame["arm"] == arm], arm) for arm in arms], zero=measure != "accuracy")
+        _rows_axis(ax, [_selection_label(shown[shown["arm"] == arm], arm) for arm in arms], zero=measure != "accuracy")
         if measure == "accuracy":
             _level_lines(ax, part, "x")
             ax.set_xlim(max(0.0, part["low"].min() - 0.05), min(1.02, max(part["high"].max(), part["unmasked"].max()) + 0.05))
@@ -834,7 +846,8 @@ def _forest_row(ax, row: float, part, looks: tuple[str, str, str]) -> None:
 def _selection_label(part, arm: str) -> str:
     "The arm with its units, draws, and how near a matched control comes in variance."
     near = part["variance_ratio"].mean() if arm.startswith("matched") and "variance_ratio" in part else math.nan
-    return f"{_drawable(arm, 30)}\n{_span(part['units'], 'unit')}{_seeds(part)}" + (f", variance × {near:.2f}" if np.isfinite(near) else "")
+    draws = part.groupby("measure")["seed"].nunique()
+    return f"{_drawable(arm, 30)}\n{_span(part['units'], 'unit')}" + (f", {_span(draws, 'draw')}" if draws.any() else "") + (f", variance × {near:.2f}" if np.isfinite(near) else "")
 
 # %% ../nbs/11_paper_figures.ipynb #13840441
 def _published_tasks(ax, model: str, tasks: Sequence[str]) -> None:
@@ -853,7 +866,7 @@ def _published_tasks(ax, model: str, tasks: Sequence[str]) -> None:
 @_styled
 def plot_masked_tasks(
     union,  # table of a union study
-    random_share=None,  # table of the study of random 15 %
+    random_share=None,  # table of the study of random 15 %: adds its rows on the same sentences
     fig=None,  # figure to draw on
 ):
     "Draw scores unmasked, with random and with key units masked, published (the paper's Tables 5-7) and here, and return the Figure. Raises ValueError if `union` has no accuracy."
@@ -872,9 +885,11 @@ def plot_masked_tasks(
     rows = [(a, part[part["arm"] == a]) for a in ("key", "matched shuffle", "matched random", "random") if (part["arm"] == a).any()]
     if random_share is not None:
         share = _frame(random_share, "random share", (*_DRAWN, "about", "positions"))
-        share = share[(share["arm"] != "unmasked") & (share["arm"] != "all off") & (share["measure"] == "accuracy") & (share["about"] == "zero") & np.isfinite(share["value"])]
+        share = share[~share["arm"].isin(("unmasked", "all off")) & (share["measure"] == "accuracy") & (share["data"] == part["data"].iloc[0]) & (share["about"] == "zero") & np.isfinite(share["value"])]
         if len(share):
             rows.append(("random 15 %", _with_ends(share)))
+        else:
+            left = "; ".join(filter(None, (left, "random 15 %: not measured on these texts")))
     ax = axes[3]
     for i, (arm, of) in enumerate(rows):
         _forest_row(ax, i, of, _looks(arm))
@@ -1190,7 +1205,7 @@ def _networks_here(table, contrasts) -> tuple["pd.DataFrame", str]:
     for name, of in (("draws", draws.size()), ("random, mean damage", draws.mean()), ("random, lowest", draws.min()), ("random, highest", draws.max())):
         rows[f"here: {name}"] = of
     if contrasts is not None:
-        rows["here: p"] = rows.index.map(_p_values(contrasts, "nats"))
+        rows["here: p"] = rows.index.map(_p_values(contrasts, "nats", ours["data"].iloc[0]))
     rows.index = rows.index.astype(int)
     return rows, f"Here: damage in nats per token on {_measured_on(ours)}, with 95 % interval; random: as many units of the same layers."
 
@@ -1219,12 +1234,13 @@ def _ablation_here(union, random_share) -> tuple["pd.DataFrame", str]:
         row |= {f"here: {arm}": beside.loc[beside["arm"] == arm, "value"].mean() for arm in ("random", "matched random", "matched shuffle")}
         if wide is not None:
             row["here: random 15 %"] = wide.loc[(wide["data"] == of.data) & (wide["measure"] == of.measure) & (wide["about"] == "zero") & ~wide["arm"].isin(("unmasked", "all off")), "value"].mean()
-        if "majority" in beside and np.isfinite(beside["majority"].iloc[0]):
+        if of.measure == "accuracy" and "majority" in beside:
             row |= {"here: chance": beside["chance"].iloc[0], "here: majority": beside["majority"].iloc[0]}
         rows.append(row)
-    return pd.DataFrame(rows).dropna(
-        axis=1, how="all"
-    ), "Here: nats per token or of the right answer (lower is better) and accuracy; low and high: 95 % interval of the difference to unmasked; random and matched: mean over draws of as many units; random 15 %: set to zero."
+    return (
+        pd.DataFrame(rows).dropna(axis=1, how="all"),
+        "Here: nats per token or of the right answer (lower is better) and accuracy; low and high: 95 % interval of the difference to unmasked; random and matched: mean over draws of as many units; random 15 %: set to zero, where it was measured on the same data.",
+    )
 
 # %% ../nbs/11_paper_figures.ipynb #7851e8a8
 def _with_values(part) -> "pd.DataFrame":

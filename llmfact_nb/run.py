@@ -21,8 +21,8 @@ import torch
 
 from .activations import capture
 from .connectivity import network_time_courses
-from .experiments import PRESETS, Found, Settings, claim_folder, condition_name, find_networks, first_texts, run_experiment
-from .files import from_home, load_tensors, read_json, reading, save_tensors, sole_use, write_json, write_text
+from .experiments import FACTS, PRESETS, Found, Settings, claim_folder, condition_name, find_networks, first_texts, forget_networks, run_experiment
+from .files import digest, from_home, load_tensors, read_header, read_json, reading, save_tensors, sole_use, write_json, write_text
 from .evaluate import EvalSet
 from .measures import model_fingerprint
 from .networks import FunctionalNetworks
@@ -70,22 +70,21 @@ def held_out_courses(
     found: Found,  # fitted networks
     settings: Settings,  # for the threshold
     folder: Path,  # of the run; a finished part is taken from here
-    read: Callable[[], tuple],  # gives (activations on the run's held-out texts, tokenizer); called only if the part is missing
+    read: Callable[[], tuple],  # gives (activations on the run's held-out texts, tokenizer); called only if the part is missing, or belongs to other networks
 ) -> HeldOut:
     "Return the networks' time courses on the run's held-out texts."
-    path = _courses_of(folder)
-    if not path.exists():
+    path, networks = Path(folder) / _COURSES, digest(found.networks.mixing_)
+    if not path.exists() or read_header(path, "courses").get("networks") != networks:
         acts, tokenizer = read()
         ordinary = ~acts.sinks  # a sink token's values would decide every correlation
         courses = network_time_courses(acts, found.networks.masks(*reading_rule(found, settings)), standardize=True)[ordinary]
         tokens = [tokenizer.decode([t]) for t in acts.token_ids[ordinary].tolist()]
         fitted = found.networks.transform(acts)[ordinary]
-        save_tensors(path, {"means": courses, "fitted": fitted, "text_ids": acts.text_ids[ordinary]}, "courses", {"tokens": tokens})
+        save_tensors(path, {"means": courses, "fitted": fitted, "text_ids": acts.text_ids[ordinary]}, "courses", {"tokens": tokens, "networks": networks})
     return _read_courses(path, found)
 
 
-def _courses_of(folder: Path) -> Path:
-    return folder / "parts" / "courses.safetensors"
+_COURSES = "parts/courses.safetensors"
 
 
 def _read_courses(path: Path, found: Found) -> HeldOut:
@@ -271,7 +270,9 @@ def find_into(
     check_folder(folder, settings, beside)
     if not has_networks(folder):
         with sole_use(folder):
-            _find_into(settings, folder, load, texts, progress, beside)
+            check_folder(folder, settings, beside)  # once more: until now it may have been another's
+            if not has_networks(folder):
+                _find_into(settings, folder, load, texts, progress, beside)
     return read_found(folder)[1]
 
 
@@ -281,6 +282,7 @@ def _find_into(settings: Settings, folder: str | os.PathLike, load: Callable[[],
     found = find_networks(model, tokenizer, fit_texts, settings, progress)
     parts = claim_folder(folder, settings, beside) / "parts"
     held_out = EvalSet(tokenizer, first_texts(texts("eval"), settings.eval_texts), max_length=settings.eval_length)
+    forget_networks(folder)
     write_json(parts / "loaded.json", _loaded_facts(model, tokenizer, held_out))
     save_tensors(parts / "statistics.safetensors", {"mean": found.mean, "variance": found.variance}, "statistics")
     found.networks.save(Path(folder) / "networks.safetensors")
@@ -294,7 +296,7 @@ def check_folder(
 ) -> None:
     "Return if a run with these settings can begin or go on there; nothing is written. Raises ValueError if the folder belongs to another run or to something else, OSError if it cannot be written."
     folder = Path(folder)
-    if has_networks(folder):
+    if all((folder / name).exists() for name in ("settings.json", "parts/facts.json")):
         claim_folder(folder, settings, beside)  # compares
     elif (folder / "settings.json").exists() and "conditions" not in read_json(folder / "settings.json"):
         raise ValueError(f"out={str(folder)!r} holds something else, such as a fine-tuning: its settings.json is not a run's. Choose another folder.")
@@ -326,7 +328,7 @@ def read_found(
     with reading(folder / "parts" / "statistics.safetensors", "set of statistics"):
         if any(statistics[k].shape != (sum(networks.widths),) or not torch.isfinite(statistics[k]).all() for k in ("mean", "variance")):
             raise ValueError(f"mean and variance are not one finite number for each of {sum(networks.widths)} neurons")
-    return settings, Found(networks, statistics["mean"], statistics["variance"], read_json(folder / "parts" / "facts.json"))
+    return settings, Found(networks, statistics["mean"], statistics["variance"], read_json(folder / "parts" / "facts.json", FACTS))
 
 # %% ../nbs/11_run.ipynb #032c878e
 class Sources:
@@ -410,7 +412,7 @@ def read_run(
     "Return the run as its files tell it. Raises FileNotFoundError, saying what is missing, if it is not finished."
     folder = Path(folder)
     settings, found = read_found(folder)
-    missing = [name for name in ("results.csv", "manifest.json", "parts/courses.safetensors") if not (folder / name).exists()]
+    missing = [name for name in ("results.csv", "manifest.json", _COURSES) if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(f"{str(folder)!r} holds networks but no finished run: it lacks {', '.join(missing)}. `llmfact run --out {folder}` with the same options goes on from there.")
     exactly = dict.fromkeys(("share", "nats", "damage", "ci_low", "ci_high", "perplexity"), lambda text: float(text or "nan"))  # to the last digit
@@ -424,7 +426,7 @@ def read_run(
     facts = read_json(folder / "manifest.json", ("found",))["found"]
     with reading(folder / "manifest.json", "manifest of a run"):
         summary(dataclasses.replace(found, facts=facts), results, settings)  # the facts it needs are there
-    return Run(folder, settings, dataclasses.replace(found, facts=facts), results, _read_courses(_courses_of(folder), found))
+    return Run(folder, settings, dataclasses.replace(found, facts=facts), results, _read_courses(folder / _COURSES, found))
 
 # %% ../nbs/11_run.ipynb #32e3b491
 def run_settings(
@@ -448,8 +450,8 @@ def run_settings(
             write_page(found, settings, folder / "networks.html", sources.read)
         write_text(folder / "results.csv", results.to_csv(index=False))
         write_text(folder / "networks.csv", run.networks().to_csv(index=False))
-        of_files = {name: sha256_of(folder / name) for name in ("settings.json", "networks.safetensors", "networks.csv", "results.csv", "parts/statistics.safetensors", "parts/courses.safetensors")}
-        write_json(folder / "manifest.json", _manifest(found, settings, read_json(folder / "parts" / "loaded.json")) | {"files": of_files})
+        of_files = {name: sha256_of(folder / name) for name in ("settings.json", "networks.safetensors", "networks.csv", "results.csv", "parts/statistics.safetensors", _COURSES)}
+        write_json(folder / "manifest.json", _manifest(found, settings, read_json(folder / "parts" / "loaded.json", ("model", "fingerprint", "held-out tokens", "versions", "machine"))) | {"files": of_files})
         note("drawing figures ...", progress)
         publish(run)
     return run

@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .cost import LIBRARIES, Cost, bytes_to_fetch, conversion_bytes, model_size, pace
 from .experiments import file_marks
-from .files import read_json, sole_use, write_json, write_text
+from .files import from_home, read_json, sole_use, write_json, write_text
 from .finetune import MODES, NeuronTuningConfig, get_neuron_model, merge_and_unload
 from .forward import padded
 from .masks import NeuronMask
@@ -61,7 +61,8 @@ class TuneSettings:
         lr = (1e-3 if self.mode == "selected" else 1e-4) if self.lr is None else self.lr
         if not 0 < lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"lr={lr!r}, weight_decay={self.weight_decay!r}: accepted are a rate above 0 and a decay of at least 0.")
-        object.__setattr__(self, "lr", lr)
+        for name, value in {"lr": lr, "model": from_home(str(self.model)), "texts": from_home(str(self.texts))}.items():
+            object.__setattr__(self, name, value)
 
 # %% ../nbs/11_tune.ipynb #0983dd6d
 def collate(
@@ -152,8 +153,10 @@ def _tuned(model: nn.Module, tokenizer, settings: TuneSettings, train: Sequence[
     "Train what is trainable, in a claimed folder; return the facts."
     from llmfact_nb.resources import no_bars
 
-    if not (folder / "start.json").exists():
-        write_json(folder / "start.json", {"loss": score(model, test).loss})  # nothing has moved yet
+    start = folder / "start.json"
+    if not start.exists():
+        write_json(start, {"loss": score(model, test).loss})  # nothing has moved yet
+    before = read_json(start, ("loss",))["loss"]  # now: after the training it would be too late to say that it is damaged
     tuning, frozen = model.neuron_tuning, model.neuron_tuning.frozen_digests()
     note(str(tuning), progress)
     with no_bars(True):  # one for each checkpoint would be a wall
@@ -161,7 +164,7 @@ def _tuned(model: nn.Module, tokenizer, settings: TuneSettings, train: Sequence[
     facts = {
         "settings": asdict(settings), "trained parameters": tuning.n_trained, "parameters": sum(p.numel() for n, p in model.named_parameters() if n in tuning.requires_grad),
         "neurons": {name: m.n for name, m in tuning.networks.items()}, "training windows": len(train), "held-out windows": len(test), "held-out tokens": sum(len(e.ids) - e.start for e in test),
-        "loss before": read_json(folder / "start.json")["loss"], "loss after": score(model, test).loss,
+        "loss before": before, "loss after": score(model, test).loss,
         "frozen weights intact": tuning.frozen_digests() == frozen if frozen else None,
     }  # fmt: skip
     if facts["frozen weights intact"] is False:
@@ -181,6 +184,9 @@ def _train(model: nn.Module, settings: TuneSettings, train: Sequence[Example], c
         weight_decay=settings.weight_decay, seed=settings.seed, data_seed=settings.seed, lr_scheduler_type="linear", save_strategy="steps", save_steps=save_every, save_total_limit=1,
         logging_steps=1, report_to="none", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, use_cpu=model.device.type == "cpu",
     )  # fmt: skip
+    for checkpoint in checkpoints.glob("checkpoint-*"):
+        if not _is_whole(checkpoint):
+            shutil.rmtree(checkpoint)
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     note(f"going on from {last}" if last else "training from the start", progress)
     with progress_bar(settings.steps, f"fine-tune {settings.mode}", "step", progress) as bar:
@@ -194,16 +200,30 @@ def _train(model: nn.Module, settings: TuneSettings, train: Sequence[Example], c
     return trainer.state.log_history
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    "Tell whether the Trainer came to the end of writing it: its state is the last thing written."
+    try:
+        return "global_step" in read_json(checkpoint / "trainer_state.json")
+    except (OSError, ValueError):
+        return False
+
+
 def _finished(folder: Path, settings: TuneSettings, merge: bool, device: str | None, load_options: dict) -> dict:
-    "The facts of a finished folder, to which the merged model is added if it is wanted now."
-    facts = read_json(folder / "tuned.json")
-    if merge and "model" not in facts["files"]:
+    "The facts of a finished folder; the merged model is made from the neurons if it is wanted now, or was lost. Raises FileNotFoundError if something else was."
+    facts = read_json(folder / "tuned.json", _FACTS)
+    missing = {name for name in (*facts["files"], *(["model"] if merge else [])) if not (folder / name).exists()}
+    if missing - {"model"} or (missing and not (folder / "neurons.safetensors").exists()):
+        raise FileNotFoundError(f"out={str(folder)!r} holds a finished fine-tuning, but it lacks {', '.join(sorted(missing))}. Put back what is missing, or delete tuned.json there; then the same call trains again.")
+    if missing:
         from llmfact_nb.resources import load_model
 
         model, tokenizer = load_model(settings.model, device=device, **load_options)
         facts["files"] = _keep(load_neurons(model, folder / "neurons.safetensors", verbose=False), tokenizer, folder, merge)
         write_json(folder / "tuned.json", facts)
     return facts
+
+
+_FACTS = ("trained parameters", "parameters", "held-out tokens", "loss before", "loss after", "frozen weights intact", "files")  # those that are read again
 
 
 def _keep(model: nn.Module, tokenizer, folder: Path, merge: bool) -> list[str]:

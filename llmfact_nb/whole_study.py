@@ -290,15 +290,15 @@ def study_tables(
     tables["lesion"] = lesion_study(bench, base, short, which, sample=sample)
     on = {kind: base if i == 0 else found[f"found on {kind}"] for i, kind in enumerate(kinds)}
     tables["cross-task"] = pd.concat([
-        cross_task_study(bench, {k: c for k, c in on.items() if isinstance(c, Candidates)}, [yard[f"on {k}"] for k in kinds], {"random": 2, "matched shuffle": 1}),
+        cross_task_study(bench, {k: c for k, c in on.items() if isinstance(c, Candidates)}, [yard[f"on {k}"] for k in kinds], {"random": 2, "matched shuffle": s.seeds}),
         *(_noted("cross-task", "baseline", c, found_on=k) for k, c in on.items() if isinstance(c, str)),
     ], ignore_index=True)  # fmt: skip
     tables["random share"] = _random_share(bench, base, [*both, yard["answers"]], s)
-    parts = [_named(union_study(bench, base, short, few, c, ["key"], keep=False), f"{c[0]}, {c[1]}") for c in (("zero", "after-first"), ("zero", "all"))]
+    arms: dict[str, Any] = {"yardsticks": full, "controls": {c: s.seeds for c in CONTROLS}, "keep": True} if s.grid else {"yardsticks": short, "controls": few, "selections": ["key"], "keep": False}
+    parts = [_named(union_study(bench, base, condition=c, **arms), f"{c[0]}, {c[1]}") for c in (("zero", "after-first"), ("zero", "all"))]
     if base.key_rule.get("fraction") is not None:
         by_alpha = replace(base, key_rule={"alpha": 3.6, "tail": "both", "fraction": None})
-        parts.append(_named(union_study(bench, by_alpha, short, few, MEAN, ["key"], keep=False), "alpha 3.6") if by_alpha.networks.key_neurons(3.6, "both").n else _noted("union", "alpha 3.6", "no unit passes alpha 3.6"))
-    arms: dict[str, Any] = {"yardsticks": full, "controls": {c: s.seeds for c in CONTROLS}, "keep": True} if s.grid else {"yardsticks": short, "controls": few, "selections": ["key"], "keep": False}
+        parts.append(_named(union_study(bench, by_alpha, **arms), "alpha 3.6") if by_alpha.networks.key_neurons(3.6, "both").n else _noted("union", "alpha 3.6", "no unit passes alpha 3.6"))
     for name, of in found.items():
         if name.startswith(("site", "kind", "standardize", "exclude", "k ", "ICA seed", "texts")):
             parts.append(_named(union_study(bench, of, **arms), name) if isinstance(of, Candidates) else _noted("union", name, of))

@@ -364,6 +364,17 @@ def test_messages_speak_of_options():
     assert in_options("the file /a/n_init.json and 'n_init' stay, n_init is named", shown, typed) == "the file /a/n_init.json and 'n_init' stay, --n-init is named"
 
 
+def test_a_file_that_nobody_typed_is_no_option():
+    shown = {"html": "--html", "out": "--out", "file": "--file", "model": "--model"}
+    values = {"html": None, "out": Path("out/run"), "file": Path("m.safetensors"), "model": "lama"}
+    at = "'out/run/networks.safetensors' is damaged"
+    for one in ("html", "file"):
+        assert in_options(f"path={at}", {one: shown[one]}, values) == at
+    assert in_options(f"path={at}", shown, values) == at and in_options("folder='out/run/parts' is in use", shown, values) == "'out/run/parts' is in use"
+    assert in_options("path='m.safetensors' is damaged", shown, values) == "--file 'm.safetensors' is damaged"
+    assert in_options("folder='out/run' is in use; name='other'", {"out": "--out", "model": "--model"}, values) == "--out 'out/run' is in use; 'other'"
+
+
 def test_choices_are_those_of_the_library():
     for field, how in SETTINGS.values():
         for value in (typing.get_args(how)[1].metavar or "").split("|"):
@@ -449,6 +460,31 @@ def test_a_damaged_part_is_named(tiny, whole, tmp_path):
     arm.write_bytes(arm.read_bytes()[:-10])
     _, said = llmfact(run_line(tiny, out), 1)
     assert arm.name in said and "damaged" in said
+
+
+def test_damaged_networks_are_no_option(tiny, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    (out / "networks.safetensors").write_bytes((out / "networks.safetensors").read_bytes()[:-10])
+    for line in (f"networks --out {out}", f"mask --out {out} --key", f"finetune --run {out} --out {tmp_path / 't'}"):
+        said = llmfact(line, 1)[1]
+        assert f"error: '{out / 'networks.safetensors'}' is damaged" in said, said
+
+
+def test_incomplete_notes_are_named(tiny, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole[0], out)
+    runs, tuned = (f"networks --out {out}", run_line(tiny, out)), tmp_path / "tuned"
+    llmfact(f"finetune --run {whole[0]} --texts {tiny / 'texts.jsonl'} --steps 1 --out {tuned}")
+    tunings = (f"finetune --run {whole[0]} --texts {tiny / 'texts.jsonl'} --steps 1 --out {tuned}", f"info {tuned}")
+    cases = [(out / "parts" / "facts.json", "{}", runs, "tokens used"), (out / "settings.json", '{"conditions": []}', (f"info {out}",), "control_seeds"), (tuned / "tuned.json", "{}", tunings, "loss before")]
+    for path, content, lines, lacks in cases:
+        before = path.read_text()
+        path.write_text(content)
+        for line in lines:
+            said = llmfact(line, 1)[1]
+            assert f"{path} is incomplete: it lacks" in said and lacks in said, said
+        path.write_text(before)
 
 
 def test_help_teaches_and_is_light():

@@ -32,7 +32,7 @@ from llmfact_nb.experiments import Settings
 from llmfact_nb.files import digest, load_tensors, save_tensors, sole_use, write_json, write_text
 from llmfact_nb.networks import FunctionalNetworks
 from llmfact_nb.resources import RESOURCES, Resource, fetch, is_whole, seal
-from llmfact_nb.run import read_run, run_settings
+from llmfact_nb.run import Sources, find_into, has_networks, read_run, run_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:FastICA has not converged")
 SMALL = dict(n_components=3, n_init=2, fit_tokens=300, fit_length=48, eval_texts=3, eval_length=30, control_seeds=1, fraction=0.1, conditions=(("mean", "after-first"), ("zero", "all")))
@@ -231,6 +231,101 @@ def test_other_faults_in_the_middle_of_an_arm(error, in_memory, world, undisturb
     thrown("layer", 12, in_memory, world, tmp_path, undisturbed, error)
 
 
+# networks that are found again
+
+
+@pytest.fixture
+def another_order(in_memory, monkeypatch):
+    "From now on components come in another order, as another number of threads can order them."
+    honest = run_module.find_networks
+
+    def find(*args):
+        found = honest(*args)
+        for name in ("mixing_", "rotation_", "sign_", "stability_", "maps_"):
+            setattr(found.networks, name, getattr(found.networks, name)[[2, 0, 1]])
+        found.networks.time_courses_ = found.networks.time_courses_[:, [2, 0, 1]]
+        return found
+
+    return lambda: monkeypatch.setattr(run_module, "find_networks", find)
+
+
+def test_networks_found_again_leave_nothing_of_the_old_ones(world, another_order, tmp_path):
+    "Their file was damaged, and deleted as the message says; the folder becomes that of a run that found these networks at once."
+    small_run(world, tmp_path / "run")
+    old = tables(tmp_path / "run")
+    (tmp_path / "run" / "networks.safetensors").unlink()
+    another_order()
+    for name in ("run", "fresh"):
+        small_run(world, tmp_path / name)
+    assert tables(tmp_path / "run") == tables(tmp_path / "fresh")
+    assert {name for name, of in tables(tmp_path / "run").items() if of == old[name]} == {"results.csv"}, "they are others indeed, whose key neurons are the same all together"
+
+
+@pytest.mark.parametrize("place", ["statistics.safetensors", "networks.safetensors", "facts.json"])
+def test_new_networks_and_old_facts_are_no_whole(place, world, another_order, tmp_path, monkeypatch):
+    "It breaks as the file is to be written."
+    small_run(world, tmp_path / "run")
+    (tmp_path / "run" / "networks.safetensors").unlink()
+    another_order()
+    replace = os.replace
+    with monkeypatch.context() as m, pytest.raises(Fault):
+        m.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(Fault()) if Path(target).name == place else replace(source, target))
+        small_run(world, tmp_path / "run")
+    assert not has_networks(tmp_path / "run") and not [name for name in ("results.csv", "manifest.json", "networks.html") if (tmp_path / "run" / name).exists()]
+    for name in ("run", "fresh"):
+        small_run(world, tmp_path / name)
+    assert tables(tmp_path / "run") == tables(tmp_path / "fresh")
+
+
+def test_a_folder_without_a_run_keeps_files_of_such_names(in_memory, world, tmp_path):
+    (tmp_path / "manifest.json").write_text("mine")
+    sources = Sources(Settings(model=str(world / "model"), texts=str(world / "texts.jsonl"), **SMALL), progress=False)
+    find_into(sources.settings, tmp_path, sources.load, sources.texts, progress=False)
+    assert has_networks(tmp_path) and (tmp_path / "manifest.json").read_text() == "mine"
+
+
+def test_other_settings_are_refused_before_networks_are_found_again(in_memory, world, tmp_path, monkeypatch):
+    small_run(world, tmp_path)
+    (tmp_path / "networks.safetensors").unlink()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    monkeypatch.setattr(run_module, "find_networks", lambda *_: pytest.fail("refused at once"))
+    with pytest.raises(ValueError, match="n_components: 3 there, 4 now"):
+        small_run(world, tmp_path, n_components=4)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_courses_of_other_networks_are_made_again(world, another_order, tmp_path):
+    small_run(world, tmp_path / "old")
+    another_order()
+    small_run(world, tmp_path / "new")
+    whole, at = tables(tmp_path / "new"), tmp_path / "new" / "parts" / "courses.safetensors"
+    at.write_bytes((tmp_path / "old" / "parts" / "courses.safetensors").read_bytes())
+    small_run(world, tmp_path / "new")
+    assert tables(tmp_path / "new") == whole
+
+
+def test_networks_that_another_found_meanwhile_are_not_found_again(in_memory, world, tmp_path, monkeypatch):
+    "Between the look into the folder and the hold on it, another process came and went."
+    settings = Settings(model=str(world / "model"), texts=str(world / "texts.jsonl"), **SMALL)
+    sources, hold = Sources(settings, progress=False), run_module.sole_use
+
+    def find(k=3):
+        monkeypatch.setattr(run_module, "sole_use", hold)
+        monkeypatch.setattr(run_module, "find_networks", lambda *a: (asked.append(k), honest(*a))[1])
+        return find_into(Settings(**{**vars(settings), "n_components": k}), out, sources.load, sources.texts, progress=False, beside=sources.beside)
+
+    asked, honest = [], run_module.find_networks
+    for k, out in ((3, tmp_path / "same"), (4, tmp_path / "other")):
+        asked.clear()
+        monkeypatch.setattr(run_module, "sole_use", lambda folder, k=k: (find(k), hold(folder))[1])
+        if k == 3:
+            find_into(settings, out, sources.load, sources.texts, progress=False, beside=sources.beside)
+        else:
+            with pytest.raises(ValueError, match="n_components: 4 there, 3 now"):
+                find_into(settings, out, sources.load, sources.texts, progress=False, beside=sources.beside)
+        assert asked == [k]
+
+
 # a full disk
 
 
@@ -385,6 +480,40 @@ def test_a_folder_that_stayed_empty_goes_again(tmp_path):
     for name in ("new/a", "new/a/b"):
         with pytest.raises(NotADirectoryError, match=f"{name}' cannot be made: there is a file"), sole_use(tmp_path / name):
             pass
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_hold_is_on_the_folder_that_has_the_name(moment, tmp_path, monkeypatch):
+    "The first, refused, removes the empty folder just as the second takes it."
+    first, opened, run = sole_use(tmp_path / "run"), os.open, tmp_path / "run"
+    first.__enter__()
+
+    def open_(path, *flags):
+        monkeypatch.setattr(os, "open", opened)
+        if moment == "before it is opened":
+            first.__exit__(None, None, None)
+        handle = opened(path, *flags)
+        if moment == "before it is locked":
+            first.__exit__(None, None, None)
+        return handle
+
+    monkeypatch.setattr(os, "open", open_)
+    with sole_use(run):
+        assert run.is_dir()
+        with pytest.raises(BlockingIOError), sole_use(run):
+            pass
+    assert not run.exists(), "the second made it anew, so it goes with the second"
+
+
+def test_a_folder_that_cannot_go_hides_no_fault(tmp_path, monkeypatch):
+    "Another wrote into it at the last moment."
+    rmdir = Path.rmdir
+    monkeypatch.setattr(Path, "rmdir", lambda self: ((self / "late").touch(), rmdir(self)))
+    with pytest.raises(Fault), sole_use(tmp_path / "run"):
+        raise Fault
+    assert (tmp_path / "run" / "late").exists()
+    with sole_use(tmp_path / "run"):
+        pass  # and it is free
 
 
 def test_a_held_folder_is_read_and_not_written(in_memory, world, tmp_path, monkeypatch):

@@ -218,6 +218,111 @@ def test_paper_tables_hold_published_numbers_and_the_studys():
             paper.paper_table(wrong)
 
 
+def row(arm: str, value: float, data: str, measure: str = "accuracy", **of) -> dict:
+    "A measured row; each set of sentences has an unmasked model and a majority of its own."
+    unmasked, majority, items = {"sentences": (0.81, 0.6, 500), "sentences, short": (0.8, 0.7, 60)}.get(data, (3.0, np.nan, 20_000 if data == "wiki" else 1_000))
+    damage = unmasked - value if measure == "accuracy" else value - unmasked
+    of = {"study": "union", "setting": "baseline", "seed": np.nan, "units": 461, "broken": False, "documents": items, "items": items, "about": "mean", "positions": "after-first", "majority": majority, "chance": 0.5} | of
+    return {"arm": arm, "data": data, "measure": measure, "value": value, "unmasked": unmasked, "damage": damage, "ci_low": damage - 0.05, "ci_high": damage + 0.05} | of
+
+
+def two_sets() -> tuple[pd.DataFrame, list[dict], list[dict]]:
+    "A union on all sentences, and 15 % at random on 60 of them and on all."
+    union = pd.DataFrame([row(arm, value, "sentences", measure, seed=seed) for measure in ("accuracy", "label nats") for arm, value, seed in (("unmasked", 0.81, np.nan), ("key", 0.71, np.nan), ("random", 0.79, 0), ("random", 0.77, 1))])
+    draws = lambda data, values: [row("random 15 %", v, data, m, seed=s, about=about, units=6_912) for m in ("accuracy", "label nats") for s, v in enumerate(values) for about in ("zero", "mean")]
+    return union, draws("sentences, short", (0.7, 0.7)), draws("sentences", (0.55, 0.65))
+
+
+def test_random_15_percent_stands_only_beside_rows_on_the_same_sentences():
+    union, short, long = two_sets()
+    for share, drawn, values in ((short, False, None), (short + long, True, [0.55, 0.65]), (long, True, [0.55, 0.65])):
+        here = paper.plot_masked_tasks(union, pd.DataFrame(share)).axes[3]
+        rows = [t.get_text().split("\n")[0] for t in here.get_yticklabels()]
+        assert rows == ["key", "random", *["random 15 %"] * drawn]
+        assert ("random 15 %: not measured on these texts" in said(here)) != drawn
+        points = sorted(x for of in here.lines if of.get_linestyle() == "None" for x in of.get_xdata())
+        assert points == pytest.approx(sorted([0.71, 0.77, 0.79, *(values or [])]))
+        table = paper.paper_table(5, {"union": union, "random share": pd.DataFrame(share)})
+        for measure in ("accuracy", "label nats"):
+            ours = table.set_index(["task", "measure"]).loc[("sentences", measure)]
+            assert ours["here: random 15 %"] == pytest.approx(0.6) if drawn else "here: random 15 %" not in table
+            assert ours["here: random"] == pytest.approx(0.78)
+
+
+def test_levels_of_guessing_belong_to_accuracy_alone():
+    table = paper.paper_table(5, {"union": two_sets()[0]}).set_index(["task", "measure"])[["here: chance", "here: majority"]]
+    assert table.loc[("sentences", "accuracy")].tolist() == [0.5, 0.6] and table.loc[("sentences", "label nats")].isna().all()
+
+
+def difference(study: str, setting: str, data: str, value: float, **of) -> dict:
+    return {
+        "study": study,
+        "setting": setting,
+        "arm": "key",
+        "against": "random",
+        "seeds": 3,
+        "units": 461,
+        "data": data,
+        "measure": "nats",
+        "difference": value,
+        "ci_low": value - 0.1,
+        "ci_high": value + 0.1,
+        "network": np.nan,
+        "p": np.nan,
+    } | of
+
+
+def test_factors_measured_on_other_texts_are_left_out_and_counted():
+    grid = [difference("union", "baseline", "wiki", 1.0), difference("union", "baseline", "wiki, short", 5.0)]
+    grid += [difference("factors", s, "wiki, short", 6.0) for s in ("zero, all", "alpha 3.6")] + [difference("factors", s, "wiki", v) for s, v in (("k 10", 1.1), ("k 64", 1.2), ("ICA seed 1", 1.3))]
+    ax = paper.plot_factors(pd.DataFrame(grid))
+    assert [t.get_text().split(":")[0] for t in ax.get_yticklabels()] == ["baseline", "k 10", "k 64", "ICA seed 1"]
+    assert line(ax, "minus random").get_xdata().tolist() == [1.0, 1.1, 1.2, 1.3]
+    assert "measured on wiki;" in said(ax) and "left out: 2 settings measured on other texts" in said(ax)
+    bare = paper.plot_factors(pd.DataFrame(grid[2:]))
+    assert "baseline: not measured on these texts" in said(bare) and "left out" not in said(paper.plot_factors(pd.DataFrame([grid[0], *grid[4:]])))
+    answers = paper.plot_factors(pd.DataFrame(grid).assign(measure="accuracy"), measure="accuracy")
+    assert answers.get_xlabel().endswith(", accuracy")
+
+
+def test_a_row_of_selections_counts_the_draws_that_it_shows():
+    union = [row("key", 4.0, data, "nats") for data in ("wiki", "wiki, short")]
+    union += [row("matched shuffle", 4.1, "wiki", "nats", seed=0, variance_ratio=0.9), *(row("matched shuffle", 4.1, "wiki, short", "nats", seed=s, variance_ratio=0.5) for s in range(19))]
+    union += [row("random", 3.1, "wiki, short", "nats", seed=0)]
+    ax = paper.plot_selections(pd.DataFrame(union)).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["key\n461 units", "matched shuffle\n461 units, 1 draw, variance × 0.90"] and "wiki: 20,000 tokens" in said(ax)
+
+
+TEXTS = {"wiki": 4.0, "wiki, short": 7.0}
+
+
+def alone_on_two_texts() -> pd.DataFrame:
+    rows = [[row("network", value, data, "nats", network=0), *(row("random", value - 0.5, data, "nats", network=0, seed=s) for s in range(3))] for data, value in TEXTS.items()]
+    return pd.DataFrame(sum(rows, [])).assign(note="", share=0.01)
+
+
+def test_p_values_are_of_the_texts_that_are_shown():
+    networks = alone_on_two_texts()
+    contrasts = pd.DataFrame([difference("networks", "baseline", data, 0.1, arm="network", network=0, p=p) for data, p in (("wiki", 0.05), ("wiki, short", 0.9))])
+    assert paper.plot_single_networks(networks, contrasts).axes[1].get_yticklabels()[0].get_text().endswith("p 0.05")
+    assert paper.paper_table(4, {"networks": networks, "contrasts": contrasts}).loc[0, "here: p"] == 0.05
+
+
+def test_draws_stand_beside_a_lesion_on_the_same_texts():
+    networks = alone_on_two_texts()
+    lesion = pd.DataFrame([row("lesion", 4.2, "wiki", "nats", network=0), row("network", 4.0, "wiki", "nats", network=0)])
+    strokes = lambda ax: [x for of in ax.lines if of.get_marker() == "|" for x in of.get_xdata()]
+    assert strokes(paper.plot_lesion(lesion, networks)) == pytest.approx([0.5] * 3)
+    apart = paper.plot_lesion(lesion, networks[networks["data"] != "wiki"])
+    assert strokes(apart) == [] and "random neurons: not measured on these texts" in said(apart)
+
+
+def test_all_texts_and_their_beginnings_do_not_share_a_cell():
+    cross = pd.DataFrame([row("key", value, data, "nats", found_on="wiki", note="") for data, value in TEXTS.items()])
+    cells = paper.plot_cross_task(cross).axes[0]
+    assert [t.get_text() for t in cells.get_xticklabels()] == list(TEXTS) and cells.images[0].get_array().tolist() == [[1.0, 4.0]]
+
+
 def test_rendered_tables_are_harmless():
     frame = paper.generation_table(SAMPLES)
     assert list(frame.columns) == ["arm", "1: prompt 0", "2: prompt 1", "3: prompt 2"] and frame.iloc[1, 1] == HOSTILE

@@ -616,6 +616,7 @@ def test_the_whole_study_interrupted_and_resumed(tmp_path):
     grid = whole_study(model, TOKENIZER, tmp_path / "g", replace(WHOLE, grid=True, recurrence_texts=0), texts, progress=False)["factors"]
     spatial = grid[(grid.setting == "kind spatial") & (grid.measure == "nats")]
     assert {"key", "PCA", "rotation", "keep key", "all off", *CONTROLS} <= set(spatial.arm) and set(spatial.data) == {"topics"}
+    assert set(grid[grid.measure == "nats"].data.dropna()) <= {"topics", ""}, "all factors on the same texts"
 
     counting = CountingBench(Bench(model, progress=False))
     wanted = wanted_networks(WHOLE, ["topics", "others"])

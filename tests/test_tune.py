@@ -4,11 +4,14 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
+from pathlib import Path
 
 import families
 import pytest
 import torch
+from transformers import Trainer
 
 from llmfact_nb.files import sole_use, write_json
 from llmfact_nb.masks import NeuronMask
@@ -71,6 +74,30 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_rest_is_the_same(asked, whole, tmp_pa
     assert facts["loss after"] == pytest.approx(whole[0]["loss after"], rel=1e-6) and not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("step, written", [(2, "weights"), (4, "weights"), (4, "optimizer"), (4, "half of the state"), (4, "nothing of the state")])
+def test_a_kill_while_a_checkpoint_is_written(asked, whole, tmp_path, monkeypatch, step, written):
+    "What was written of it is dropped, and the checkpoint before it is taken; before the first there is none."
+
+    class Killed(BaseException):
+        pass
+
+    def dies(self, *args, honest=Trainer._save_optimizer_and_scheduler if written == "weights" else Trainer._save_rng_state):
+        if self.state.global_step == step and written in ("weights", "optimizer"):
+            raise Killed
+        honest(self, *args)
+        if self.state.global_step == step:
+            self.state.save_to_json = lambda path: (_ for _ in ()).throw((Path(path).write_text('{"global_step": ' if written == "half of the state" else ""), Killed())[1])
+
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(Trainer, "_save_optimizer_and_scheduler" if written == "weights" else "_save_rng_state", dies)
+        tune(asked, MASK, tmp_path, save_every=2, progress=False)
+    assert (tmp_path / "checkpoints" / f"checkpoint-{step}" / "model.safetensors").exists()
+    steps, end = [], _Steps.on_step_end
+    monkeypatch.setattr(_Steps, "on_step_end", lambda self, args, state, control, **kw: (steps.append(state.global_step), end(self, args, state, control, **kw))[1])
+    assert tune(asked, MASK, tmp_path, save_every=2, progress=False)["loss after"] == pytest.approx(whole[0]["loss after"], rel=1e-6)
+    assert steps == list(range(step - 1, 7)), "it goes on from the last whole checkpoint"
+
+
 def test_a_training_that_died_after_its_last_step(asked, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(OSError, match="full"):
         m.setattr("llmfact_nb.tune._keep", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
@@ -87,6 +114,49 @@ def test_finished_is_not_done_again_and_others_are_refused(asked, whole, monkeyp
         for settings, mask, says in ((dataclasses.replace(asked, lr=0.01), MASK, "holds a fine-tuning with other settings .lr: 0.02 there, 0.01 now"), (asked, ~MASK, "neurons")):
             with pytest.raises(ValueError, match=says):
                 tune(settings, mask, folder, progress=False)
+
+
+def test_a_lost_model_is_made_again(asked, whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "model")
+    assert tune(asked, MASK, tmp_path / "out", merge=True, progress=False)["files"] == whole[0]["files"]
+    model, tokenizer = load_model(tmp_path / "out" / "model")
+    assert loss_of(model, tokenizer, asked) == pytest.approx(whole[0]["loss after"], rel=1e-6)
+
+
+@pytest.mark.parametrize("lost", [["neurons.safetensors"], ["losses.csv"], ["model", "neurons.safetensors"]])
+def test_files_that_are_gone_are_named(asked, whole, tmp_path, lost):
+    out = tmp_path / "out"
+    shutil.copytree(whole[1], out)
+    for name in lost:
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+    for merge in (True, False):
+        with pytest.raises(FileNotFoundError, match=f"lacks {', '.join(lost)}. .*delete tuned.json"):
+            tune(asked, MASK, out, merge=merge, progress=False)
+    (out / "tuned.json").unlink()
+    assert tune(asked, MASK, out, progress=False)["loss after"] == whole[0]["loss after"] and (out / "neurons.safetensors").exists()
+
+
+def test_incomplete_notes_are_refused_by_name(asked, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmfact_nb.tune._train", lambda *_: pytest.fail("it would be said too late"))
+    for name, lacks in {"tuned.json": "loss before", "start.json": "loss"}.items():
+        out = tmp_path / name
+        shutil.copytree(whole[1], out)
+        (out / "tuned.json").unlink()
+        write_json(out / name, {})
+        with pytest.raises(ValueError, match=f"{name} is incomplete: it lacks .*{lacks}"):
+            tune(asked, MASK, out, progress=False)
+
+
+def test_nothing_tells_whose_home_it_was(asked, tmp_path, monkeypatch):
+    home = Path(asked.model).parent
+    monkeypatch.setenv("HOME", str(home))
+    facts = tune(asked_there := dataclasses.replace(asked, steps=1), MASK, tmp_path, progress=False)
+    assert (asked_there.model, asked_there.texts) == ("~/model", "~/texts.jsonl") == (facts["settings"]["model"], facts["settings"]["texts"])
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and str(home).encode() in p.read_bytes()]
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert "model/config.json" in kept["model files"] and list(kept["text files"]) == ["texts.jsonl"], "~ is a folder that is looked into"
+    assert tune(TuneSettings(**dataclasses.asdict(asked_there)), MASK, tmp_path, merge=True, progress=False)["files"] == ["losses.csv", "neurons.safetensors", "model"]
 
 
 @pytest.mark.parametrize("what, settings", [("a run", {"conditions": []}), ("a tuning study", {"task": "reviews"}), ("something else", {})])
