@@ -41,16 +41,28 @@ def length_batches(
     lengths: Sequence[int],  # tokens of each sequence
     batch_size: int | str,  # sequences per batch, or "auto"
     tokens: int,  # padded tokens that an automatic batch may have
+    model: nn.Module | None = None,  # who reads them: if its positions depend on the length of the batch, lengths on either side of the change are kept apart
 ) -> list[list[int]]:
     "Return lists of indices into `lengths`. Raises ValueError on an unusable batch_size."
     if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size={batch_size!r} is not accepted; give 'auto' or a whole number of texts, at least 1.")
     order, batches = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    changes = _position_changes(model)
     while order:
-        rows = batch_size if isinstance(batch_size, int) else max(1, tokens // lengths[order[0]])
-        batches.append(order[:rows])
-        order = order[rows:]
+        longest = lengths[order[0]]
+        rows = batch_size if isinstance(batch_size, int) else max(1, tokens // longest)
+        shortest = max((n + 1 for n in changes if n < longest), default=0)  # of those that are read as the longest is
+        batches.append([i for i in order[:rows] if lengths[i] >= shortest])
+        order = order[len(batches[-1]) :]
     return batches
+
+
+def _position_changes(model: nn.Module | None) -> list[int]:
+    "The lengths of a batch, in tokens, beyond which the model turns its positions by other frequencies."
+    config = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [given, *(k for k in given.values() if isinstance(k, dict))]  # some have parameters for each type of layer
+    return [k["original_max_position_embeddings"] for k in kinds if k.get("rope_type") == "longrope"]
 
 
 def padded(

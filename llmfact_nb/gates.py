@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .masked_model import MaskedModel
+from .masked_model import MaskedModel, _Passes, backbone
 from .masks import Masks, NeuronMask, disjoint, n_shared, named_masks, union
 from .sites import attach, refuse_compiled
 
@@ -195,7 +195,7 @@ class NeuronGate(nn.Module):
         "Return the open neurons, those that are open for good among them; `gate.gated - gate.mask()` are those that training closed. Raises ValueError for a threshold outside 0 to 1."
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold={threshold!r} is not accepted; it is a chance, at least 0 and below 1.")
-        p = torch.sigmoid(self._logits() / self.temperature)
+        p = _opening(self._logits(), "sigmoid", self.temperature)
         return NeuronMask.from_flat(p > threshold, self.gated.widths, self.gated.site, self.gated.depths)
 
     def forward(
@@ -236,8 +236,8 @@ class NeuronGate(nn.Module):
         self,
         model: nn.Module,  # a Hugging Face model
     ) -> Iterator["NeuronGate"]:
-        "The gates are in the model for the length of the block, and nothing of them stays; its parameters are its own all the time. Raises as `attach` does."
-        self._put(model)
+        "The gates are in the model for the length of the block, and nothing of them stays; its parameters are its own all the time. Raises as `attach` does, and in a forward pass under gradient checkpointing of the reentrant kind."
+        self._put(model, for_a_block=True)
         vars(model)["neuron_gate"] = self  # past nn.Module, which would make it a child
         try:
             yield self
@@ -245,7 +245,7 @@ class NeuronGate(nn.Module):
             if self._hooks is not None:
                 self.detach()
 
-    def _put(self, model: nn.Module) -> ExitStack:
+    def _put(self, model: nn.Module, for_a_block: bool = False) -> ExitStack:
         sites = MaskedModel(model).sites(self.gated)  # refuses what does not fit
         if self._hooks is not None:
             raise ValueError("gate is in a model already; detach() it there first.")
@@ -257,7 +257,14 @@ class NeuronGate(nn.Module):
         number, held = self.number.cpu().split(self.gated.widths), len(self.bias)
         used = [i for i, n in enumerate(number) if (n != held).any()]  # elsewhere all is open for good
         hooks = ExitStack()
-        hooks.enter_context(attach([sites[i] for i in used], lambda i, x: self(used[i], x)))
+        passes = hooks.enter_context(_Passes(backbone(model, sites), "all")) if for_a_block else None
+
+        def gated(i: int, x: torch.Tensor) -> torch.Tensor:
+            if passes is not None:
+                passes.first_now()  # refuses what a backward pass after the block would get wrong
+            return self(used[i], x)
+
+        hooks.enter_context(attach([sites[i] for i in used], gated))
         self._hooks, self._model = hooks, weakref.ref(model)
         return hooks
 

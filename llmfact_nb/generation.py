@@ -107,7 +107,7 @@ def generate_texts(
     written: list[Continuation] = [Continuation("", (), False, too_long=True)] * len(prompts)
     end = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or [0])[0]
-    batches = length_batches([len(ids[i]) + max_new_tokens for i in kept], batch_size, 2048)
+    batches = length_batches([len(ids[i]) + max_new_tokens for i in kept], batch_size, 2048, model)
     with evaluation_mode(model), _own_settings_aside(model, pad, end), progress_bar(len(kept), "generation", "text", progress) as bar:
         for batch in batches:
             rows = [kept[b] for b in batch]

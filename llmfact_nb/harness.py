@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from .accuracy import wilson
-from .evaluate import positions_of, require_causal
+from .activations import positions_of
+from .evaluate import require_causal
 from .forward import evaluation_mode
 from .masked_model import MaskedModel
 from .masks import NeuronMask

@@ -87,7 +87,7 @@ def _features(
     watch = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     try:
         with evaluation_mode(model):
-            for batch in length_batches([len(x) for x in ids], batch_size, 2048):
+            for batch in length_batches([len(x) for x in ids], batch_size, 2048, model):
                 logits, real = _logits(model, [ids[b] for b in batch])
                 given = seen.pop()
                 given = given if given.dim() == 2 else given[torch.arange(len(batch)), real.sum(1) - 1]
@@ -206,7 +206,7 @@ def _read_all(model: nn.Module, ids: Sequence[list[int]], batch_size: int | str)
     "Return (n, labels) float32 logits, in the order of the texts."
     found = [None] * len(ids)
     with evaluation_mode(model):
-        for batch in length_batches([len(x) for x in ids], batch_size, 2048):
+        for batch in length_batches([len(x) for x in ids], batch_size, 2048, model):
             for b, row in zip(batch, _logits(model, [ids[b] for b in batch])[0].float().cpu()):
                 found[b] = row
     return torch.stack(found)

@@ -33,7 +33,8 @@ class _Columns:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         "Return a copy of x (..., units) with the chosen units changed."
         if x.device not in self.placed:
-            self.placed[x.device] = (self.moved.to(x.device), torch.arange(x.shape[-1], device=x.device))
+            with torch.inference_mode(False):  # kept for passes that may have gradients
+                self.placed[x.device] = (self.moved.to(x.device), torch.arange(x.shape[-1], device=x.device))
         moved, everything = self.placed[x.device]
         if self.few:
             return x.index_copy(-1, moved, self.change(x.index_select(-1, moved), moved))
@@ -102,7 +103,8 @@ class _Row:
         "The values of these units, like x."
         key = (x.device, x.dtype)
         if key not in self.placed:
-            self.placed[key] = self.values.to(x)[units]
+            with torch.inference_mode(False):  # kept for passes that may have gradients
+                self.placed[key] = self.values.to(x)[units]
         return self.placed[key]
 
 
@@ -115,19 +117,52 @@ def late_bound(
     return NeuronMask.from_layers([mask.layers[-1]] * len(mask.widths), site=mask.site, depths=mask.depths)
 
 
-@contextmanager
-def _watch_first_tokens(inner: nn.Module, first: list) -> Iterator[None]:
-    "Before each forward pass of `inner`, the backbone, note in first[0] where the first real tokens are."
-    signature = inspect.signature(inner.forward)
+class _Passes:
+    """The forward passes of the backbone, and what they tell a layer: where the first real tokens are. A context manager.
 
-    def look(module, args, kwargs):
-        first[0] = first_tokens(signature, args, kwargs)
+    Under gradient checkpointing a layer runs a second time, in the backward pass, when nothing tells to which pass it belongs; so only the last one may be waiting for that."""
 
-    handle = inner.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def __init__(self, inner: nn.Module, positions: str):
+        self.inner, self.sparing = inner, positions == "after-first"
+        self.signature = inspect.signature(inner.forward)
+        self.may_checkpoint = [m for m in inner.modules() if hasattr(m, "gradient_checkpointing")]
+        self.running = self.checkpointed = False  # a pass; one whose layers run again
+        self.first: torch.Tensor | None = None  # its first tokens
+        self.waiting = 0  # passes whose layers have not run again yet
+        self.first_again: torch.Tensor | None = None  # first tokens of the last of them
+        self.ran_again = False  # its layers have
+
+    def first_now(self) -> torch.Tensor | None:
+        "Return the first tokens for the layer at work. Raises ValueError where they, or the gradients, would be wrong."
+        remedy = "Call model.gradient_checkpointing_disable() first, or model.eval() if nothing is trained"
+        if self.running:
+            if self.checkpointed and not torch.is_grad_enabled():
+                raise ValueError(f"model has gradient checkpointing on, of the reentrant kind: a backward() after the block would run its layers without the mask. {remedy}; or enable it with use_reentrant=False.")
+            return self.first
+        if self.sparing and self.waiting != 1:
+            raise ValueError(
+                f'positions="after-first": a layer runs outside a forward pass, as under gradient checkpointing, and the first tokens of {self.waiting} passes could be meant. {remedy}; or call backward() after each forward pass.'
+            )
+        self.ran_again = True
+        return self.first_again
+
+    def _begin(self, module, args, kwargs):
+        self.running, self.first = True, first_tokens(self.signature, args, kwargs) if self.sparing else None
+        self.checkpointed = torch.is_grad_enabled() and any(m.training and m.gradient_checkpointing for m in self.may_checkpoint)
+        if self.checkpointed:
+            self.waiting, self.first_again, self.ran_again = 1 if self.ran_again else self.waiting + 1, self.first, False
+
+    def _end(self, *_):
+        self.running = False
+
+    def __enter__(self) -> "_Passes":
+        self.hooks = ExitStack()
+        self.hooks.callback(self.inner.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        self.hooks.callback(self.inner.register_forward_hook(self._end, always_call=True).remove)
+        return self
+
+    def __exit__(self, *_):
+        self.hooks.close()
 
 # %% ../nbs/06_masked_model.ipynb #f8dd50cf
 def _refuse_unbakeable(sites: NeuronSites, mask: NeuronMask, needs_bias: bool) -> None:
@@ -341,18 +376,17 @@ class MaskedModel:
             warnings.warn("no unit is masked: the mask leaves the model as it is.", stacklevel=4)
         used = [i for i, n in enumerate(mask.counts) if n]
         columns = [_Columns(mask.layers[i], change(i)) for i in used]
-        first: list[torch.Tensor | None] = [None]  # of the forward pass that is going on
+        passes = _Passes(backbone(self.model, sites), positions)
 
         def mask_layer(i: int, x: torch.Tensor) -> torch.Tensor:
-            y = columns[i](x)
-            if first[0] is not None:
-                spared = first[0].to(x.device).reshape(x.shape[:-1])  # some models flatten rows and positions
+            y, first = columns[i](x), passes.first_now()
+            if first is not None:
+                spared = first.to(x.device).reshape(x.shape[:-1])  # some models flatten rows and positions
                 y[spared] = x[spared]
             return y
 
         with ExitStack() as stack:
-            if positions == "after-first":
-                stack.enter_context(_watch_first_tokens(backbone(self.model, sites), first))
+            stack.enter_context(passes)
             stack.enter_context(attach([sites[i] for i in used], mask_layer))
             self._open.append(mask)
             stack.callback(self._open.remove, mask)

@@ -694,7 +694,10 @@ def plot_cross_task(
         _heading(ax, f"{arm}, {_span(draws, 'draw')}" if draws.any() else arm, _span(of["units"], "unit"), width=30)
     axes[0].set_ylabel("networks found on")
     missing = sorted(frame.loc[(frame["note"] != "") & (frame["found_on"] != ""), "found_on"].unique())
-    fig.supxlabel("; ".join(filter(None, ("damage measured on, nats per token (below: 95 % interval, the widest of the draws)", f"{_span(part['documents'], 'document')} of each kind", f"no networks: {', '.join(missing)}" if missing else "", left))), fontsize=8)
+    fig.supxlabel(
+        "; ".join(filter(None, ("damage measured on, nats per token (below: 95 % interval, the widest of the draws)", f"{_span(part['documents'], 'document')} of each kind", f"no networks: {', '.join(missing)}" if missing else "", left))),
+        fontsize=8,
+    )
     bar = fig.colorbar(image, ax=axes, shrink=0.9, aspect=14, pad=0.01)
     bar.outline.set_linewidth(0.5)
     return fig

@@ -28,7 +28,7 @@ from .sites import attach, neuron_sites
 # %% ../nbs/09_selections.ipynb #d65e0773
 def _ordinary_batches(model: nn.Module, texts: EvalSet, tokens: int = 1024):
     "(token ids, attention mask, which tokens count) of each batch; the first one of a text does not."
-    for batch in length_batches([len(x) for x in texts.ids], "auto", tokens):
+    for batch in length_batches([len(x) for x in texts.ids], "auto", tokens, model):
         ids, real = padded([texts.ids[b] for b in batch], input_device(model))
         counts = real.bool()
         counts[:, 0] = False

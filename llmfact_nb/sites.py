@@ -97,9 +97,11 @@ def _linear_maps(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 # %% ../nbs/01_sites.ipynb #74143ffa
 _PADDING_LEAKS = "lets padding reach the real tokens, so that every number would depend on the rest of the batch"
+_SWITCHES = "changes from sparse to full attention, for good, when a batch is short, so that every number would depend on what was read before"
 _UNFIT = {
     "xlnet": "keeps positions before texts inside its blocks",  # a square batch could not be told from the usual order
     "convbert": _PADDING_LEAKS, "fnet": _PADDING_LEAKS, "nystromformer": _PADDING_LEAKS, "yoso": _PADDING_LEAKS,
+    "big_bird": _SWITCHES, "bigbird_pegasus": _SWITCHES,
 }  # fmt: skip
 _OTHER_TOWERS = ("vision", "visual", "audio", "image")  # towers that come with a language model but are not it
 
@@ -121,14 +123,20 @@ def _text_config(model: nn.Module):
     return getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
 
 
+def _refuse_unfit(model: nn.Module) -> None:
+    "Raise TypeError if `model` is none, NotImplementedError if it, or a part of it, is of a family whose numbers depend on the batch."
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a PyTorch model such as load_model() gives.")
+    for kind in map(_model_type, model.modules()):
+        if kind in _UNFIT:
+            raise NotImplementedError(f"model type {kind!r} {_UNFIT[kind]}; this is not supported.")
+
+
 def blocks(
     model: nn.Module,  # a Hugging Face model, also a base, classification or PEFT-wrapped one
 ) -> tuple[str, nn.ModuleList]:
     "Return the name and the list of the model's transformer blocks. Raises NotImplementedError if it is not unique."
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a PyTorch model such as load_model() gives.")
-    if _model_type(model) in _UNFIT:
-        raise NotImplementedError(f"model type {_model_type(model)!r} {_UNFIT[_model_type(model)]}; this is not supported.")
+    _refuse_unfit(model)
     config, found = _text_config(model), list(_lists(model))
     if config is None:
         raise NotImplementedError(f"model is a {type(model).__name__} without a Hugging Face configuration; unwrap it, or give site= a list of module names.")
@@ -193,6 +201,7 @@ def neuron_sites(
         return NeuronSites(sites, site)
     if not isinstance(site, Sequence) or not all(isinstance(n, str) for n in site):
         raise TypeError(f"site={site!r} is not accepted; accepted: {', '.join(map(repr, SITES))} or a list of module names.")
+    _refuse_unfit(model)
     names = tuple(site)
     modules = [(n, m) for n, m in model.named_modules() if n in set(names)]
     missing = set(names) - {n for n, _ in modules}

@@ -158,7 +158,7 @@ def score(
     "Score the examples in evaluation mode, without gradients."
     nats, correct, choice = [0.0] * len(examples), [False] * len(examples), [0.0] * len(examples)
     with evaluation_mode(model):
-        for batch in length_batches([len(e.ids) for e in examples], "auto", tokens):
+        for batch in length_batches([len(e.ids) for e in examples], "auto", tokens, model):
             found = iter(batch_nats(model, [row for b in batch for row in examples[b].rows]))
             for b in batch:
                 sums = torch.stack([next(found).double().sum() for _ in examples[b].rows])

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from . import __version__
-from .evaluate import EvalSet, perplexity, positions_of
+from .activations import positions_of
+from .evaluate import EvalSet, perplexity
 from .experiments import Arm, Settings, ablation_study, find_networks, first_texts, key_arms
 from .files import read_json, reading
 from .measures import Bench, model_fingerprint

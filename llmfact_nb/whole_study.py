@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .activations import Activations, capture, longest_input
-from .evaluate import EvalSet, positions_of
+from .activations import Activations, capture, longest_input, positions_of
+from .evaluate import EvalSet
 from .experiments import PRESETS, Settings, enough_texts
 from .files import file_name, from_home, read_json, reading, write_json, write_text
 from .ica import ConvergenceWarning, DataError

@@ -148,6 +148,7 @@ REFUSED = {
     "fnet": dict(_BASIC, pad_token_id=0),
     "nystromformer": dict(_BASIC, pad_token_id=0),
     "yoso": dict(_BASIC, pad_token_id=0),
+    "big_bird": dict(_BASIC, block_size=2, num_random_blocks=1, pad_token_id=0, sep_token_id=3),  # a short batch changes its attention
     "xlm": dict(emb_dim=D, n_layers=LAYERS, n_heads=2, max_position_embeddings=CONTEXT, n_words=VOCAB),  # the parts of a block in lists of their own
 }
 

@@ -367,6 +367,76 @@ def test_texts_longer_than_the_model(name):
     assert a.n_cut == 1 and families.CONTEXT - 2 <= a.n_tokens <= families.CONTEXT
 
 
+@pytest.mark.parametrize("kind, limit, config", [
+    ("ibert", 63, dict(max_position_embeddings=64, pad_token_id=0)),  # counts from behind the padding, in embeddings that are not torch's
+    ("led", 64, dict(max_encoder_position_embeddings=64, max_decoder_position_embeddings=32)),
+    ("rwkv", 64, dict(context_length=64)),
+    ("bloom", 200, {}),  # no positions to run out of
+])  # fmt: skip
+def test_limits_under_other_names(kind, limit, config):
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        narrow = dict(hidden_size=D, num_hidden_layers=1, num_attention_heads=2, d_model=D, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+        if kind == "rwkv":
+            narrow = dict(hidden_size=D, num_hidden_layers=1)
+        model = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=48, **narrow, **config))
+    assert activations.longest_input(model, families.tokenizer(), 200) == limit
+
+
+def test_no_family_runs_beyond_its_positions():
+    "One real pass at the longest that is allowed."
+    for name in [*families.KNOWN, "albert", "bart"]:
+        model = families.build(name)
+        n = activations.longest_input(model, families.tokenizer(), 200)
+        with torch.no_grad():
+            model(input_ids=torch.full((1, n), 5), attention_mask=torch.ones(1, n, dtype=torch.long))
+
+
+def phi3_long(limit=20, **changes):
+    "Positions turn by other frequencies in batches of more than `limit` tokens."
+    longrope = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+    return families.build("phi3", original_max_position_embeddings=limit, rope_scaling=longrope, **changes)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, "auto"])
+def test_texts_on_either_side_of_longrope_do_not_share_a_batch(batch_size):
+    model, t = phi3_long(), families.tokenizer()
+    texts = [families.words(n, n) for n in (20, 40, 5, 21, 19, 1, 33)]
+    expected = torch.cat(by_hand("phi3", model, lists_of(t, texts), "mlp_out"))
+    for order in (1, -1):
+        a = capture(model, t, texts[::order], batch_size=batch_size, **OPTIONS)
+        for i, rows in enumerate(expected.split([20, 40, 5, 21, 19, 1, 33])):
+            torch.testing.assert_close(a.values[a.text_ids == (i if order == 1 else 6 - i)], rows, rtol=1e-4, atol=1e-4)
+
+
+def test_longrope_batches():
+    for lengths in ([20, 40, 5, 21, 19, 1, 33], [1, 2], [30, 30, 30]):
+        for batch_size in (1, 2, 3, "auto"):
+            groups = length_batches(lengths, batch_size, 64, phi3_long())
+            assert sorted(sum(groups, [])) == list(range(len(lengths)))
+            assert all(len({lengths[i] > 20 for i in g}) == 1 for g in groups)
+            if max(lengths) <= 20 or min(lengths) > 20:
+                assert groups == length_batches(lengths, batch_size, 64)
+
+
+def test_losses_under_longrope_are_those_of_each_text_alone():
+    from llmfact_nb.evaluate import EvalSet, perplexity
+
+    model, texts = phi3_long(), EvalSet(families.tokenizer(), [families.words(n, n) for n in (20, 40, 5, 22, 19, 33)])
+    one, all_at_once = (perplexity(model, None, texts, batch_size=b, progress=False) for b in (1, 6))
+    torch.testing.assert_close(all_at_once.token_nats, one.token_nats, rtol=1e-4, atol=1e-4)
+
+
+def test_dynamic_positions_do_not_grow_within_what_is_read():
+    "With 'dynamic' frequencies a batch beyond the model's positions would change those of later ones; none is that long."
+    model, t = families.build("llama", rope_scaling=dict(rope_type="dynamic", factor=4.0)), families.tokenizer()
+    before = [b.clone() for b in model.buffers()]
+    a = capture(model, t, [families.words(n, n) for n in (200, 9, 64)], batch_size=2, **OPTIONS)
+    assert a.n_tokens == 64 + 9 + 64 and all(torch.equal(x, y) for x, y in zip(before, model.buffers(), strict=True))
+    torch.testing.assert_close(a.values[a.text_ids == 1], capture(model, t, [families.words(9, 9)], **OPTIONS).values, rtol=1e-4, atol=1e-4)
+
+
 def test_max_length_below_the_special_tokens():
     "Either every pass is at most that long, or it is refused."
     model, t = families.build("bert"), families.tokenizer(special=True)

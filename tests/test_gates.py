@@ -142,6 +142,40 @@ def test_gradient_checkpointing_changes_nothing():
     assert grads[0].abs().max() > 0
 
 
+def test_reentrant_checkpointing_is_refused_in_a_block():
+    "Its backward pass after the block would go past the gates; attached for longer, they are there."
+    grads = []
+    for reentrant in (False, True):
+        model = families.build("llama").train()
+        model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+        model.enable_input_require_grads()
+        gate = NeuronGate(every(), kind="sigmoid")
+        if reentrant:
+            with gate.attached(model), pytest.raises(ValueError, match="gradient checkpointing.*reentrant"):
+                model(IDS, labels=IDS)
+        gate.attach(model)
+        model(IDS, labels=IDS).loss.backward()
+        gate.detach()
+        grads.append(gate.bias.grad)
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("logit", [1e-3, -1e-3])
+def test_half_precision_gates_are_open_where_the_forward_pass_says(logit):
+    "Chances so close to a half are a half in bfloat16."
+    model = families.build("llama").to(torch.bfloat16)
+    gate = NeuronGate(every()).to(torch.bfloat16)
+    with torch.no_grad():
+        gate.bias.fill_(logit)
+    x = torch.ones(1, 24, dtype=torch.bfloat16)
+    n = int(sum(gate(i, x).sum() for i in range(LAYERS)))
+    assert gate.mask().n == int((gate.probabilities() > 0.5).sum()) == n == (72 if logit > 0 else 0)
+    gate.attach(model)
+    gate.detach()
+    assert gate.bias.dtype == torch.bfloat16 and gate.mask().n == n
+
+
 def test_an_overflowing_neuron_behind_a_closed_gate():
     model = families.build("llama").requires_grad_(False)
     with torch.no_grad():

@@ -545,6 +545,89 @@ def test_gradients_are_those_of_the_hand_made_version(site, checkpointing, posit
             torch.testing.assert_close(got[n], expected[n], rtol=1e-4, atol=1e-5, msg=n)
 
 
+def checkpointed(reentrant):
+    model = families.build("llama").train()
+    model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+    if reentrant:
+        model.enable_input_require_grads()
+    return model
+
+
+OTHER = dict(attention_mask=torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]))  # other first tokens
+
+
+@pytest.mark.parametrize("between", ["nothing", "evaluation", "training"])
+def test_recomputing_with_the_first_tokens_of_another_pass_is_refused(between):
+    "A layer that runs again does not know its pass: right with one backward() for each forward pass, also with evaluation in between, else an error."
+    mask, found = random_mask("llama", "mlp_hidden", share=0.6), []
+    for model in (families.build("llama").train(), checkpointed(False)):
+        with MaskedModel(model).ablate(mask, positions="after-first"):
+            for more in (OTHER, {}):
+                loss = model(IDS, labels=IDS, **more).loss
+                if between == "evaluation":
+                    model.eval()
+                    answer(model), model(IDS, labels=IDS)
+                    model.train()
+                if between == "training":
+                    loss = loss + model(IDS, labels=IDS).loss
+                if between == "training" and found:
+                    with pytest.raises(ValueError, match="after-first.*2 passes.*gradient_checkpointing_disable.*eval"):
+                        loss.backward()
+                    return
+                loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["all", "after-first"])
+def test_reentrant_checkpointing_is_refused(positions):
+    "Its backward pass after the block would go through layers without a mask, and nothing would tell."
+    model, mask = checkpointed(True), random_mask("llama", "mlp_hidden")
+    with MaskedModel(model).ablate(mask, positions=positions):
+        with pytest.raises(ValueError, match="gradient checkpointing.*reentrant.*gradient_checkpointing_disable.*eval"):
+            model(IDS, labels=IDS)
+        with torch.no_grad():
+            in_training = model(IDS).logits
+        model.eval()
+        model(IDS, labels=IDS).loss.backward()  # nothing is run again
+        assert torch.equal(answer(model), in_training)
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    model.gradient_checkpointing_disable()
+    with MaskedModel(model).ablate(mask, positions=positions):
+        model(IDS, labels=IDS).loss.backward()
+
+
+def test_backward_after_the_block_is_right_or_an_error():
+    model, mask = checkpointed(False), random_mask("llama", "mlp_hidden")
+    with MaskedModel(model).ablate(mask):
+        loss = model(IDS, labels=IDS).loss
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        loss.backward()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+@pytest.mark.parametrize("way", ["zero", "values", "amplify"])
+def test_a_pass_in_inference_mode_leaves_nothing_that_gradients_cannot_use(way, share):
+    model, mask = families.build("llama"), random_mask("llama", "mlp_hidden", share=share)
+    values = torch.rand(mask.n_neurons)
+
+    def block():
+        mm = MaskedModel(model)
+        return mm.amplify(mask, gain=values, add=values) if way == "amplify" else mm.ablate(mask, values if way == "values" else "zero")
+
+    grads = []
+    for inference in (False, True):
+        model.zero_grad()
+        with block():
+            if inference:
+                with torch.inference_mode():
+                    model(IDS)
+            model(IDS, labels=IDS).loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*grads)
+
+
 def test_blocks_nest_and_the_inner_sees_what_the_outer_left():
     model, a, b = families.build("gpt2"), random_mask("gpt2", "mlp_out", 1), random_mask("gpt2", "mlp_out", 2)
     mm, plain = MaskedModel(model), answer(model)

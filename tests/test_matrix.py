@@ -80,7 +80,7 @@ def test_a_model_of_several_stacks_is_refused_not_broken():
 def test_the_reason_for_a_refusal_is_the_right_one():
     reasons = {
         "t5": "encoder-decoder", "xlm": "4 of its lists have 3 entries", "albert": "none of its lists have 3 entries", "mixtral": "mixture of experts", "doge": "mixture of experts",
-        "mobilebert": "candidates: .*intermediate.dense", "mamba": r"candidates: none. Give site= a list of module names\.$", "fnet": "lets padding reach the real tokens",
+        "mobilebert": "candidates: .*intermediate.dense", "mamba": r"candidates: none. Give site= a list of module names\.$", "fnet": "lets padding reach the real tokens", "big_bird": "changes from sparse to full attention",
     }  # fmt: skip
     for name, words in reasons.items():
         with pytest.raises(NotImplementedError, match=f"{name!r}.*{words}"):
@@ -95,6 +95,16 @@ def test_families_refused_for_their_padding_do_mix_it_in(name):
     with torch.no_grad():
         alone, beside = model(ids, attention_mask=real)[0], model(torch.nn.functional.pad(ids, (0, 5)), attention_mask=torch.nn.functional.pad(real, (0, 5)))[0]
     assert (alone - beside[:, :9]).abs().max() > 1e-2
+
+
+def test_big_bird_does_change_for_good():
+    "The reason of its refusal is true: the same text answers differently after a short one."
+    model, long = families.build("big_bird"), torch.arange(4, 44)[None]
+    with torch.no_grad():
+        before = model(long)[0]
+        assert torch.equal(model(long)[0], before)
+        model(long[:, :4])
+        assert (model(long)[0] - before).abs().max() > 1e-2
 
 
 WITHOUT_A_SETTING = {"bloom": 64, "mpt": 64, "openai-gpt": 64, "gpt_neox_japanese": 64, "lfm2": 256}  # the width of the MLP follows from the model's, or is rounded up

@@ -105,6 +105,25 @@ def test_names_are_the_way_out_of_a_refusal():
     assert [s.module for s in sites] == [model.layers[0].mixer.out_proj, model.layers[2].mixer.out_proj] and sites.widths == (D, D)
 
 
+@pytest.mark.parametrize("name, module", [("convbert", "0.output.dense"), ("fnet", "0.output.dense"), ("nystromformer", "0.output.dense"), ("yoso", "0.output.dense"), ("big_bird", "0.output.dense"), ("xlnet", "0.ff.layer_2")])
+def test_names_are_no_way_out_where_the_batch_would_count(name, module):
+    "The reason lies in the family and not in finding its neurons; also where the model is a part of another."
+    model = families.build(name)
+    (path,) = [n for n, _ in model.named_modules() if n.endswith(f"layer.{module}")]
+    for whole, prefix in ((model, ""), (nn.ModuleDict({"inner": model}), "inner.")):
+        with pytest.raises(NotImplementedError, match=f"{name!r} (lets padding|changes from|keeps positions)"):
+            neuron_sites(whole, [prefix + path])
+
+
+def test_big_bird_beside_a_decoder_is_refused_too():
+    from transformers import BigBirdPegasusConfig, BigBirdPegasusModel
+
+    with torch.device("meta"):
+        model = BigBirdPegasusModel(BigBirdPegasusConfig(vocab_size=48, d_model=D, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2))
+    with pytest.raises(NotImplementedError, match="'bigbird_pegasus' changes from sparse to full attention"):
+        neuron_sites(model, ["encoder.layers.0.fc2"])
+
+
 class Plain(nn.Module):
     "Blocks without a Hugging Face configuration."
 
