@@ -256,15 +256,16 @@ class NeuronGate(nn.Module):
         self.to("cpu" if device.type == "meta" else device)  # meta: offloaded
         number, held = self.number.cpu().split(self.gated.widths), len(self.bias)
         used = [i for i, n in enumerate(number) if (n != held).any()]  # elsewhere all is open for good
-        hooks = ExitStack()
-        passes = hooks.enter_context(_Passes(backbone(model, sites), "all")) if for_a_block else None
+        with ExitStack() as entering:  # all of it, or nothing
+            passes = entering.enter_context(_Passes(backbone(model, sites), "all")) if for_a_block else None
 
-        def gated(i: int, x: torch.Tensor) -> torch.Tensor:
-            if passes is not None:
-                passes.first_now()  # refuses what a backward pass after the block would get wrong
-            return self(used[i], x)
+            def gated(i: int, x: torch.Tensor) -> torch.Tensor:
+                if passes is not None:
+                    passes.first_now()  # refuses what a backward pass after the block would get wrong
+                return self(used[i], x)
 
-        hooks.enter_context(attach([sites[i] for i in used], gated))
+            entering.enter_context(attach([sites[i] for i in used], gated))
+            hooks = entering.pop_all()
         self._hooks, self._model = hooks, weakref.ref(model)
         return hooks
 

@@ -156,9 +156,10 @@ class _Passes:
         self.running = False
 
     def __enter__(self) -> "_Passes":
-        self.hooks = ExitStack()
-        self.hooks.callback(self.inner.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        self.hooks.callback(self.inner.register_forward_hook(self._end, always_call=True).remove)
+        with ExitStack() as hooks:  # if the second one fails, the first goes
+            hooks.callback(self.inner.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            hooks.callback(self.inner.register_forward_hook(self._end, always_call=True).remove)
+            self.hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *_):

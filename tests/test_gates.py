@@ -161,6 +161,32 @@ def test_reentrant_checkpointing_is_refused_in_a_block():
     assert grads[0].abs().max() > 0
 
 
+@pytest.mark.parametrize("fails", ["register_forward_pre_hook", "register_forward_hook"])
+def test_gates_that_could_not_be_put_in_leave_nothing(monkeypatch, fails):
+    "At every hook that a block sets, one after the other."
+    model, gate = families.build("llama"), NeuronGate(every())
+    before, done = families.state(model), False
+    for nth in range(99):
+        set_so_far, real = iter(range(99)), getattr(torch.nn.Module, fails)
+
+        def or_fail(self, *args, **kwargs):
+            if next(set_so_far) == nth:
+                raise OSError("no room")
+            return real(self, *args, **kwargs)
+
+        with monkeypatch.context() as m:
+            m.setattr(torch.nn.Module, fails, or_fail)
+            try:
+                with gate.attached(model):
+                    done = True
+            except OSError:
+                pass
+        assert families.state(model) == before and not hasattr(model, "neuron_gate")
+        if done:
+            break
+    assert 0 < nth < 99
+
+
 @pytest.mark.parametrize("logit", [1e-3, -1e-3])
 def test_half_precision_gates_are_open_where_the_forward_pass_says(logit):
     "Chances so close to a half are a half in bfloat16."
