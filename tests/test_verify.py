@@ -373,7 +373,7 @@ def test_of_an_accuracy_one_sentence_may_differ(flipped, verdict, study, monkeyp
         return dataclasses.replace(found, predictions=predictions)
 
     monkeypatch.setattr(measures, "label_accuracy", elsewhere)
-    table = verified(study / "study", study, sample=12)
+    table = verified(study / "study", study, sample=999)  # all: what a smaller sample holds depends on the versions, which are in the names
     accuracy = table.what.str.contains(": accuracy, one of 4 may flip")
     assert accuracy.sum() > 1 and set(table[accuracy].verdict) == {verdict} and set(table[accuracy].difference.abs()) == {flipped / 4}
     assert set(disagreements(table[~accuracy]).what) == set()
