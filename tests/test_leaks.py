@@ -47,13 +47,17 @@ def refuse_growth(once, times: int = TIMES) -> None:
     "Run it a few times, so that what is made only once is there, then often; what is held must be the same."
     for _ in range(5):
         once()
-    before = held()
-    for _ in range(times):
-        once()
-    after = held()
+    bound = max(times * 2**16, 2**22)
+    for _ in range(2):  # in a process that had much to do before, memory may settle once; a leak goes on
+        before = held()
+        for _ in range(times):
+            once()
+        after = held()
+        if after["bytes"] - before["bytes"] < bound:
+            break
     assert after["tensors"] == before["tensors"] and after["optimizer hooks"] == before["optimizer hooks"], (before, after)
     assert after["objects"] - before["objects"] < times / 2, f"{after['objects'] - before['objects']} objects more after {times} times"
-    assert after["bytes"] - before["bytes"] < max(times * 2**16, 2**22), f"{(after['bytes'] - before['bytes']) / 2**20:.1f} MiB more after {times} times"
+    assert after["bytes"] - before["bytes"] < bound, f"{(after['bytes'] - before['bytes']) / 2**20:.1f} MiB more after {times} times"
 
 
 class Stop(Exception):
