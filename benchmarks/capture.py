@@ -12,7 +12,7 @@ from table import in_turns, publish, within
 
 from llmfact_nb import activations
 from llmfact_nb.activations import capture
-from llmfact_nb.resources import load_model, load_texts
+from llmfact_nb.base.resources import load_model, load_texts
 from llmfact_nb.sites import neuron_sites
 
 SITES = ("mlp_out", "mlp_hidden")
@@ -39,7 +39,11 @@ def bare(model, batches, last) -> None:
     def stop(*_):
         raise Stop
 
-    handle = last.module.register_forward_pre_hook(stop) if last.where == "input" else last.module.register_forward_hook(stop)
+    handle = (
+        last.module.register_forward_pre_hook(stop)
+        if last.where == "input"
+        else last.module.register_forward_hook(stop)
+    )
     try:
         with torch.no_grad():
             for kwargs in batches:
@@ -58,18 +62,35 @@ def compare(args) -> list[dict]:
     for site in SITES:
         with tempfile.TemporaryDirectory() as folder:
             file, last = Path(folder) / "a.safetensors", neuron_sites(model, site)[-1]
-            read = lambda path=None: capture(model, tokenizer, texts, site, max_length=args.length, path=path, progress=False)
+            read = lambda path=None: capture(
+                model, tokenizer, texts, site, max_length=args.length, path=path, progress=False
+            )
             batches = batches_of(model, read)
             n_tokens = sum(int(b["attention_mask"].sum()) for b in batches)
             every = {f"{site} to memory": read, f"{site} to disk": lambda: read(file)}
             for name, numbers in in_turns(lambda: bare(model, batches, last), every, args.repeats).items():
-                rows.append(dict(what=name, tokens=n_tokens, batches=len(batches), within=within(activations, model, every[name]), **numbers))
+                rows.append(
+                    dict(
+                        what=name,
+                        tokens=n_tokens,
+                        batches=len(batches),
+                        within=within(activations, model, every[name]),
+                        **numbers,
+                    )
+                )
     return rows
 
 
 def peak_megabytes() -> float:
     "Largest resident memory since `forget_peak`."
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    return (
+        int(
+            next(
+                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+            ).split()[1]
+        )
+        / 1024
+    )
 
 
 def forget_peak() -> None:
@@ -94,7 +115,9 @@ def memory(args) -> list[dict]:
     rows = []
     for target, texts in (("memory", args.texts), ("disk", args.texts), ("disk", 2 * args.texts)):
         command = [sys.executable, __file__, "--child", target, "--texts", str(texts), "--length", str(args.length)]
-        tokens, peak, size = map(float, subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-3:])
+        tokens, peak, size = map(
+            float, subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-3:]
+        )
         rows.append(dict(what=f"mlp_hidden to {target}", tokens=int(tokens), peak_mb=peak, matrix_mb=size))
         print(rows[-1], flush=True)
     return rows
@@ -111,10 +134,40 @@ if __name__ == "__main__":
         child(args.child, args)
         raise SystemExit
     times, peaks = compare(args), memory(args)
-    rows = [[f"time, {r['what']}", f"{r['tokens']:,}", f"{r['plain_s']:.2f} s", f"{r['arm_s']:.2f} s", f"{r['ratio']:.3f}", f"{r['cpu_ratio']:.3f}", f"{r['within']:.3f}", "1.10" if "memory" in r["what"] else ""] for r in times]
-    rows += [[f"memory, {r['what']}", f"{r['tokens']:,}", f"{r['matrix_mb']:,.0f} MB", f"{r['peak_mb']:,.0f} MB", f"{r['peak_mb'] / r['matrix_mb']:.2f}", "", "", ""] for r in peaks]
+    rows = [
+        [
+            f"time, {r['what']}",
+            f"{r['tokens']:,}",
+            f"{r['plain_s']:.2f} s",
+            f"{r['arm_s']:.2f} s",
+            f"{r['ratio']:.3f}",
+            f"{r['cpu_ratio']:.3f}",
+            f"{r['within']:.3f}",
+            "1.10" if "memory" in r["what"] else "",
+        ]
+        for r in times
+    ]
+    rows += [
+        [
+            f"memory, {r['what']}",
+            f"{r['tokens']:,}",
+            f"{r['matrix_mb']:,.0f} MB",
+            f"{r['peak_mb']:,.0f} MB",
+            f"{r['peak_mb'] / r['matrix_mb']:.2f}",
+            "",
+            "",
+            "",
+        ]
+        for r in peaks
+    ]
     note = (
         f"smollm2-135m, {args.texts} articles of {args.length} tokens. Time: bare forward pass, and capture with everything it does, medians of {args.repeats} repetitions in turns. "
         "Memory: the whole matrix, and the growth of peak memory in a fresh process (one batch is at most 2,048 tokens, 360 MB at this site)."
     )
-    publish("capture", ["what", "tokens", "without", "with", "ratio", "of processor time", "within one run", "bar"], rows, note, {"arguments": vars(args), "times": times, "memory": peaks})
+    publish(
+        "capture",
+        ["what", "tokens", "without", "with", "ratio", "of processor time", "within one run", "bar"],
+        rows,
+        note,
+        {"arguments": vars(args), "times": times, "memory": peaks},
+    )

@@ -16,17 +16,34 @@ from llmfact_nb.sites import neuron_sites
 
 MODELS = {  # GPT-2's own size, and a Llama of about the same
     "GPT-2 size": ("gpt2", dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
-    "Llama-like": ("llama", dict(vocab_size=32_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12)),
+    "Llama-like": (
+        "llama",
+        dict(
+            vocab_size=32_000,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            num_key_value_heads=12,
+        ),
+    ),
 }
 # arm -> (bar on the step, on forward and backward, on peak memory), as ratios to full fine-tuning
-ARMS = {"selected": (0.60, 0.70, 0.60), "selected, top quarter": (None, 0.55, None), "rest": (1.05, 1.05, None), "LoRA r=8": (None, None, None)}
+ARMS = {
+    "selected": (0.60, 0.70, 0.60),
+    "selected, top quarter": (None, 0.55, None),
+    "rest": (1.05, 1.05, None),
+    "LoRA r=8": (None, None, None),
+}
 
 
 def chosen(model, share: float, top_quarter: bool) -> NeuronMask:
     "A share of the neurons of every layer, or as large a share of the last quarter of the layers alone."
     widths = neuron_sites(model, "mlp_hidden").widths
     draw, first = np.random.default_rng(0), len(widths) * 3 // 4 if top_quarter else 0
-    return NeuronMask.from_layers([draw.random(w) < share * (i >= first) for i, w in enumerate(widths)], site="mlp_hidden")
+    return NeuronMask.from_layers(
+        [draw.random(w) < share * (i >= first) for i, w in enumerate(widths)], site="mlp_hidden"
+    )
 
 
 class Training:
@@ -70,7 +87,14 @@ class Training:
 
 def peak_megabytes() -> float:
     "Largest resident memory of this process so far."
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    return (
+        int(
+            next(
+                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+            ).split()[1]
+        )
+        / 1024
+    )
 
 
 def child(arguments: dict) -> None:
@@ -83,11 +107,22 @@ def child(arguments: dict) -> None:
     for _ in range(3):
         training.step()
     peak = peak_megabytes() - before
-    print("\n" + json.dumps({"peak_mb": peak, "state_mb": training.state_bytes() / 2**20, "trained": sum(p.numel() for p in training.trained)}))
+    print(
+        "\n"
+        + json.dumps(
+            {
+                "peak_mb": peak,
+                "state_mb": training.state_bytes() / 2**20,
+                "trained": sum(p.numel() for p in training.trained),
+            }
+        )
+    )
 
 
 def memory(**arguments) -> dict:
-    out = subprocess.run([sys.executable, __file__, "--child", json.dumps(arguments)], stdout=subprocess.PIPE, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(arguments)], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     return json.loads(out.splitlines()[-1])
 
 
@@ -113,7 +148,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--share", type=float, default=0.02, help="share of the neurons that train (selected) or are frozen (rest)")
+    parser.add_argument(
+        "--share", type=float, default=0.02, help="share of the neurons that train (selected) or are frozen (rest)"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -130,27 +167,99 @@ if __name__ == "__main__":
         both = in_turns(full.forward_backward, {arm: t.forward_backward for arm, t in arms.items()}, args.repeats)
         del full, arms
         shorter_longer = {}
-        for length in (args.length // 2, 4 * args.length):  # the optimizer's work does not depend on the tokens, so its share of a step does
+        for length in (
+            args.length // 2,
+            4 * args.length,
+        ):  # the optimizer's work does not depend on the tokens, so its share of a step does
             other = {arm: Training(family, arm, args.rows, length, args.share) for arm in ("full", "selected")}
-            shorter_longer[length] = in_turns(other["full"].step, {"selected": other["selected"].step}, args.repeats)["selected"]
+            shorter_longer[length] = in_turns(other["full"].step, {"selected": other["selected"].step}, args.repeats)[
+                "selected"
+            ]
             del other
         peak = {arm: memory(family=family, arm=arm, **shape) for arm in ("full", *ARMS)}
         batch, needs = largest_batch(family, peak["full"]["peak_mb"], **shape)
-        rows.append([family, "full", f"{step['selected']['plain_s']:.2f} s", "1", "1", f"{peak['full']['peak_mb']:,.0f} MB", "1", f"{peak['full']['state_mb']:,.0f} MB", f"{args.rows} x {args.length}"])
+        rows.append(
+            [
+                family,
+                "full",
+                f"{step['selected']['plain_s']:.2f} s",
+                "1",
+                "1",
+                f"{peak['full']['peak_mb']:,.0f} MB",
+                "1",
+                f"{peak['full']['state_mb']:,.0f} MB",
+                f"{args.rows} x {args.length}",
+            ]
+        )
         for arm, bars in ARMS.items():
             p = peak[arm]
             ratio = p["peak_mb"] / peak["full"]["peak_mb"]
-            rows.append([family, arm, f"{step[arm]['arm_s']:.2f} s", verdict(step[arm]["ratio"], bars[0]), verdict(both[arm]["ratio"], bars[1]), f"{p['peak_mb']:,.0f} MB", verdict(ratio, bars[2])])
-            rows[-1] += [f"{p['state_mb']:,.1f} MB (1/{peak['full']['state_mb'] / p['state_mb']:.0f})", f"{batch} x {args.length} ({needs:,.0f} MB)" if arm == "selected" else ""]
-            results.append(dict(family=family, arm=arm, step=step[arm], forward_backward=both[arm], memory=p, full_memory=peak["full"]))
+            rows.append(
+                [
+                    family,
+                    arm,
+                    f"{step[arm]['arm_s']:.2f} s",
+                    verdict(step[arm]["ratio"], bars[0]),
+                    verdict(both[arm]["ratio"], bars[1]),
+                    f"{p['peak_mb']:,.0f} MB",
+                    verdict(ratio, bars[2]),
+                ]
+            )
+            rows[-1] += [
+                f"{p['state_mb']:,.1f} MB (1/{peak['full']['state_mb'] / p['state_mb']:.0f})",
+                f"{batch} x {args.length} ({needs:,.0f} MB)" if arm == "selected" else "",
+            ]
+            results.append(
+                dict(
+                    family=family,
+                    arm=arm,
+                    step=step[arm],
+                    forward_backward=both[arm],
+                    memory=p,
+                    full_memory=peak["full"],
+                )
+            )
         results[-len(ARMS)] |= {"largest_rows": batch, "other_lengths": shorter_longer}
-        for measure, a, b in (("step", step, "ratio"), ("forward + backward", both, "ratio"), ("peak memory", peak, "peak_mb"), ("state", peak, "state_mb")):
+        for measure, a, b in (
+            ("step", step, "ratio"),
+            ("forward + backward", both, "ratio"),
+            ("peak memory", peak, "peak_mb"),
+            ("state", peak, "state_mb"),
+        ):
             versus.setdefault(family, {})[measure] = a["selected"][b] / a["LoRA r=8"][b]
         for length, r in shorter_longer.items():
-            rows.append([family, f"selected, {args.rows} x {length} tokens", f"{r['arm_s']:.2f} s", f"{r['ratio']:.2f}", *[""] * 5])
+            rows.append(
+                [
+                    family,
+                    f"selected, {args.rows} x {length} tokens",
+                    f"{r['arm_s']:.2f} s",
+                    f"{r['ratio']:.2f}",
+                    *[""] * 5,
+                ]
+            )
     note = (
         f"Random weights, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons of every layer, fused AdamW with clipping; ratios to full fine-tuning, each arm between two full steps, medians of {args.repeats} "
         "repetitions. Memory: growth of a fresh process over three steps, weights included. State: gradients and both moments. Batch: the largest that stays within the memory of full."
     )
-    note += " Selected over LoRA r=8: " + "; ".join(f"{family}: " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) for family, of in versus.items()) + "."
-    publish("finetune", ["model", "arm", "step", "ratio", "forward + backward", "peak memory", "ratio", "state", "batch at equal memory"], rows, note, {"arguments": vars(args), "arms": results, "selected_over_lora": versus})
+    note += (
+        " Selected over LoRA r=8: "
+        + "; ".join(f"{family}: " + ", ".join(f"{k} {v:.2f}" for k, v in of.items()) for family, of in versus.items())
+        + "."
+    )
+    publish(
+        "finetune",
+        [
+            "model",
+            "arm",
+            "step",
+            "ratio",
+            "forward + backward",
+            "peak memory",
+            "ratio",
+            "state",
+            "batch at equal memory",
+        ],
+        rows,
+        note,
+        {"arguments": vars(args), "arms": results, "selected_over_lora": versus},
+    )

@@ -49,7 +49,13 @@ def nilearn_canica(X, k):
 def ours(**settings):
     def run(X, k):
         found = ICA(k, **settings).fit(X)
-        return dict(maps=found.maps_.numpy(), time=found.time_courses_.numpy(), steps=found.n_iter_, report=found.whitening_report_, stability=found.stability_.tolist())
+        return dict(
+            maps=found.maps_.numpy(),
+            time=found.time_courses_.numpy(),
+            steps=found.n_iter_,
+            report=found.whitening_report_,
+            stability=found.stability_.tolist(),
+        )
 
     return run
 
@@ -63,14 +69,24 @@ TASKS = {
     "temporal small, scikit-learn FastICA": (OUT, sklearn_default, None, None),
     "temporal small, picard": (OUT, picard_default, "temporal small, scikit-learn FastICA", None),
     "temporal small, ICA": (OUT, ours(), "temporal small, scikit-learn FastICA", 12),
-    "temporal small, ICA, whiten_solver='gram'": (OUT, ours(whiten_solver="gram"), "temporal small, scikit-learn FastICA", None),
+    "temporal small, ICA, whiten_solver='gram'": (
+        OUT,
+        ours(whiten_solver="gram"),
+        "temporal small, scikit-learn FastICA",
+        None,
+    ),
     "temporal small, ICA, n_init=20": (OUT, ours(n_init=20), "temporal small, scikit-learn FastICA", None),
     "spatial, 10 starts, cube, nilearn CanICA": (SPATIAL, nilearn_canica, None, None),
     "spatial, 10 starts, cube, ICA": (SPATIAL, ours(**CUBE), "spatial, 10 starts, cube, nilearn CanICA", 6),
 }
 if torch.cuda.is_available():
     on_gpu = ours(device="cuda")
-    TASKS["temporal, ICA on " + torch.cuda.get_device_name()] = (HIDDEN, lambda X, k: on_gpu(torch.from_numpy(X).cuda(), k), "temporal, scikit-learn FastICA", None)
+    TASKS["temporal, ICA on " + torch.cuda.get_device_name()] = (
+        HIDDEN,
+        lambda X, k: on_gpu(torch.from_numpy(X).cuda(), k),
+        "temporal, scikit-learn FastICA",
+        None,
+    )
 # computed once, untimed: what the others are compared with
 EXACT = {
     HIDDEN: ours(whiten_solver="gram", dtype="float64", max_iter=1),
@@ -81,12 +97,15 @@ EXACT = {
 
 def write_activations(folder: Path) -> None:
     from llmfact_nb.activations import capture
-    from llmfact_nb.resources import load_model, load_texts
+    from llmfact_nb.base.resources import load_model, load_texts
 
     model, tokenizer = load_model()
     texts = load_texts("wiki", "fit", n=24)["text"][:]
     for site in ("mlp_hidden", "mlp_out"):
-        np.save(folder / f"{site}.npy", capture(model, tokenizer, texts, site, max_length=256, progress=False).values[:4096].numpy())
+        np.save(
+            folder / f"{site}.npy",
+            capture(model, tokenizer, texts, site, max_length=256, progress=False).values[:4096].numpy(),
+        )
 
 
 def load(folder: Path, data: tuple) -> np.ndarray:
@@ -95,7 +114,14 @@ def load(folder: Path, data: tuple) -> np.ndarray:
 
 def peak_megabytes() -> float:
     "Largest resident memory since `forget_peak`."
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    return (
+        int(
+            next(
+                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+            ).split()[1]
+        )
+        / 1024
+    )
 
 
 def forget_peak() -> None:
@@ -171,21 +197,44 @@ def compare(args, folder: Path) -> tuple[list, dict]:
         facts, exact = dict(best, runs=found[name]), np.load(result_file(f"exact {list(EXACT).index(data)}", folder))
         mine, cells = np.load(result_file(name, folder)), ["", "", "", ""]
         if baseline in found:
-            facts["times_faster"] = statistics.median(b["seconds"] / f["seconds"] for b, f in zip(found[baseline], found[name]))
-            facts["cpu_times_faster"] = statistics.median(b["cpu_seconds"] / f["cpu_seconds"] for b, f in zip(found[baseline], found[name]))
-            facts["memory_ratio"] = statistics.median(f["extra_mb"] / b["extra_mb"] for b, f in zip(found[baseline], found[name]))
+            facts["times_faster"] = statistics.median(
+                b["seconds"] / f["seconds"] for b, f in zip(found[baseline], found[name])
+            )
+            facts["cpu_times_faster"] = statistics.median(
+                b["cpu_seconds"] / f["cpu_seconds"] for b, f in zip(found[baseline], found[name])
+            )
+            facts["memory_ratio"] = statistics.median(
+                f["extra_mb"] / b["extra_mb"] for b, f in zip(found[baseline], found[name])
+            )
             r = matched(mine["maps"], np.load(result_file(baseline, folder))["maps"])
             facts["r_median"], facts["r_p10"] = float(np.median(r)), float(np.quantile(r, 0.1))
-            cells = [f"{facts['times_faster']:.1f}x", f"{facts['cpu_times_faster']:.1f}x", f"{facts['memory_ratio']:.2f}x", f"{facts['r_median']:.4f}, {facts['r_p10']:.3f}"]
+            cells = [
+                f"{facts['times_faster']:.1f}x",
+                f"{facts['cpu_times_faster']:.1f}x",
+                f"{facts['memory_ratio']:.2f}x",
+                f"{facts['r_median']:.4f}, {facts['r_p10']:.3f}",
+            ]
         if data == SPATIAL:
             r = matched(mine["maps"], exact["maps"])
             facts["exact_r_median"], facts["exact_r_p10"] = float(np.median(r)), float(np.quantile(r, 0.1))
             kept = f"maps {facts['exact_r_median']:.4f}, {facts['exact_r_p10']:.3f}"
         else:
-            facts["subspace_share"] = subspace_share(folder, data, mine["time"], exact["time"]) if "time" in mine else math.nan
+            facts["subspace_share"] = (
+                subspace_share(folder, data, mine["time"], exact["time"]) if "time" in mine else math.nan
+            )
             kept = f"variance {facts['subspace_share']:.5%}" if "time" in mine else ""
         results[name] = {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in facts.items()}
-        rows.append([name, f"{data[1]:,} x {np.load(folder / f'{data[0]}.npy', mmap_mode='r').shape[1]:,}, k {data[2]}", f"{best['seconds']:.2f} s", f"{best['extra_mb']:,.0f} MB", *cells, kept, f"{bar}x" if bar else ""])
+        rows.append(
+            [
+                name,
+                f"{data[1]:,} x {np.load(folder / f'{data[0]}.npy', mmap_mode='r').shape[1]:,}, k {data[2]}",
+                f"{best['seconds']:.2f} s",
+                f"{best['extra_mb']:,.0f} MB",
+                *cells,
+                kept,
+                f"{bar}x" if bar else "",
+            ]
+        )
     return rows, results
 
 
@@ -197,7 +246,9 @@ def write_growth(folder: Path, T: int, N: int) -> None:
         real = X[a : a + 256]
         for b in range(0, N, X.shape[1]):
             part = real[:, : N - b]
-            big[a : a + 256, b : b + X.shape[1]] = part * (1 + 0.3 * np.random.default_rng(b).standard_normal(part.shape[1])) + 0.05 * g.standard_normal(part.shape)
+            big[a : a + 256, b : b + X.shape[1]] = part * (
+                1 + 0.3 * np.random.default_rng(b).standard_normal(part.shape[1])
+            ) + 0.05 * g.standard_normal(part.shape)
     big.flush()
 
 
@@ -207,8 +258,13 @@ def growth(args, folder: Path) -> tuple[list, dict]:
     along_N = [(2048, n) for n in (9216, 23_040, 46_080, 92_160, 184_320, N) if n <= N]
     along_T = [(t, 46_080) for t in (512, 1024, 2048, 4096)]
     found = {point: measure(f"growth {point[0]} {point[1]}", folder) for point in dict.fromkeys(along_N + along_T)}
-    rows = [[f"{t:,}", f"{n:,}", f"{f['seconds']:.2f} s", f"{f['extra_mb']:,.0f} MB", f["report"].split(":")[0]] for (t, n), f in sorted(found.items())]
-    slope = lambda points, axis: float(np.polyfit([math.log(p[axis]) for p in points], [math.log(found[p]["seconds"]) for p in points], 1)[0])
+    rows = [
+        [f"{t:,}", f"{n:,}", f"{f['seconds']:.2f} s", f"{f['extra_mb']:,.0f} MB", f["report"].split(":")[0]]
+        for (t, n), f in sorted(found.items())
+    ]
+    slope = lambda points, axis: float(
+        np.polyfit([math.log(p[axis]) for p in points], [math.log(found[p]["seconds"]) for p in points], 1)[0]
+    )
     slopes = {"N": slope(along_N, 1), "T": slope(along_T, 0)}
     plot_growth(found, along_N, along_T, slopes)
     return rows, {"points": [dict(T=t, N=n, **f) for (t, n), f in found.items()], "exponents": slopes}
@@ -227,21 +283,41 @@ def crossover(folder: Path) -> None:
                 run()
                 times[solver] = min(seconds(run)[0] for _ in range(3))
             auto = choose_solver(T, X.shape[1], k + max(16, k // 4))[0]
-            rows.append([f"{T:,}", k, f"{times['gram']:.2f} s", f"{times['randomized']:.2f} s", auto, f"{times[auto] / min(times.values()):.2f}"])
+            rows.append(
+                [
+                    f"{T:,}",
+                    k,
+                    f"{times['gram']:.2f} s",
+                    f"{times['randomized']:.2f} s",
+                    auto,
+                    f"{times[auto] / min(times.values()):.2f}",
+                ]
+            )
             results.append(dict(T=T, k=k, auto=auto, **times))
             print(*rows[-1], flush=True)
-    publish("ica-crossover", ["tokens", "k", "gram", "randomized", "auto takes", "over the faster"], rows, f"Whitening alone, mlp_hidden, {X.shape[1]:,} neurons; the best of three.", {"points": results})
+    publish(
+        "ica-crossover",
+        ["tokens", "k", "gram", "randomized", "auto takes", "over the faster"],
+        rows,
+        f"Whitening alone, mlp_hidden, {X.shape[1]:,} neurons; the best of three.",
+        {"points": results},
+    )
 
 
 def group(T: int, N: int, k: int, device: str) -> None:
     "One fit of a matrix as a large model gives it: a steep spectrum of heavy-tailed courses, with noise. Prints seconds and memory."
     g = torch.Generator(device).manual_seed(0)
     rank = 2 * k
-    courses = torch.empty(T, rank, device=device).exponential_(generator=g) * torch.arange(1, rank + 1, device=device) ** -1.0
+    courses = (
+        torch.empty(T, rank, device=device).exponential_(generator=g) * torch.arange(1, rank + 1, device=device) ** -1.0
+    )
     X = torch.empty(T, N, device=device)
     for a in range(0, N, 8192):
         block = X[:, a : a + 8192]
-        block.copy_(courses @ torch.randn(rank, block.shape[1], generator=g, device=device) + 0.01 * torch.randn(block.shape, generator=g, device=device))
+        block.copy_(
+            courses @ torch.randn(rank, block.shape[1], generator=g, device=device)
+            + 0.01 * torch.randn(block.shape, generator=g, device=device)
+        )
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
 
@@ -251,7 +327,11 @@ def group(T: int, N: int, k: int, device: str) -> None:
         return found
 
     wall, _ = seconds(fit)
-    name, peak = (torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20) if device.startswith("cuda") else ("CPU", peak_megabytes())
+    name, peak = (
+        (torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20)
+        if device.startswith("cuda")
+        else ("CPU", peak_megabytes())
+    )
     print(f"{T:,} x {N:,}, k {k}, {name}: {wall:.2f} s, peak {peak:,.0f} MB, X itself {X.numel() * 4 / 2**20:,.0f} MB")
 
 
@@ -262,7 +342,10 @@ def plot_growth(found, along_N, along_T, slopes) -> None:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 2, figsize=(7.2, 2.8), dpi=100, sharey=True)
-    for ax, points, axis, letter, name in ((axes[0], along_N, 1, "N", "neurons N (T = 2,048)"), (axes[1], along_T, 0, "T", "tokens T (N = 46,080)")):
+    for ax, points, axis, letter, name in (
+        (axes[0], along_N, 1, "N", "neurons N (T = 2,048)"),
+        (axes[1], along_T, 0, "T", "tokens T (N = 46,080)"),
+    ):
         ax.loglog([p[axis] for p in points], [found[p]["seconds"] for p in points], "o-", color="#0072B2")
         ax.set(xlabel=name, title=f"time grows as {letter}^{slopes[letter]:.2f}")
         ax.grid(alpha=0.3)
@@ -276,11 +359,30 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="rounds of all fits, in turns; medians are reported")
     parser.add_argument("--only", nargs="+", help="only tasks whose name contains one of these; printed, not published")
-    parser.add_argument("--neurons", type=int, default=352_256, help="the widest matrix of the growth table; 4,096 tokens of it go to disk")
-    parser.add_argument("--group", nargs=3, type=int, metavar=("T", "N", "K"), help="only fit one synthetic matrix of that size, on --device")
+    parser.add_argument(
+        "--neurons",
+        type=int,
+        default=352_256,
+        help="the widest matrix of the growth table; 4,096 tokens of it go to disk",
+    )
+    parser.add_argument(
+        "--group",
+        nargs=3,
+        type=int,
+        metavar=("T", "N", "K"),
+        help="only fit one synthetic matrix of that size, on --device",
+    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--skip", nargs="+", choices=["compare", "growth", "crossover"], default=[], help="leave these tables as they are")
-    parser.add_argument("--data", type=Path, help="folder that keeps the activations between runs; default: a temporary one")
+    parser.add_argument(
+        "--skip",
+        nargs="+",
+        choices=["compare", "growth", "crossover"],
+        default=[],
+        help="leave these tables as they are",
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder that keeps the activations between runs; default: a temporary one"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -296,7 +398,18 @@ if __name__ == "__main__":
             write_activations(folder)
         if "compare" not in args.skip:
             rows, results = compare(args, folder)
-            head = ["work", "matrix", "time", "extra memory", "faster than baseline", "by processor time", "memory of baseline", "maps, r with baseline", "against exact", "bar"]
+            head = [
+                "work",
+                "matrix",
+                "time",
+                "extra memory",
+                "faster than baseline",
+                "by processor time",
+                "memory of baseline",
+                "maps, r with baseline",
+                "against exact",
+                "bar",
+            ]
             note = (
                 f"smollm2-135m, wiki texts of 256 tokens, all tokens. Each fit in a fresh process, end to end, medians of {args.repeats} rounds; memory beside X; absolute r of matched maps (median, 10th percentile) with the baseline's "
                 "of the same seed; last, the variance in the subspace found relative to the exact float64 one, or r of the maps with those after an exact float64 decomposition."

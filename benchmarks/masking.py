@@ -11,7 +11,7 @@ from llmfact_nb import masked_model
 from llmfact_nb.activations import capture
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
-from llmfact_nb.resources import load_model, load_texts
+from llmfact_nb.base.resources import load_model, load_texts
 from llmfact_nb.sites import neuron_sites
 
 
@@ -40,7 +40,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--share", type=float, default=0.01, help="share of neurons in the mask, drawn at random over all layers")
+    parser.add_argument(
+        "--share", type=float, default=0.01, help="share of neurons in the mask, drawn at random over all layers"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--sites", nargs="+", default=["mlp_hidden", "mlp_out"])
     args = parser.parse_args()
@@ -57,13 +59,31 @@ if __name__ == "__main__":
     for site in args.sites:
         widths = neuron_sites(model, site).widths
         mask = NeuronMask.from_flat(np.random.default_rng(0).random(sum(widths)) < args.share, widths, site)
-        mm = MaskedModel(model).fit_means(capture(model, tokenizer, load_texts("wiki", "fit", n=2), site, max_length=64, progress=False))
+        mm = MaskedModel(model).fit_means(
+            capture(model, tokenizer, load_texts("wiki", "fit", n=2), site, max_length=64, progress=False)
+        )
         every = arms(mm, mask, run)
         for name, numbers in in_turns(lambda: run(model), every, args.repeats).items():
             inside = None if name == "baked" else within(masked_model, model, every[name])
             results.append(dict(site=site, arm=name, within=inside, **numbers))
     rows = [
-        [r["site"], r["arm"], f"{r['plain_s']:.3f} s", f"{r['arm_s']:.3f} s", f"{r['ratio']:.3f}", f"{r['cpu_ratio']:.3f}", "" if r["within"] is None else f"{r['within']:.3f}", "1.00" if r["arm"] == "baked" else "1.03"] for r in results
+        [
+            r["site"],
+            r["arm"],
+            f"{r['plain_s']:.3f} s",
+            f"{r['arm_s']:.3f} s",
+            f"{r['ratio']:.3f}",
+            f"{r['cpu_ratio']:.3f}",
+            "" if r["within"] is None else f"{r['within']:.3f}",
+            "1.00" if r["arm"] == "baked" else "1.03",
+        ]
+        for r in results
     ]
     note = f"smollm2-135m, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons drawn at random over all layers; each arm between two unmasked passes, medians of {args.repeats} repetitions."
-    publish("masking", ["site", "arm", "unmasked", "masked", "ratio", "of processor time", "within one run", "bar"], rows, note, {"arguments": vars(args), "arms": results})
+    publish(
+        "masking",
+        ["site", "arm", "unmasked", "masked", "ratio", "of processor time", "within one run", "bar"],
+        rows,
+        note,
+        {"arguments": vars(args), "arms": results},
+    )

@@ -33,9 +33,18 @@ if __name__ == "__main__":
                 times[name].append(time.perf_counter() - start)
     heavy = "[m for m in ('torch', 'numpy', 'transformers', 'sklearn', 'pandas', 'matplotlib') if m in sys.modules]"
     loaded = {
-        "`import llmfact_nb`": subprocess.run([sys.executable, "-c", f"import sys, llmfact_nb; print(*{heavy})"], capture_output=True, text=True, check=True).stdout.split(),
+        "`import llmfact_nb`": subprocess.run(
+            [sys.executable, "-c", f"import sys, llmfact_nb; print(*{heavy})"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split(),
         "`llmfact --help`": subprocess.run(
-            [sys.executable, "-c", f"import sys; sys.argv[1:] = ['--help']\nfrom llmfact_nb.cli import main\ntry: main()\nexcept SystemExit: print('loaded', *{heavy})"],
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.argv[1:] = ['--help']\nfrom llmfact_nb.cli import main\ntry: main()\nexcept SystemExit: print('loaded', *{heavy})",
+            ],
             capture_output=True,
             text=True,
             check=True,
@@ -44,6 +53,21 @@ if __name__ == "__main__":
         .split(),
     }
     bars = {"`llmfact --help`": "0.70 s", "`import llmfact_nb`": "no torch"}
-    rows = [[name, f"{statistics.median(t):.2f} s", f"{min(t):.2f} to {max(t):.2f} s", ", ".join(loaded[name]) or "none" if name in loaded else "", bars.get(name, "")] for name, t in times.items()]
+    rows = [
+        [
+            name,
+            f"{statistics.median(t):.2f} s",
+            f"{min(t):.2f} to {max(t):.2f} s",
+            ", ".join(loaded[name]) or "none" if name in loaded else "",
+            bars.get(name, ""),
+        ]
+        for name, t in times.items()
+    ]
     note = f"Median and range of {args.repeats} fresh processes, files cached."
-    publish("startup", ["command", "time", "range", "heavy packages loaded", "bar"], rows, note, {"arguments": vars(args), "seconds": times, "loaded": loaded})
+    publish(
+        "startup",
+        ["command", "time", "range", "heavy packages loaded", "bar"],
+        rows,
+        note,
+        {"arguments": vars(args), "seconds": times, "loaded": loaded},
+    )

@@ -43,7 +43,10 @@ def in_turns(plain: Callable, arms: dict[str, Callable], repeats: int) -> dict[s
             "ratios": [a / b for a, b in wall],
             "cpu_ratios": [a / b for a, b in cpu],
         }
-        print(f"{name}: ratios {[round(r, 3) for r in found[name]['ratios']]}, of processor time {[round(r, 3) for r in found[name]['cpu_ratios']]}", flush=True)
+        print(
+            f"{name}: ratios {[round(r, 3) for r in found[name]['ratios']]}, of processor time {[round(r, 3) for r in found[name]['cpu_ratios']]}",
+            flush=True,
+        )
     return found
 
 
@@ -86,13 +89,21 @@ def publish(name: str, head: list[str], rows: list[list], note: str, results: di
     if Path("/proc/cpuinfo").exists():
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
         processor = found.group(1) if found else processor
-    machine = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    machine = {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
     about = f"{note} {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}."
     table = "\n".join([*lines, "", about])
     print(f"\n{table}\n")
     readme = HERE / "README.md"
-    text, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{table}\n{m[2]}", readme.read_text(), flags=re.S)
+    text, count = re.subn(
+        rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}{table}\n{m[2]}", readme.read_text(), flags=re.S
+    )
     if count != 1:
         raise SystemExit(f"{readme} has {count} places marked <!-- {name} --> ... <!-- /{name} -->; expected 1.")
     readme.write_text(text)

@@ -37,8 +37,16 @@ pygments_style, pygments_dark_style = "a11y-high-contrast-light", "github-dark"
 html_theme_options = {
     "source_repository": settings["git_url"],
     "top_of_page_buttons": [],
-    "light_css_variables": {"color-brand-primary": "#0b5394", "color-brand-content": "#0b5394", "color-brand-visited": "#5b3a8c"},
-    "dark_css_variables": {"color-brand-primary": "#8ab8ee", "color-brand-content": "#8ab8ee", "color-brand-visited": "#c3a6ee"},
+    "light_css_variables": {
+        "color-brand-primary": "#0b5394",
+        "color-brand-content": "#0b5394",
+        "color-brand-visited": "#5b3a8c",
+    },
+    "dark_css_variables": {
+        "color-brand-primary": "#8ab8ee",
+        "color-brand-content": "#8ab8ee",
+        "color-brand-visited": "#c3a6ee",
+    },
 }
 copybutton_selector = "div.input pre"
 html_math_renderer = "mathml"

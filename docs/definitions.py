@@ -59,7 +59,11 @@ def first_sentence(text: str) -> str:
 def _comments(text: str) -> dict[int, str]:
     "The comment on each line of `text` that has one, without its mark."
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    return {t.start[0]: re.sub(r"(\s*#)?\s*\bfmt: skip$", "", t.string.lstrip("# ")) for t in tokens if t.type == tokenize.COMMENT}
+    return {
+        t.start[0]: re.sub(r"(\s*#)?\s*\bfmt: skip$", "", t.string.lstrip("# "))
+        for t in tokens
+        if t.type == tokenize.COMMENT
+    }
 
 
 def _written(node: ast.AST | None) -> str:
@@ -83,16 +87,28 @@ def _parameters(node: ast.FunctionDef, comments: dict[int, str]) -> list[Paramet
     rows += [(f"*{a.vararg.arg}", a.vararg, None)] if a.vararg else []
     rows += [(p.arg, p, d) for p, d in zip(a.kwonlyargs, a.kw_defaults)]
     rows += [(f"**{a.kwarg.arg}", a.kwarg, None)] if a.kwarg else []
-    last_on = {p.end_lineno if d is None else d.end_lineno: name for name, p, d in rows}  # a comment belongs to the last parameter of its line
+    last_on = {
+        p.end_lineno if d is None else d.end_lineno: name for name, p, d in rows
+    }  # a comment belongs to the last parameter of its line
     where = {name: line for line, name in last_on.items()}
-    return [Parameter(name, _type(p.annotation), None if d is None else _written(d), comments.get(where.get(name, 0), "")) for name, p, d in rows if name not in ("self", "cls")]
+    return [
+        Parameter(name, _type(p.annotation), None if d is None else _written(d), comments.get(where.get(name, 0), ""))
+        for name, p, d in rows
+        if name not in ("self", "cls")
+    ]
 
 
 def _default(value: ast.AST | None) -> str | None:
     "The default of a dataclass's field, as written; of `field(...)` what stands for it, or None if it has none."
     if isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field"):
         given = {k.arg: k.value for k in value.keywords}
-        return _written(given["default"]) if "default" in given else f"{_written(given['default_factory'])}()" if "default_factory" in given else None
+        return (
+            _written(given["default"])
+            if "default" in given
+            else f"{_written(given['default_factory'])}()"
+            if "default_factory" in given
+            else None
+        )
     return None if value is None else _written(value)
 
 
@@ -117,14 +133,33 @@ def _define(node: ast.AST, module: str, lines: list[str], comments: dict[int, st
             found.parameters = _parameters(init, comments)
         elif _decorators(node) & {"dataclass", "dataclasses.dataclass"}:
             fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")]
-            found.parameters = [Parameter(n.target.id, _type(n.annotation), _default(n.value), comments.get(n.end_lineno, "")) for n in fields]
-        found.members = [_define(f, module, lines, comments, f"{name}.") for f in functions if not f.name.startswith("_") and f"{f.name}.setter" not in _decorators(f)]
+            found.parameters = [
+                Parameter(n.target.id, _type(n.annotation), _default(n.value), comments.get(n.end_lineno, ""))
+                for n in fields
+            ]
+        found.members = [
+            _define(f, module, lines, comments, f"{name}.")
+            for f in functions
+            if not f.name.startswith("_") and f"{f.name}.setter" not in _decorators(f)
+        ]
         return found
-    kind = "property" if _decorators(node) & {"property", "functools.cached_property", "cached_property"} else "function"
+    kind = (
+        "property" if _decorators(node) & {"property", "functools.cached_property", "cached_property"} else "function"
+    )
     found = Definition(name, module, text, kind, doc, _parameters(node, comments))
-    line = max([node.lineno, *(p.end_lineno for p in [*node.args.args, *node.args.kwonlyargs]), *([node.returns.end_lineno] if node.returns else [])])
+    line = max(
+        [
+            node.lineno,
+            *(p.end_lineno for p in [*node.args.args, *node.args.kwonlyargs]),
+            *([node.returns.end_lineno] if node.returns else []),
+        ]
+    )
     if node.returns is not None:
-        beside = comments.get(line, "") if line != node.lineno and not any(p.meaning == comments.get(line) for p in found.parameters) else ""
+        beside = (
+            comments.get(line, "")
+            if line != node.lineno and not any(p.meaning == comments.get(line) for p in found.parameters)
+            else ""
+        )
         found.returns = Parameter("returns", _type(node.returns), None, beside)
     return found
 

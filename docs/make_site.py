@@ -19,8 +19,20 @@ from reference_pages import entry, example_block, examples, prose
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, SOURCE, SITE = ROOT / "nbs", ROOT / "_proc" / "site", ROOT / "_docs"
 
-PARTS = (("Foundations", 2), ("Finding networks", 5), ("Using them", 9), ("Fine-tuning", 10), ("Figures and the command line", 99))  # title, last number
-TUTORIALS = ("quickstart", "functional_networks", "paper_figures", "selective_finetuning", "coming_from_llmfact")  # in reading order; others follow
+PARTS = (
+    ("Foundations", 2),
+    ("Finding networks", 5),
+    ("Using them", 9),
+    ("Fine-tuning", 10),
+    ("Figures and the command line", 99),
+)  # title, last number
+TUTORIALS = (
+    "quickstart",
+    "functional_networks",
+    "paper_figures",
+    "selective_finetuning",
+    "coming_from_llmfact",
+)  # in reading order; others follow
 
 
 def read_settings() -> configparser.SectionProxy:
@@ -58,7 +70,11 @@ class Site:
         A name of the page's own module, one that `llmfact_nb` exposes, or one that no plain word looks like."""
         first, _, rest = name.partition(".")
         own = page.split("/")[-1]
-        modules = [m for m in (own, self.exposed.get(first), *(self.rooms if "_" in first or first[:1].isupper() else ())) if m in self.rooms]
+        modules = [
+            m
+            for m in (own, self.exposed.get(first), *(self.rooms if "_" in first or first[:1].isupper() else ()))
+            if m in self.rooms
+        ]
         module = next((m for m in modules if first in self.rooms[m].definitions), None)
         if module is None or rest and name not in {m.name for m in self.rooms[module].definitions[first].members}:
             return ""
@@ -80,12 +96,19 @@ class Site:
         "A definition on its chapter's page; its methods are on the reference page."
         place = self.place(d.module, d.name, page)
         names = [f"[`{m.name.split('.', 1)[1]}`]({place.split('#')[0]}#{slug(m.name)})" for m in d.members]
-        return entry(d, level, self.link_names(page), members=f"{{.members}}\nMethods and properties: {', '.join(names)}" if names else "")
+        return entry(
+            d,
+            level,
+            self.link_names(page),
+            members=f"{{.members}}\nMethods and properties: {', '.join(names)}" if names else "",
+        )
 
     def notebook_page(self, notebook: Notebook) -> tuple[str, dict[str, bytes]]:
         blob = f"{self.repository.removeprefix('https://github.com/')}/blob/main/{notebook.source}"
         parts = [f"[Notebook](https://github.com/{blob})"]
-        if not any("colab.research.google.com" in cell.source for cell in notebook.cells):  # tutorials say it themselves
+        if not any(
+            "colab.research.google.com" in cell.source for cell in notebook.cells
+        ):  # tutorials say it themselves
             parts.append(f"[Open in Colab](https://colab.research.google.com/github/{blob})")
         if notebook.page in self.rooms:
             parts = [f"Module `llmfact_nb.{notebook.page}`", f"[Reference](modules/{notebook.page}.md)", *parts]
@@ -97,7 +120,9 @@ class Site:
         up, link = "../" * page.count("/"), self.link_names(page)
         blocks = [entry(d, level, link, title), example_block(self.examples.get((d.module, d.name)), up)]
         has_section = d.kind in ("class", "function")
-        blocks.append(f"{{.where}}\nExplained in the chapter [{d.module}]({up}{d.module}.md{'#' + slug(d.name) if has_section else ''})")
+        blocks.append(
+            f"{{.where}}\nExplained in the chapter [{d.module}]({up}{d.module}.md{'#' + slug(d.name) if has_section else ''})"
+        )
         for member in d.members:
             blocks.append(entry(member, level + 1, link))
         return "\n\n".join(b for b in blocks if b)
@@ -112,12 +137,21 @@ class Site:
     def module_page(self, module: Module) -> str:
         page = f"modules/{module.name}"
         chapter = f"../{module.name}.md" if module.name in self.pages else None
-        blocks = [f"# {module.name}", f"{{.lead}}\n{module.summary}", f"{{.where}}\n`llmfact_nb.{module.name}`" + (f" · explained in the chapter [{module.name}]({chapter})" if chapter else "")]
+        blocks = [
+            f"# {module.name}",
+            f"{{.lead}}\n{module.summary}",
+            f"{{.where}}\n`llmfact_nb.{module.name}`"
+            + (f" · explained in the chapter [{module.name}]({chapter})" if chapter else ""),
+        ]
         own = [n for n in module.definitions if self.exposed.get(n) == module.name]
         rest = [d for d in module.definitions.values() if d.name not in own]
         link = self.link_names(page)
         if own:
-            blocks.append("\n\n".join(f"[`{n}`](../api/{n}.md)\n: {prose(module.definitions[n].summary, link) or '&nbsp;'}" for n in own))
+            blocks.append(
+                "\n\n".join(
+                    f"[`{n}`](../api/{n}.md)\n: {prose(module.definitions[n].summary, link) or '&nbsp;'}" for n in own
+                )
+            )
         if own and rest:
             blocks.append("## Further names\n\nUsed by other rooms of the package, or for those who build on it.")
         blocks += [self.full_entry(d, 3 if own else 2, page) for d in rest]
@@ -131,21 +165,33 @@ class Site:
 
         trees, low = [tree("Tutorials", [n.page for n in self.tutorials])], -1
         for title, high in PARTS:
-            trees.append(tree(title, [n.page for n in self.chapters if low < int(re.match(r"\d+", n.path.stem)[0]) <= high]))
+            trees.append(
+                tree(title, [n.page for n in self.chapters if low < int(re.match(r"\d+", n.path.stem)[0]) <= high])
+            )
             low = high
-        trees += [tree("Reference", ["names", *(f"modules/{m}" for m in self.rooms)]), tree("About", ["architectures", "glossary", "traps", "cite", "changelog"])]
+        trees += [
+            tree("Reference", ["names", *(f"modules/{m}" for m in self.rooms)]),
+            tree("About", ["architectures", "glossary", "traps", "cite", "changelog"]),
+        ]
         return "\n\n".join([text, *filter(None, trees)]) + "\n", files
 
     def names_page(self) -> str:
         "All names of the package by alphabet."
         rows = []
-        for name, module in sorted(((d.name, m.name) for m in self.rooms.values() for d in m.definitions.values()), key=lambda pair: (pair[0].lower(), pair[1])):
+        for name, module in sorted(
+            ((d.name, m.name) for m in self.rooms.values() for d in m.definitions.values()),
+            key=lambda pair: (pair[0].lower(), pair[1]),
+        ):
             place = f"api/{name}.md" if self.exposed.get(name) == module else f"modules/{module}.md#{slug(name)}"
             if self.exposed.get(name) == module:
                 rows.append(f"- [**`{name}`**]({place}) {module}")
             else:
                 rows.append(f"- [`{name}`]({place}) {module}")
-        return "# All names\n\n{.lead}\nEvery public name and its module. Those in bold can be imported from `llmfact_nb` itself.\n\n{.names}\n" + "\n".join(rows) + "\n"
+        return (
+            "# All names\n\n{.lead}\nEvery public name and its module. Those in bold can be imported from `llmfact_nb` itself.\n\n{.names}\n"
+            + "\n".join(rows)
+            + "\n"
+        )
 
     def everything(self) -> dict[str, bytes]:
         "Every file of the Sphinx source: name -> content."
@@ -184,14 +230,21 @@ def smaller(png: bytes) -> bytes:
     picture, out = Image.open(BytesIO(png)), BytesIO()
     if picture.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         return png
-    picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    picture.convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+        out, "PNG", optimize=True
+    )
     return min(png, out.getvalue(), key=len)
 
 
 def without_ballast(page: str) -> str:
     "The same page without the theme's indentation, and without the icons that nothing on it uses."
-    page = re.sub(r'<symbol id="([\w-]+)".*?</symbol>', lambda m: m[0] if f'"#{m[1]}"' in page else "", page, flags=re.S)
-    return "".join(part if part.startswith(("<pre", "<script")) else re.sub(r"\s*\n\s*", "\n", part) for part in re.split(r"(<pre.*?</pre>|<script.*?</script>)", page, flags=re.S))
+    page = re.sub(
+        r'<symbol id="([\w-]+)".*?</symbol>', lambda m: m[0] if f'"#{m[1]}"' in page else "", page, flags=re.S
+    )
+    return "".join(
+        part if part.startswith(("<pre", "<script")) else re.sub(r"\s*\n\s*", "\n", part)
+        for part in re.split(r"(<pre.*?</pre>|<script.*?</script>)", page, flags=re.S)
+    )
 
 
 def write_source(files: dict[str, bytes], folder: Path) -> None:
@@ -209,7 +262,13 @@ def write_source(files: dict[str, bytes], folder: Path) -> None:
 def inputs() -> list[Path]:
     "Every file the site is made from."
     folders = (("nbs", "*.ipynb"), ("nbs", "*.png"), ("llmfact_nb", "*.py"), ("docs", "*"), ("tests", "test_*.py"))
-    listed = [p for folder, pattern in folders for p in (ROOT / folder).rglob(pattern) if p.is_file() and not {"__pycache__", ".ipynb_checkpoints", "out", "words.txt"} & set(p.relative_to(ROOT).parts)]
+    listed = [
+        p
+        for folder, pattern in folders
+        for p in (ROOT / folder).rglob(pattern)
+        if p.is_file()
+        and not {"__pycache__", ".ipynb_checkpoints", "out", "words.txt"} & set(p.relative_to(ROOT).parts)
+    ]
     return [*listed, ROOT / "settings.ini", ROOT / "CHANGELOG.md"]
 
 
@@ -233,7 +292,21 @@ def build(site: Path = SITE, source: Path = SOURCE, fresh: bool = False) -> None
         if page.relative_to(site).with_suffix(".md").as_posix() not in files:
             page.unlink()  # of a name or notebook that is gone
     pages_read = source.parent / "doctrees"
-    if build_main(["-q", "-W", "--keep-going", "-b", "html", "-c", str(ROOT / "docs"), "-d", str(pages_read), str(source), str(site)]):
+    if build_main(
+        [
+            "-q",
+            "-W",
+            "--keep-going",
+            "-b",
+            "html",
+            "-c",
+            str(ROOT / "docs"),
+            "-d",
+            str(pages_read),
+            str(source),
+            str(site),
+        ]
+    ):
         (site / "index.html").unlink(missing_ok=True)
         shutil.rmtree(pages_read)  # so that the next build reads, and warns of, every page again
         raise RuntimeError("Sphinx had warnings; they stand above. The site counts as not built.")
@@ -247,7 +320,9 @@ def build(site: Path = SITE, source: Path = SOURCE, fresh: bool = False) -> None
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier build left")
-    parser.add_argument("--if-older", action="store_true", help="do nothing if the site is newer than everything it is made from")
+    parser.add_argument(
+        "--if-older", action="store_true", help="do nothing if the site is newer than everything it is made from"
+    )
     wanted = parser.parse_args()
     try:
         if not (wanted.if_older and is_fresh()):

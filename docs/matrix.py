@@ -9,7 +9,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "pages" / "architectures.md"
-HEADINGS = ("family", "down projection", "layers", "capture", "ablate", "keep", "bake", "generate", "tune selected", "restored")
+HEADINGS = (
+    "family",
+    "down projection",
+    "layers",
+    "capture",
+    "ablate",
+    "keep",
+    "bake",
+    "generate",
+    "tune selected",
+    "restored",
+)
 
 OPENING = """# Architectures
 
@@ -69,7 +80,12 @@ def cell(words: str) -> str:
 
 def row(name: str, found: dict[str, str], pattern: str, layers: int) -> str:
     "One family's row of the table."
-    cells = [f"`{name}`", f"`{pattern}`", str(layers), *(cell(found[c]) for c in ("capture", "ablate", "keep", "bake", "generate", "tune", "restored"))]
+    cells = [
+        f"`{name}`",
+        f"`{pattern}`",
+        str(layers),
+        *(cell(found[c]) for c in ("capture", "ablate", "keep", "bake", "generate", "tune", "restored")),
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -98,8 +114,16 @@ def page() -> str:
     untuned = [refusal(name, found[name]["tune"]) for name in sorted(KNOWN) if found[name]["tune"] != WORKS]
     refused = [refusal(name, found[name]["site"]) for name in sorted(WITHOUT)]
     seen = {name: look(name) for name in kinds() if name not in found}
-    listed = lambda kind: ", ".join(f"`{n}`" for n, what in seen.items() if what != NOT_BUILT and isinstance(what, str) == (kind == "refused"))
-    survey = SURVEY.format(version=transformers.__version__, n=len(kinds()), unbuilt=sum(w == NOT_BUILT for w in seen.values()), placed=listed("placed"), refused=listed("refused"))
+    listed = lambda kind: ", ".join(
+        f"`{n}`" for n, what in seen.items() if what != NOT_BUILT and isinstance(what, str) == (kind == "refused")
+    )
+    survey = SURVEY.format(
+        version=transformers.__version__,
+        n=len(kinds()),
+        unbuilt=sum(w == NOT_BUILT for w in seen.values()),
+        placed=listed("placed"),
+        refused=listed("refused"),
+    )
     return "\n".join([OPENING, *table, REFUSED, *refused, TUNING, *untuned]) + survey
 
 

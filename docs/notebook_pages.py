@@ -43,7 +43,9 @@ class Notebook:
 
     def __init__(self, path: Path, folder: Path):
         self.path, relative = path, path.relative_to(folder)
-        self.page = re.sub(r"^\d+_", "", relative.with_suffix("").as_posix())  # "masks", "tutorials/quickstart"; the number goes, as in nbdev
+        self.page = re.sub(
+            r"^\d+_", "", relative.with_suffix("").as_posix()
+        )  # "masks", "tutorials/quickstart"; the number goes, as in nbdev
         self.source = f"nbs/{relative.as_posix()}"
         wanted = [p for p in processors.FilterDefaults().base_procs() if p.__name__ not in EXECUTES_OR_DROPS]
         processor = NBProcessor(path, wanted)
@@ -90,8 +92,18 @@ def alt_text(cell, heading: str, prose: str, library: dict[str, Module]) -> str:
     if given:
         return given
     code = code_of(cell)
-    drawn = [d for m in library.values() for d in m.definitions.values() if d.name.startswith("plot_") and re.search(rf"\b{d.name}\(", code)]
-    parts = [re.sub(r",? and returns? the \w+(?= ?\.)|[`*]", "", re.sub(r"^(Draw|Plot) (\w)", lambda m: m[2].upper(), d.summary)) for d in drawn[:2]]
+    drawn = [
+        d
+        for m in library.values()
+        for d in m.definitions.values()
+        if d.name.startswith("plot_") and re.search(rf"\b{d.name}\(", code)
+    ]
+    parts = [
+        re.sub(
+            r",? and returns? the \w+(?= ?\.)|[`*]", "", re.sub(r"^(Draw|Plot) (\w)", lambda m: m[2].upper(), d.summary)
+        )
+        for d in drawn[:2]
+    ]
     labels = {}
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -101,7 +113,12 @@ def alt_text(cell, heading: str, prose: str, library: dict[str, Module]) -> str:
             for kind in ("suptitle", "title", "xlabel", "ylabel"):
                 if isinstance(named.get(kind), ast.Constant) and isinstance(named[kind].value, str):
                     labels.setdefault(kind, []).append(" ".join(named[kind].value.split()))
-    for kind, words in (("suptitle", "Title"), ("title", "Panels" if len(labels.get("title", [])) > 1 else "Title"), ("xlabel", "Horizontal axis"), ("ylabel", "Vertical axis")):
+    for kind, words in (
+        ("suptitle", "Title"),
+        ("title", "Panels" if len(labels.get("title", [])) > 1 else "Title"),
+        ("xlabel", "Horizontal axis"),
+        ("ylabel", "Vertical axis"),
+    ):
         if labels.get(kind):
             parts.append(f"{words}: {'; '.join(dict.fromkeys(labels[kind]))}.")
     if not parts and prose:
@@ -141,7 +158,11 @@ def outputs(cell, stem: str, alt: str) -> Output:
             name = f"{stem}-{len(files)}.{'png' if kind == 'image/png' else 'svg'}"
             files[name] = base64.b64decode(joined(data[kind])) if kind == "image/png" else joined(data[kind]).encode()
             caption = option(cell, "fig-cap")
-            blocks.append(f"```{{{'figure' if caption else 'image'}}} /figures/{name}\n:alt: {' '.join(alt.split())}\n:class: figure\n" + (f"\n{caption}\n" if caption else "") + "```")
+            blocks.append(
+                f"```{{{'figure' if caption else 'image'}}} /figures/{name}\n:alt: {' '.join(alt.split())}\n:class: figure\n"
+                + (f"\n{caption}\n" if caption else "")
+                + "```"
+            )
         elif "text/html" in data:
             page = re.sub(r"<style.*?</style>", "", joined(data["text/html"]), flags=re.S)
             page = "\n".join(line for line in page.splitlines() if line.strip())
@@ -187,7 +208,12 @@ def page_markdown(
     if notebook.summary:
         blocks.append("{.lead}\n" + relink(notebook.summary, notebook.page))
     blocks.append(header)
-    shown = {m for cell in notebook.cells if cell.cell_type == "code" for m in re.findall(r"^show_doc\((\w+)", cell.source, re.M)}
+    shown = {
+        m
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for m in re.findall(r"^show_doc\((\w+)", cell.source, re.M)
+    }
     for number, (cell, heading) in enumerate(notebook.headings()):
         if cell.cell_type == "markdown":
             outside = re.sub(r"^```.*?^```", "", cell.source, flags=re.M | re.S)
@@ -218,7 +244,11 @@ def page_markdown(
             fold, summary = option(cell, "code-fold"), option(cell, "code-summary") or "Code"
             blocks.append(folded(summary, fence(code, "python")) if fold == "true" else fence(code, "python"))
         if option(cell, "output") != "false":
-            found = outputs(cell, f"{notebook.page.replace('/', '-')}-{number}", alt_text(cell, heading, prose, library) if cell.get("outputs") else "")
+            found = outputs(
+                cell,
+                f"{notebook.page.replace('/', '-')}-{number}",
+                alt_text(cell, heading, prose, library) if cell.get("outputs") else "",
+            )
             files.update(found.files)
             blocks.append(found.markdown)
     return "\n\n".join(b for b in blocks if b) + "\n", files

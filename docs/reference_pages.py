@@ -62,7 +62,9 @@ def examples(notebooks: list[Notebook], library: dict[str, Module]) -> dict[tupl
     for notebook in notebooks:
         own = library[notebook.page].definitions if notebook.page in library else {}
         code_cells = [(cell, heading) for cell, heading in notebook.headings() if cell.cell_type == "code"]
-        imports = " ".join(line for cell, _ in code_cells for line in re.findall(r"from llmfact_nb(?:\.\w+)? import (.+)", cell.source))
+        imports = " ".join(
+            line for cell, _ in code_cells for line in re.findall(r"from llmfact_nb(?:\.\w+)? import (.+)", cell.source)
+        )
         imported = set(re.findall(r"\w+", imports))
         for cell, heading in code_cells:
             if exported(cell) or not code_of(cell):
@@ -71,11 +73,21 @@ def examples(notebooks: list[Notebook], library: dict[str, Module]) -> dict[tupl
             for name in calls_in(body) & modules_of.keys():
                 for module in modules_of[name]:
                     here, before = module == notebook.page, found.get((module, name))
-                    if here and (before is None or before.page != notebook.page) or before is None and name in imported and name not in own:
+                    if (
+                        here
+                        and (before is None or before.page != notebook.page)
+                        or before is None
+                        and name in imported
+                        and name not in own
+                    ):
                         found[module, name] = _example(cell, name, notebook.page, heading)
     everything = [d for module in library.values() for d in module.definitions.values()]
     for kind in [d for d in everything if d.kind == "class"]:
-        makers = [d for d in everything if d.kind == "function" and d.returns and re.search(rf"\b{kind.name}\b", d.returns.kind)]
+        makers = [
+            d
+            for d in everything
+            if d.kind == "function" and d.returns and re.search(rf"\b{kind.name}\b", d.returns.kind)
+        ]
         if first := next((found[d.module, d.name] for d in makers if (d.module, d.name) in found), None):
             found.setdefault((kind.module, kind.name), first)
     return found
@@ -101,7 +113,10 @@ def entry(d: Definition, level: int, link, title: str | None = None, members: st
     if d.parameters:
         blocks.append("\n\n".join(_row(p, link) for p in d.parameters))
     if d.returns and (d.returns.kind != "None" or d.returns.meaning):
-        blocks.append(f"**{'Is' if d.kind == 'property' else 'Returns'}** `{d.returns.kind}`" + (f": {prose(d.returns.meaning, link)}" if d.returns.meaning else ""))
+        blocks.append(
+            f"**{'Is' if d.kind == 'property' else 'Returns'}** `{d.returns.kind}`"
+            + (f": {prose(d.returns.meaning, link)}" if d.returns.meaning else "")
+        )
     return "\n\n".join([*blocks, members] if members else blocks)
 
 

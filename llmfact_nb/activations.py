@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .cards import always_shown, bars, card, site_name, size_name
-from .files import HEADER, read_header, reading, write_atomic
-from .forward import evaluation_mode, input_device, length_batches, padded, text_list
+from .base.display import always_shown, bars, card, site_name, size_name
+from .base.files import HEADER, read_header, reading, write_atomic
+from .base.forward import evaluation_mode, input_device, length_batches, padded, text_list
 from .sites import NeuronSites, attach, neuron_sites, refuse_compiled
 
 # %% ../nbs/02_activations.ipynb #f5feca89
@@ -29,7 +29,9 @@ from .sites import NeuronSites, attach, neuron_sites, refuse_compiled
 class Activations:
     "Activations of T tokens at N neurons, with what each row and column is."
 
-    values: torch.Tensor  # (T, N) float32 or bfloat16 on the CPU, possibly a read-only memory map; layers side by side in order of depth
+    values: (
+        torch.Tensor
+    )  # (T, N) float32 or bfloat16 on the CPU, possibly a read-only memory map; layers side by side in order of depth
     text_ids: torch.Tensor  # (T,) int64, index of the text in the list given to `capture`
     positions: torch.Tensor  # (T,) int64, place of the token in its forward pass, 0 is the first
     token_ids: torch.Tensor  # (T,) int64, vocabulary index
@@ -70,7 +72,9 @@ class Activations:
         if not len(rows):
             raise ValueError(f"text={text} has no tokens here; texts 0 to {int(self.text_ids.max())} were captured.")
         part = slice(int(rows[0]), int(rows[-1]) + 1)  # a text's rows stand together
-        return replace(self, **{k: getattr(self, k)[part] for k in ("values", "text_ids", "positions", "token_ids", "sinks")})
+        return replace(
+            self, **{k: getattr(self, k)[part] for k in ("values", "text_ids", "positions", "token_ids", "sinks")}
+        )
 
     def variance_share(
         self,
@@ -104,7 +108,9 @@ class Activations:
 
     @always_shown
     def _repr_html_(self):
-        lengths = torch.unique_consecutive(self.text_ids, return_counts=True)[1]  # the matrix itself is not read: it may be mapped, and larger than memory
+        lengths = torch.unique_consecutive(self.text_ids, return_counts=True)[
+            1
+        ]  # the matrix itself is not read: it may be mapped, and larger than memory
         together = -(-len(lengths) // 60) or 1  # texts to a bar
         counts = [int(part.sum()) for part in lengths.split(together)]
         what = "tokens of each text" if together == 1 else f"tokens of every {together} texts"
@@ -119,7 +125,10 @@ class Activations:
 
     def save(self, path: str | os.PathLike) -> Path:
         "Write everything to one safetensors file, atomically, and return its path."
-        with write_atomic(path) as p, _Store(p, self.n_tokens, self.n_neurons, self.values.dtype, self._about()) as store:
+        with (
+            write_atomic(path) as p,
+            _Store(p, self.n_tokens, self.n_neurons, self.values.dtype, self._about()) as store,
+        ):
             for start in range(0, self.n_tokens, 512):
                 store.write(start, self.values[start : start + 512])
             store.finish(self.text_ids, self.positions, self.token_ids, self.sinks)
@@ -136,16 +145,37 @@ class Activations:
         with reading(path, "capture"):
             arrays, about = _mapped(path), {k: meta[k] for k in ("model", "n_cut")}
             site = meta["site"] if isinstance(meta["site"], str) else tuple(meta["site"])
-            acts = cls(**{k: arrays[k] for k in columns}, widths=tuple(meta["widths"]), depths=tuple(meta["depths"]), site=site, **about)
-            if not acts.values.is_floating_point() or acts.values.shape != (len(acts.text_ids), sum(acts.widths)) or len(acts.depths) != len(acts.widths):
-                raise ValueError(f"values of shape {tuple(acts.values.shape)} do not fit {len(acts.text_ids)} tokens and widths {acts.widths}")
+            acts = cls(
+                **{k: arrays[k] for k in columns},
+                widths=tuple(meta["widths"]),
+                depths=tuple(meta["depths"]),
+                site=site,
+                **about,
+            )
+            if (
+                not acts.values.is_floating_point()
+                or acts.values.shape != (len(acts.text_ids), sum(acts.widths))
+                or len(acts.depths) != len(acts.widths)
+            ):
+                raise ValueError(
+                    f"values of shape {tuple(acts.values.shape)} do not fit {len(acts.text_ids)} tokens and widths {acts.widths}"
+                )
             for name in columns[1:]:
-                if getattr(acts, name).shape != acts.text_ids.shape or getattr(acts, name).dtype != (torch.bool if name == "sinks" else torch.int64):
-                    raise ValueError(f"{name} is not one whole number, or yes or no, for each of {len(acts.text_ids)} tokens")
+                if getattr(acts, name).shape != acts.text_ids.shape or getattr(acts, name).dtype != (
+                    torch.bool if name == "sinks" else torch.int64
+                ):
+                    raise ValueError(
+                        f"{name} is not one whole number, or yes or no, for each of {len(acts.text_ids)} tokens"
+                    )
         return acts
 
 # %% ../nbs/02_activations.ipynb #f41c7771
-_TYPES = {"F32": (torch.float32, np.float32), "BF16": (torch.bfloat16, np.uint16), "I64": (torch.int64, np.int64), "BOOL": (torch.bool, np.bool_)}
+_TYPES = {
+    "F32": (torch.float32, np.float32),
+    "BF16": (torch.bfloat16, np.uint16),
+    "I64": (torch.int64, np.int64),
+    "BOOL": (torch.bool, np.bool_),
+}
 
 
 class _Store:
@@ -153,7 +183,10 @@ class _Store:
 
     def __init__(self, path: Path, n_tokens: int, n_neurons: int, dtype: torch.dtype, about: dict):
         names = {t: name for name, (t, _) in _TYPES.items()}
-        arrays = {"values": (dtype, [n_tokens, n_neurons]), **{k: (torch.int64, [n_tokens]) for k in ("text_ids", "positions", "token_ids")}}
+        arrays = {
+            "values": (dtype, [n_tokens, n_neurons]),
+            **{k: (torch.int64, [n_tokens]) for k in ("text_ids", "positions", "token_ids")},
+        }
         arrays["sinks"] = (torch.bool, [n_tokens])
         header: dict[str, dict] = {"__metadata__": {HEADER: json.dumps({"kind": "activations", "format": 1, **about})}}
         end = 0
@@ -197,7 +230,9 @@ def _mapped(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     for name, entry in header.items():
         if name != "__metadata__":
             dtype, np_type = _TYPES[entry["dtype"]]
-            array = np.memmap(path, np_type, mode="c", offset=8 + length + entry["data_offsets"][0], shape=tuple(entry["shape"]))
+            array = np.memmap(
+                path, np_type, mode="c", offset=8 + length + entry["data_offsets"][0], shape=tuple(entry["shape"])
+            )
             out[name] = torch.from_numpy(array).view(dtype)
     return out
 
@@ -207,7 +242,10 @@ def _split_text(tokenizer, text: str, max_length: int) -> list[list[int]]:
     if not tokenizer.is_fast:
         ids = tokenizer(text)["input_ids"]
         return [ids[s : s + max_length] for s in range(0, len(ids), max_length)]
-    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # windows from the left end on, whatever the tokenizer prefers
+    side, tokenizer.truncation_side = (
+        tokenizer.truncation_side,
+        "right",
+    )  # windows from the left end on, whatever the tokenizer prefers
     before = tokenizer.backend_tokenizer.truncation
     try:  # the tokenizer splits, so that every window gets its special tokens
         return tokenizer(text, truncation=True, max_length=max_length, return_overflowing_tokens=True)["input_ids"]
@@ -223,9 +261,13 @@ def _tokenize(tokenizer, texts: list[str], max_length: int, windows: bool) -> tu
     "Token lists, the text each belongs to, and how many texts were cut."
     lists, owners, cut = [], [], 0
     for i, text in enumerate(texts):
-        start = text if windows else text[: 32 * max_length]  # articles are far longer than what is read of them, and tokenising is slow
+        start = (
+            text if windows else text[: 32 * max_length]
+        )  # articles are far longer than what is read of them, and tokenising is slow
         parts = _split_text(tokenizer, start, max_length)
-        if len(start) < len(text) and sum(map(len, parts)) < 2 * max_length:  # long words: the cut through the text may lie within reach
+        if (
+            len(start) < len(text) and sum(map(len, parts)) < 2 * max_length
+        ):  # long words: the cut through the text may lie within reach
             parts = _split_text(tokenizer, text, max_length)
         parts = [p for p in parts if len(p)]
         if len(parts) > 1 and not windows:
@@ -235,7 +277,9 @@ def _tokenize(tokenizer, texts: list[str], max_length: int, windows: bool) -> tu
     if not lists:
         raise ValueError("texts tokenise to nothing: not one token is left. Give texts with words in them.")
     if max(map(len, lists)) > max_length:
-        raise ValueError(f"max_length={max_length} leaves no room for words beside the special tokens that the tokenizer adds; give more.")
+        raise ValueError(
+            f"max_length={max_length} leaves no room for words beside the special tokens that the tokenizer adds; give more."
+        )
     empty = len(texts) - len(set(owners))
     if empty:
         warnings.warn(f"{empty} of {len(texts)} texts tokenise to nothing and are left out.", stacklevel=3)
@@ -247,8 +291,16 @@ def positions_of(
 ) -> float:
     "Return how many tokens the model can read at once; infinity where it knows no limit."
     config = model.config.get_text_config() if hasattr(getattr(model, "config", None), "get_text_config") else None
-    known = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings")]
-    for name, m in model.named_modules():  # RoBERTa begins to count behind the padding index; I-BERT has embeddings of its own make
+    known = [
+        getattr(config, name, None)
+        for name in ("max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings")
+    ]
+    for (
+        name,
+        m,
+    ) in (
+        model.named_modules()
+    ):  # RoBERTa begins to count behind the padding index; I-BERT has embeddings of its own make
         if "position" in name and getattr(m, "padding_idx", None) is not None and hasattr(m, "weight"):
             known.append(m.weight.shape[0] - m.padding_idx - 1)
     return min([n for n in known if isinstance(n, int) and n > 0], default=math.inf)
@@ -278,7 +330,9 @@ def capture(
     batch_size: int | str = "auto",  # texts per forward pass, or "auto"
     max_length: int = 1024,  # tokens; longer texts are cut (and counted) or split
     windows: bool = False,  # split long texts into windows of max_length instead of cutting them
-    path: str | os.PathLike | None = None,  # write to this file while reading, holding one batch in memory; None to keep all in memory
+    path: str
+    | os.PathLike
+    | None = None,  # write to this file while reading, holding one batch in memory; None to keep all in memory
     progress: bool = True,  # show a progress bar
     dtype: torch.dtype = torch.float32,  # how values are stored: torch.float32 or torch.bfloat16
 ) -> Activations:
@@ -288,27 +342,43 @@ def capture(
     memory-mapped from that file, which appears only when it is complete. Raises ValueError for bad arguments, for a compiled model and for sites in a decoder beside an encoder, NotImplementedError for a model
     whose neurons cannot be placed. (Paper, section 2: activations of all MLP outputs over all positions.)"""
     if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype={dtype} is not accepted; accepted: torch.float32, torch.bfloat16 (float16 overflows on real activations).")
+        raise ValueError(
+            f"dtype={dtype} is not accepted; accepted: torch.float32, torch.bfloat16 (float16 overflows on real activations)."
+        )
     if not callable(tokenizer):
-        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected the model's tokenizer, e.g. the second thing that load_model() gives.")
+        raise TypeError(
+            f"tokenizer is a {type(tokenizer).__name__}; expected the model's tokenizer, e.g. the second thing that load_model() gives."
+        )
     refuse_compiled(model)
     sites = neuron_sites(model, site).at(layers)
     reads = _reading_part(model, sites)
     lists, owners, n_cut = _tokenize(tokenizer, text_list(texts), longest_input(model, tokenizer, max_length), windows)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if max(map(max, lists)) >= vocabulary:
-        raise ValueError(f"tokenizer gives token {max(map(max, lists)):,}, and the model knows {vocabulary:,}: they do not belong together. Load both by one name.")
+        raise ValueError(
+            f"tokenizer gives token {max(map(max, lists)):,}, and the model knows {vocabulary:,}: they do not belong together. Load both by one name."
+        )
     lengths = [len(x) for x in lists]
     starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
     positions = torch.cat([torch.arange(n) for n in lengths])
-    columns = dict(text_ids=torch.tensor(owners).repeat_interleave(torch.tensor(lengths)), positions=positions, token_ids=torch.tensor([t for x in lists for t in x]))
-    about: dict = dict(widths=sites.widths, depths=sites.depths, site=sites.site, model=str(getattr(model, "name_or_path", "")), n_cut=n_cut)
+    columns = dict(
+        text_ids=torch.tensor(owners).repeat_interleave(torch.tensor(lengths)),
+        positions=positions,
+        token_ids=torch.tensor([t for x in lists for t in x]),
+    )
+    about: dict = dict(
+        widths=sites.widths,
+        depths=sites.depths,
+        site=sites.site,
+        model=str(getattr(model, "name_or_path", "")),
+        n_cut=n_cut,
+    )
     squares = torch.empty(starts[-1])
     reader = _Reader(reads, tokenizer, sites, dtype)
 
     def run(target) -> None:
         "Fill the rows; `target(indices)` gives the place of each of those texts, and is called again with what was read."
-        from llmfact_nb.progress import progress_bar
+        from llmfact_nb.base.progress import progress_bar
 
         # an automatic batch keeps the model busy and the copied activations under about half a gigabyte
         tokens = min(2048 if reader.device.type == "cpu" else 16384, 2**29 // (4 * sites.n_neurons))
@@ -328,7 +398,13 @@ def capture(
         run(lambda group: [values[starts[i] : starts[i + 1]] for i in group])
         return Activations(values, **columns, sinks=sink_tokens(squares, positions), **about)
     with write_atomic(path) as p, _Store(p, starts[-1], sites.n_neurons, dtype, about) as store:
-        run(lambda group: list(torch.empty(sum(lengths[i] for i in group), sites.n_neurons, dtype=dtype).split([lengths[i] for i in group])))
+        run(
+            lambda group: list(
+                torch.empty(sum(lengths[i] for i in group), sites.n_neurons, dtype=dtype).split(
+                    [lengths[i] for i in group]
+                )
+            )
+        )
         store.finish(**columns, sinks=sink_tokens(squares, positions))
     return Activations.load(path)
 
@@ -375,9 +451,16 @@ class _Reader:
 
         def look(i: int, x: torch.Tensor) -> None:
             if x.shape[-1] != self.sites[i].width:
-                raise ValueError(f"site: {self.sites[i].name} gave {x.shape[-1]} values a token, expected {self.sites[i].width}.")
-            if x.shape[:-1] not in ((len(lists), longest), (len(lists) * longest,)):  # some models flatten texts and positions before the MLP
-                raise NotImplementedError(f"site: {self.sites[i].name} sees activations of shape {tuple(x.shape)}; expected (texts, positions, units) = {(len(lists), longest, x.shape[-1])}.")
+                raise ValueError(
+                    f"site: {self.sites[i].name} gave {x.shape[-1]} values a token, expected {self.sites[i].width}."
+                )
+            if x.shape[:-1] not in (
+                (len(lists), longest),
+                (len(lists) * longest,),
+            ):  # some models flatten texts and positions before the MLP
+                raise NotImplementedError(
+                    f"site: {self.sites[i].name} sees activations of shape {tuple(x.shape)}; expected (texts, positions, units) = {(len(lists), longest, x.shape[-1])}."
+                )
             x = x.detach().reshape(len(lists), longest, -1)
             if x.device.type == "cpu":
                 put(i, x)
@@ -395,7 +478,9 @@ class _Reader:
         for i, x in kept.items():
             put(i, x.cpu())
         if len(seen) < len(self.sites):
-            raise RuntimeError(f"site: {self.sites[min(set(range(len(self.sites))) - seen)].name} did not run in the forward pass; its neurons cannot be read.")
+            raise RuntimeError(
+                f"site: {self.sites[min(set(range(len(self.sites))) - seen)].name} did not run in the forward pass; its neurons cannot be read."
+            )
 
 # %% ../nbs/02_activations.ipynb #127a9bad
 def sink_tokens(

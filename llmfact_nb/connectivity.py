@@ -35,7 +35,9 @@ def _mean_and_scale(
     "Return mean and population standard deviation of these neurons over these tokens, float32 each, summed in float64 in two walks over the data."
     n = int(used.sum())
     mean = sum(part[used[tokens]].double().sum(0) for tokens, part in _read(values, columns, block)) / n
-    variance = sum((part[used[tokens]].double() - mean).square().sum(0) for tokens, part in _read(values, columns, block)) / n
+    variance = (
+        sum((part[used[tokens]].double() - mean).square().sum(0) for tokens, part in _read(values, columns, block)) / n
+    )
     return mean.float(), variance.sqrt().float()
 
 # %% ../nbs/07_connectivity.ipynb #2d32e767
@@ -62,7 +64,9 @@ def network_time_courses(
     courses = torch.cat([(part - shift.to(part)) @ weights.to(part) for _, part in _read(values, columns, block)])
     bad = ~courses[:, ~empty].isfinite().all(1)
     if bad.any():
-        raise ValueError(f"activations of the masks' neurons are nan or infinite (at {int(bad.sum()):,} tokens, the first is token {int(bad.nonzero()[0])}). Capture in float32, and look at these tokens.")
+        raise ValueError(
+            f"activations of the masks' neurons are nan or infinite (at {int(bad.sum()):,} tokens, the first is token {int(bad.nonzero()[0])}). Capture in float32, and look at these tokens."
+        )
     courses[:, empty] = torch.nan
     return courses.numpy() if isinstance(values, np.ndarray) else courses
 
@@ -73,13 +77,22 @@ def _matched(activations, masks) -> tuple[torch.Tensor | np.ndarray, torch.Tenso
     if not masks or not all(isinstance(m, NeuronMask) for m in masks):
         raise TypeError(f"masks must be a NeuronMask or a list of at least one, got {masks!r}.")
     common_site(masks)
-    captured = hasattr(activations, "widths")  # Activations, known by what they carry: this room stands beside theirs, not above it
+    captured = hasattr(
+        activations, "widths"
+    )  # Activations, known by what they carry: this room stands beside theirs, not above it
     if captured:
         common_site([NeuronMask.empty(activations.widths, activations.site, activations.depths), *masks])
     values = activations.values if captured else activations
-    if not isinstance(values, (torch.Tensor, np.ndarray)) or values.ndim != 2 or values.shape[1] != masks[0].n_neurons or not len(values):
+    if (
+        not isinstance(values, (torch.Tensor, np.ndarray))
+        or values.ndim != 2
+        or values.shape[1] != masks[0].n_neurons
+        or not len(values)
+    ):
         got = tuple(values.shape) if hasattr(values, "shape") else type(values).__name__
-        raise ValueError(f"activations must be tokens x neurons, with {masks[0].n_neurons:,} neurons as the masks have and at least one token; got {got}.")
+        raise ValueError(
+            f"activations must be tokens x neurons, with {masks[0].n_neurons:,} neurons as the masks have and at least one token; got {got}."
+        )
     everywhere = torch.ones(len(values), dtype=torch.bool)
     return values, everywhere if not captured or activations.sinks.all() else ~activations.sinks, masks
 
@@ -96,11 +109,16 @@ def functional_connectivity(
         raise ValueError(f"kind={kind!r}: expected 'correlation' or 'partial correlation'.")
     X = time_courses.detach().cpu().numpy() if isinstance(time_courses, torch.Tensor) else np.asarray(time_courses)
     if X.ndim != 2 or len(X) < 2 or X.shape[1] < 1:
-        raise ValueError(f"time_courses must be tokens x networks, with at least two tokens and one network; got shape {X.shape}.")
+        raise ValueError(
+            f"time_courses must be tokens x networks, with at least two tokens and one network; got shape {X.shape}."
+        )
     X = X.astype(np.float64)
     usable = np.isfinite(X).all(0) & (X != X[0]).any(0)
     if not usable.all():
-        warnings.warn(f"networks {np.flatnonzero(~usable).tolist()} have a constant or undefined time course: their connectivity is nan.", stacklevel=2)
+        warnings.warn(
+            f"networks {np.flatnonzero(~usable).tolist()} have a constant or undefined time course: their connectivity is nan.",
+            stacklevel=2,
+        )
     result = np.full((X.shape[1],) * 2, np.nan)
     if usable.any():
         Z = X[:, usable] - X[:, usable].mean(0)

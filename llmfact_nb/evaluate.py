@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .accuracy import bootstrap_interval, levels, wilson
+from .scores.accuracy import bootstrap_interval, levels, wilson
 from .activations import positions_of
-from .forward import evaluation_mode, input_device, length_batches, padded, text_list
+from .base.forward import evaluation_mode, input_device, length_batches, padded, text_list
 
 # %% ../nbs/08_evaluate.ipynb #e22c7dc7
 def unwrapped(
@@ -45,10 +45,14 @@ def require_causal(
         names.update([entry] if isinstance(entry, str) else entry)
     name = type(inner).__name__
     if config is None or not (name in names or name.endswith("ForCausalLM")):
-        raise TypeError(f"model is a {name}; perplexity and likelihoods need a causal language model. Load it with task='causal-lm' (AutoModelForCausalLM).")
+        raise TypeError(
+            f"model is a {name}; perplexity and likelihoods need a causal language model. Load it with task='causal-lm' (AutoModelForCausalLM)."
+        )
     family = getattr(config, "model_type", "")
     if family in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise TypeError(f"model is a {name} that sees the tokens after a position too (config.is_decoder is False); the next token is no prediction then. Use a causal language model.")
+        raise TypeError(
+            f"model is a {name} that sees the tokens after a position too (config.is_decoder is False); the next token is no prediction then. Use a causal language model."
+        )
 
 # %% ../nbs/08_evaluate.ipynb #c3bedefb
 _LOGITS_BYTES = 256 * 2**20
@@ -81,15 +85,19 @@ def _score_tokens(
     description: str,  # what the bar is called
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     "Return for each sequence (log-probabilities, first choice?) of its tokens from `starts` on, as `_read_logits` does. Raises TypeError or ValueError if the model cannot read them."
-    from llmfact_nb.progress import progress_bar
+    from llmfact_nb.base.progress import progress_bar
 
     require_causal(model)
     embedding = model.get_input_embeddings().weight
     limit, longest = positions_of(model), max(map(len, sequences))
     if longest - 1 > limit:
-        raise ValueError(f"A text of {longest:,} tokens does not fit the model, which has {limit:,} positions. Pass max_length={limit} or shorten the text.")
+        raise ValueError(
+            f"A text of {longest:,} tokens does not fit the model, which has {limit:,} positions. Pass max_length={limit} or shorten the text."
+        )
     if embedding.dim() == 2 and embedding.shape[0] <= (largest := max(max(s) for s in sequences)):
-        raise ValueError(f"tokenizer gives token {largest:,}, and the model knows {embedding.shape[0]:,}: they do not belong together. Load both by one name.")
+        raise ValueError(
+            f"tokenizer gives token {largest:,}, and the model knows {embedding.shape[0]:,}: they do not belong together. Load both by one name."
+        )
     device = input_device(model)
     shared: dict[tuple, list[int]] = {}
     for i, ids in enumerate(sequences):
@@ -104,7 +112,12 @@ def _score_tokens(
             wanted = {i: range(starts[i] - 1, len(inputs[b])) for b in batch for i in shared[inputs[b]]}
             places = sorted(set().union(*wanted.values()))
             some = selective and len(places) < ids.shape[1]
-            logits = model(input_ids=ids, attention_mask=real, use_cache=False, **({"logits_to_keep": torch.tensor(places, device=device)} if some else {})).logits
+            logits = model(
+                input_ids=ids,
+                attention_mask=real,
+                use_cache=False,
+                **({"logits_to_keep": torch.tensor(places, device=device)} if some else {}),
+            ).logits
             column = {place: c for c, place in enumerate(places)}
             for row, b in enumerate(batch):
                 for i in shared[inputs[b]]:
@@ -129,11 +142,15 @@ class EvalSet:
     ):
         texts = text_list(texts)
         if operator.index(max_length) < 2:
-            raise ValueError(f"max_length={max_length}: expected at least 2, because the first token of a text is not scored.")
+            raise ValueError(
+                f"max_length={max_length}: expected at least 2, because the first token of a text is not scored."
+            )
         ids = [_encode(tokenizer, text) for text in texts]
         kept = [i for i, x in enumerate(ids) if len(x) > 1]
         if not kept:
-            raise ValueError(f"texts: none of the {len(ids)} texts has two tokens, so there is nothing to score. Check that the column holds what you think.")
+            raise ValueError(
+                f"texts: none of the {len(ids)} texts has two tokens, so there is nothing to score. Check that the column holds what you think."
+            )
         self.ids = tuple(ids[i][:max_length] for i in kept)
         self.text_ids = tuple(kept)
         self.n_tokens = sum(len(x) - 1 for x in self.ids)
@@ -141,7 +158,9 @@ class EvalSet:
         self.n_dropped = len(ids) - len(kept)
         self.fingerprint = hashlib.sha256(repr((self.text_ids, self.ids)).encode()).hexdigest()
         if self.n_dropped:
-            warnings.warn(f"{self.n_dropped} of {len(ids)} texts have fewer than two tokens and are dropped.", stacklevel=2)
+            warnings.warn(
+                f"{self.n_dropped} of {len(ids)} texts have fewer than two tokens and are dropped.", stacklevel=2
+            )
 
     def __repr__(self):
         return f"EvalSet({self.n_tokens:,} tokens to score in {len(self.ids)} texts, {self.n_cut} cut, {self.n_dropped} dropped)"
@@ -190,7 +209,9 @@ def perplexity(
     longer than the model's positions, and on a tokenizer of another model."""
     if isinstance(texts, EvalSet):
         if max_length is not None:
-            raise ValueError(f"max_length={max_length}: an EvalSet is cut already. Leave max_length out, or make another EvalSet with it.")
+            raise ValueError(
+                f"max_length={max_length}: an EvalSet is cut already. Leave max_length out, or make another EvalSet with it."
+            )
         tokens = texts
     else:
         require_causal(model)
@@ -238,11 +259,15 @@ def paired_difference(
 ) -> PairedDifference:
     "Return the damage of `a` over `b`: the mean difference of their token losses, with a bootstrap interval over documents. Raises ValueError if they were scored on different tokens."
     if a.fingerprint != b.fingerprint:
-        raise ValueError(f"a and b were scored on different tokens ({a.n_tokens:,} in {a.n_texts} texts, {b.n_tokens:,} in {b.n_texts}), so they cannot be paired. Evaluate both with the same EvalSet.")
+        raise ValueError(
+            f"a and b were scored on different tokens ({a.n_tokens:,} in {a.n_texts} texts, {b.n_tokens:,} in {b.n_texts}), so they cannot be paired. Evaluate both with the same EvalSet."
+        )
     difference = (a.token_nats.double() - b.token_nats.double()).numpy()
     _, document, counts = np.unique(a.text_ids.numpy(), return_inverse=True, return_counts=True)
     sums = np.bincount(document, weights=difference)
-    return PairedDifference(float(difference.mean()), bootstrap_interval(sums, counts, n_boot, seed), a.n_tokens, a.n_texts)
+    return PairedDifference(
+        float(difference.mean()), bootstrap_interval(sums, counts, n_boot, seed), a.n_tokens, a.n_texts
+    )
 
 # %% ../nbs/08_evaluate.ipynb #8078791d
 def uses_chat(
@@ -252,7 +277,9 @@ def uses_chat(
     "Return whether prompts are put as a user's message. Raises ValueError for chat=True without a template, and for any other value."
     has = bool(getattr(tokenizer, "chat_template", None))
     if not (isinstance(chat, bool) or chat == "auto"):
-        raise ValueError(f"chat={chat!r} is not accepted; accepted: True, False, 'auto' (where the tokenizer has a chat template).")
+        raise ValueError(
+            f"chat={chat!r} is not accepted; accepted: True, False, 'auto' (where the tokenizer has a chat template)."
+        )
     if chat is True and not has:
         raise ValueError("chat=True, but this tokenizer has no chat template. Use chat=False, or 'auto'.")
     return has if chat == "auto" else bool(chat)
@@ -260,7 +287,9 @@ def uses_chat(
 
 def _as_message(tokenizer, prompt: str) -> str:
     "The prompt as a user's message in the tokenizer's chat template, up to where the model's answer begins."
-    return tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
 
 
 def prompt_tokens(
@@ -286,10 +315,14 @@ def _prompt_ids(
     glue = "" if chat or prompt[-1:].isspace() else " "
     alone = _encode(tokenizer, prompt, special=not chat)
     together = [_encode(tokenizer, prompt + glue + answer.lstrip(), special=not chat) for answer in answers]
-    start = min(next((i for i, (x, y) in enumerate(zip(alone, ids)) if x != y), min(len(alone), len(ids))) for ids in together)
+    start = min(
+        next((i for i, (x, y) in enumerate(zip(alone, ids)) if x != y), min(len(alone), len(ids))) for ids in together
+    )
     for answer, ids in zip(answers, together):
         if start == 0 or len(ids) <= start:
-            raise ValueError(f"prompt={prompt!r} and answer={answer!r}: each must give at least one token of its own. Drop empty ones, or put a word into the template.")
+            raise ValueError(
+                f"prompt={prompt!r} and answer={answer!r}: each must give at least one token of its own. Drop empty ones, or put a word into the template."
+            )
     return together, start
 
 
@@ -383,13 +416,24 @@ def _label_words(
     "Return one word per label, in their order. Raises ValueError if words and labels do not fit; warns of classes that do not occur."
     if isinstance(given, dict):
         if set(given) != set(names):
-            raise ValueError(f"label_words={given!r} must have one entry for each class of the data set; its classes are {list(names)}.")
+            raise ValueError(
+                f"label_words={given!r} must have one entry for each class of the data set; its classes are {list(names)}."
+            )
         given = [given[name] for name in names]
     words = list(given if given is not None else names)
-    if len(words) < 2 or len({word.strip() for word in words}) < len(words) or not set(labels) <= set(range(len(words))):
-        raise ValueError(f"label_words={words!r} do not fit the labels {sorted(set(labels))}: expected one word, all different, for each of the labels 0, 1, ...")
+    if (
+        len(words) < 2
+        or len({word.strip() for word in words}) < len(words)
+        or not set(labels) <= set(range(len(words)))
+    ):
+        raise ValueError(
+            f"label_words={words!r} do not fit the labels {sorted(set(labels))}: expected one word, all different, for each of the labels 0, 1, ..."
+        )
     if missing := [f"{i} ({word!r})" for i, word in enumerate(words) if i not in set(labels)]:
-        warnings.warn(f"label {', '.join(missing)} does not occur among the {len(labels)} texts: the accuracy says nothing about it. Take more texts, or shuffle them.", stacklevel=3)
+        warnings.warn(
+            f"label {', '.join(missing)} does not occur among the {len(labels)} texts: the accuracy says nothing about it. Take more texts, or shuffle them.",
+            stacklevel=3,
+        )
     return words
 
 # %% ../nbs/08_evaluate.ipynb #ed9c8bce
@@ -398,8 +442,11 @@ def label_accuracy(
     tokenizer,  # its tokenizer
     data,  # Dataset with columns "text" and "label", or a list of (text, label) with labels 0, 1, 2, ...
     template: str = "Text: {text}\nLabel:",  # the prompt; {text} stands for the text, the label word follows after a space
-    label_words: dict[str, str] | Sequence[str] | None = None,  # {class name: word}, or words in the order of the labels; None: the class names themselves
-    chat: bool | str = False,  # give the prompt as a user's message, in the tokenizer's chat template; "auto": where it has one
+    label_words: dict[str, str]
+    | Sequence[str]
+    | None = None,  # {class name: word}, or words in the order of the labels; None: the class names themselves
+    chat: bool
+    | str = False,  # give the prompt as a user's message, in the tokenizer's chat template; "auto": where it has one
     batch_size: int | str = "auto",  # prompts per forward, or "auto"; the result does not depend on it
     progress: bool = True,  # show a progress bar
     compare: str = "sum",  # "sum", "mean" or "calibrated" log-likelihoods
@@ -417,17 +464,24 @@ def label_accuracy(
         raise ValueError(f"compare={compare!r} is not accepted; accepted: 'sum', 'mean', 'calibrated'.")
     texts, labels, names = labelled_texts(data)
     words = _label_words(label_words, names, labels)
-    asked = [_prompt_ids(tokenizer, template.replace("{text}", text), words, chat) for text in [*texts, *([no_content] if compare == "calibrated" else [])]]
+    asked = [
+        _prompt_ids(tokenizer, template.replace("{text}", text), words, chat)
+        for text in [*texts, *([no_content] if compare == "calibrated" else [])]
+    ]
     for together, start in asked:
         if len({tuple(ids[start:]) for ids in together}) < len(words):
-            raise ValueError(f"label_words={words!r} give the tokens {[ids[start:] for ids in together]}; expected different ones for each label. Choose words that the tokenizer knows.")
+            raise ValueError(
+                f"label_words={words!r} give the tokens {[ids[start:] for ids in together]}; expected different ones for each label. Choose words that the tokenizer knows."
+            )
     kept = fitting([max(map(len, together)) - 1 for together, _ in asked[: len(texts)]], model, "prompts")
     sequences, starts = [], []
     for together, start in [*(asked[i] for i in kept), *asked[len(texts) :]]:
         sequences += together
         starts += [start] * len(words)
     scored = _score_tokens(model, sequences, starts, batch_size, progress, "label accuracy")
-    sums, means = (torch.stack([f(log_probs) for log_probs, _ in scored]).reshape(-1, len(words)) for f in (torch.sum, torch.mean))
+    sums, means = (
+        torch.stack([f(log_probs) for log_probs, _ in scored]).reshape(-1, len(words)) for f in (torch.sum, torch.mean)
+    )
     scores = {"sum": sums, "mean": means, "calibrated": sums - sums[-1]}[compare][: len(kept)]
     labels, predictions = torch.tensor([labels[i] for i in kept]), choose(scores)
     hits, n = int((labels == predictions).sum()), len(kept)
@@ -479,7 +533,8 @@ def cloze_accuracy(
     model: nn.Module,  # a causal language model; masks and other hooks it carries stay in force
     tokenizer,  # its tokenizer
     data,  # Dataset with columns "prompt" and "answer", or a list of (prompt, answer); the answer follows after a space
-    chat: bool | str = False,  # give the prompt as a user's message, in the tokenizer's chat template; "auto": where it has one
+    chat: bool
+    | str = False,  # give the prompt as a user's message, in the tokenizer's chat template; "auto": where it has one
     batch_size: int | str = "auto",  # prompts per forward, or "auto"; the result does not depend on it
     progress: bool = True,  # show a progress bar
 ) -> ClozeAccuracy:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .files import digest
+from .base.files import digest
 from .masks import Masks, NeuronMask, disjoint, n_shared, named_masks, union
 from .sites import linear_shape, neuron_sites, refuse_compiled
 
@@ -45,24 +45,38 @@ def neuron_parameters(
 ) -> list[NeuronParameters]:
     "Return the slices that belong to the mask's neurons, layer by layer. Raises ValueError for a mask of another site or model, NotImplementedError where the up projection cannot be told."
     if not isinstance(mask, NeuronMask):
-        raise TypeError(f"mask is a {type(mask).__name__}; expected a NeuronMask, e.g. what FunctionalNetworks.key_neurons() gives.")
+        raise TypeError(
+            f"mask is a {type(mask).__name__}; expected a NeuronMask, e.g. what FunctionalNetworks.key_neurons() gives."
+        )
     if mask.site not in (None, "mlp_hidden"):
-        raise ValueError(f"mask belongs to site {mask.site!r}, whose units have no parameters of their own; find networks at site='mlp_hidden'.")
+        raise ValueError(
+            f"mask belongs to site {mask.site!r}, whose units have no parameters of their own; find networks at site='mlp_hidden'."
+        )
     found = []
     for s, chosen in zip(neuron_sites(model, "mlp_hidden").at(mask.depths), mask.layers):
         if len(chosen) != s.width:
             raise ValueError(f"mask has {len(chosen)} units in layer {s.layer}, the model {s.width}.")
         units, parent = chosen.nonzero()[:, 0], s.name.rpartition(".")[0]
-        beside = [(n, m, shape[1]) for n, m in model.get_submodule(parent).named_children() if m is not s.module and (shape := linear_shape(m))]
+        beside = [
+            (n, m, shape[1])
+            for n, m in model.get_submodule(parent).named_children()
+            if m is not s.module and (shape := linear_shape(m))
+        ]
         ups = [(n, m, width) for n, m, width in beside if width in (s.width, 2 * s.width)]
         if not ups or any(hasattr(m, "base_layer") for m in (*(m for _, m, _ in ups), s.module)):
-            raise NotImplementedError(f"{parent} shows no plain up projection beside {s.name}; merge the adapter first, or use a model whose up and down projections lie in one module.")
+            raise NotImplementedError(
+                f"{parent} shows no plain up projection beside {s.name}; merge the adapter first, or use a model whose up and down projections lie in one module."
+            )
         for name, up, width in ups:
             rows = torch.cat([units + start for start in range(0, width, s.width)])  # gate and up may be one matrix
-            found.append(NeuronParameters(s.layer, f"{parent}.{name}.weight", int(type(up).__name__ == "Conv1D"), rows, "in"))
+            found.append(
+                NeuronParameters(s.layer, f"{parent}.{name}.weight", int(type(up).__name__ == "Conv1D"), rows, "in")
+            )
             if up.bias is not None:
                 found.append(NeuronParameters(s.layer, f"{parent}.{name}.bias", 0, rows, "in"))
-        found.append(NeuronParameters(s.layer, f"{s.name}.weight", int(type(s.module).__name__ != "Conv1D"), units, "out"))
+        found.append(
+            NeuronParameters(s.layer, f"{s.name}.weight", int(type(s.module).__name__ != "Conv1D"), units, "out")
+        )
     return found
 
 # %% ../nbs/10_finetune.ipynb #58b0825d
@@ -74,23 +88,37 @@ class NeuronTuningConfig:
     "What `get_neuron_model` shall make trainable. Raises ValueError or TypeError, naming the argument, if it makes no sense."
 
     mode: str = "selected"  # "selected": only the masks' neurons train; "rest": all parameters but theirs; "full": all
-    masks: Masks | None = None  # of site mlp_hidden: one; a list ("network 0", "network 1", ...); or a dict by name, in the order of the schedule. Needed unless mode is "full"
-    grad_scale: float | None = None  # mode "rest" only: multiply the masked neurons' gradients by this instead of freezing them
-    also: Sequence[str] = ()  # mode "selected" only: names of modules or parameters that train as well, e.g. "score", a new classification head
+    masks: Masks | None = (
+        None  # of site mlp_hidden: one; a list ("network 0", "network 1", ...); or a dict by name, in the order of the schedule. Needed unless mode is "full"
+    )
+    grad_scale: float | None = (
+        None  # mode "rest" only: multiply the masked neurons' gradients by this instead of freezing them
+    )
+    also: Sequence[
+        str
+    ] = ()  # mode "selected" only: names of modules or parameters that train as well, e.g. "score", a new classification head
 
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} is not accepted; accepted: {', '.join(map(repr, MODES))}.")
-        if self.grad_scale is not None and (self.mode != "rest" or isinstance(self.grad_scale, bool) or not 0 < self.grad_scale < float("inf")):
-            raise ValueError(f"grad_scale={self.grad_scale!r} with mode={self.mode!r} is not accepted; it is a positive number and goes with mode='rest' (0 is plain 'rest').")
+        if self.grad_scale is not None and (
+            self.mode != "rest" or isinstance(self.grad_scale, bool) or not 0 < self.grad_scale < float("inf")
+        ):
+            raise ValueError(
+                f"grad_scale={self.grad_scale!r} with mode={self.mode!r} is not accepted; it is a positive number and goes with mode='rest' (0 is plain 'rest')."
+            )
         if self.also and (self.mode != "selected" or isinstance(self.also, str)):
-            raise ValueError(f"also={self.also!r} with mode={self.mode!r} is not accepted; it is a list of module names and goes with mode='selected' (the other modes train them anyway).")
+            raise ValueError(
+                f"also={self.also!r} with mode={self.mode!r} is not accepted; it is a list of module names and goes with mode='selected' (the other modes train them anyway)."
+            )
         if self.masks is None and self.mode != "full":
             raise TypeError(f"masks=None is not accepted with mode={self.mode!r}; say which neurons.")
         if self.masks is None:
             return
         if union(self.given().values()).n == 0:
-            raise ValueError(f"masks select no neuron ({len(self.given())} masks); with nothing chosen, mode={self.mode!r} has no meaning. Lower alpha or raise fraction.")
+            raise ValueError(
+                f"masks select no neuron ({len(self.given())} masks); with nothing chosen, mode={self.mode!r} has no meaning. Lower alpha or raise fraction."
+            )
 
     def given(self) -> dict[str, NeuronMask]:
         "Return the masks by name, as they were given."
@@ -132,23 +160,43 @@ class NeuronSlices(nn.Module):
         self.silent: frozenset[int] = frozenset()  # numbers of the networks that do not learn now
         for number, part in weights.items():
             index = part.index.to(owner.weight.device)
-            values = {"weight": self.rows(owner.weight, index)} | ({"bias": owner.bias.detach()[index]} if self.biased else {})
-            self.add_module(str(number), nn.ParameterDict({k: nn.Parameter(v.to(torch.promote_types(v.dtype, torch.float32), copy=True).contiguous()) for k, v in values.items()}))
+            values = {"weight": self.rows(owner.weight, index)} | (
+                {"bias": owner.bias.detach()[index]} if self.biased else {}
+            )
+            self.add_module(
+                str(number),
+                nn.ParameterDict(
+                    {
+                        k: nn.Parameter(v.to(torch.promote_types(v.dtype, torch.float32), copy=True).contiguous())
+                        for k, v in values.items()
+                    }
+                ),
+            )
         self.register_buffer("index", torch.cat([p.index for p in weights.values()]).to(owner.weight.device))
 
     def _apply(self, fn, recurse=True):
         def moved(t):  # where the model goes, but never to a coarser dtype, in which small steps would be lost
             new = fn(t)
-            return t.to(new.device) if t.is_floating_point() and torch.finfo(new.dtype).bits < torch.finfo(t.dtype).bits else new
+            return (
+                t.to(new.device)
+                if t.is_floating_point() and torch.finfo(new.dtype).bits < torch.finfo(t.dtype).bits
+                else new
+            )
 
         return super()._apply(moved, recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         saved = state_dict.get(f"{prefix}index")
         if saved is not None and not torch.equal(saved.cpu(), self.index.cpu()):
-            error_msgs.append(f"{prefix}index: these are the slices of other neurons than the model's masks choose; tune the same masks, in the same order.")
+            error_msgs.append(
+                f"{prefix}index: these are the slices of other neurons than the model's masks choose; tune the same masks, in the same order."
+            )
             return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def rows(self, weight: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         "One row per neuron, whichever way round the weight is stored."
@@ -157,7 +205,9 @@ class NeuronSlices(nn.Module):
 
     def joined(self, kind: str) -> torch.Tensor:
         "All networks' slices, one after the other."
-        parts = [_Silent.apply(m[kind]) if int(number) in self.silent else m[kind] for number, m in self.named_children()]
+        parts = [
+            _Silent.apply(m[kind]) if int(number) in self.silent else m[kind] for number, m in self.named_children()
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def forward(self, owner: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -193,7 +243,11 @@ class _FrozenSlice:
         self.name, self.axis, self.index, self.scale = part.name, part.axis, part.index, scale
         self.parameter = model.get_parameter(part.name)
         self.kept = None if scale else part.of(model)
-        self.handle = self.parameter.register_hook(self.scaled) if scale else self.parameter.register_post_accumulate_grad_hook(self.clear)
+        self.handle = (
+            self.parameter.register_hook(self.scaled)
+            if scale
+            else self.parameter.register_post_accumulate_grad_hook(self.clear)
+        )
 
     def _follow(self):  # the model may have gone to another device since
         if self.index.device != self.parameter.device:
@@ -204,7 +258,9 @@ class _FrozenSlice:
         self._follow()
         return grad.index_copy(self.axis, self.index, grad.index_select(self.axis, self.index) * self.scale)
 
-    def clear(self, parameter):  # may happen twice, so it may come after accumulation; filled, not multiplied: inf * 0 is nan
+    def clear(
+        self, parameter
+    ):  # may happen twice, so it may come after accumulation; filled, not multiplied: inf * 0 is nan
         self._follow()
         parameter.grad.index_fill_(self.axis, self.index, 0)
 
@@ -236,14 +292,18 @@ class NeuronTuning:
         self.requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         self._model, self._told = weakref.ref(model), False
         self._handles: list = []  # of hooks
-        self._still: list[tuple[nn.Parameter, torch.Tensor, bool]] = []  # during a step, what must not move: (slices, their values, had the optimizer a state of them?)
+        self._still: list[
+            tuple[nn.Parameter, torch.Tensor, bool]
+        ] = []  # during a step, what must not move: (slices, their values, had the optimizer a state of them?)
         by_network = [neuron_parameters(model, m) for m in self.networks.values()] if config.mode != "full" else []
         names = {p.name for parts in by_network for p in parts}
         if hasattr(model, "neuron_tuning"):
             raise ValueError("model is already in neuron tuning; merge_and_unload(model) first.")
         refuse_unplain(model, sorted(names))
         if config.mode == "selected" and union(self.networks.values()).n == neuron_sites(model, "mlp_hidden").n_neurons:
-            raise ValueError("masks select every neuron; mode='selected' would keep a second copy of every MLP. Use mode='full', or a smaller mask.")
+            raise ValueError(
+                "masks select every neuron; mode='selected' would keep a second copy of every MLP. Use mode='full', or a smaller mask."
+            )
         self.also = _named(model, config.also, names)
         for p in model.parameters():
             p.grad = None  # a gradient from before would be stepped on by the first optimizer that sees it
@@ -276,9 +336,16 @@ class NeuronTuning:
 
         me = weakref.ref(self)  # the hooks are the process's, so they must not keep a model alive
         alive = lambda: tuning if (tuning := me()) is not None and tuning.model is not None else None
-        before, after = (lambda o, args, kwargs: (t := alive()) and t._before_step(o)), (lambda o, args, kwargs: (t := alive()) and t._after_step(o))
+        before, after = (
+            (lambda o, args, kwargs: (t := alive()) and t._before_step(o)),
+            (lambda o, args, kwargs: (t := alive()) and t._after_step(o)),
+        )
         self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        self._handles += [model.register_forward_pre_hook(lambda m, args: (t := alive()) and t._refuse_escaped())] if self.frozen else []
+        self._handles += (
+            [model.register_forward_pre_hook(lambda m, args: (t := alive()) and t._refuse_escaped())]
+            if self.frozen
+            else []
+        )
         for h in self._handles[:2]:
             weakref.finalize(self, h.remove)
 
@@ -300,7 +367,9 @@ class NeuronTuning:
         "Choose which networks learn (mode selected). Raises ValueError for a name that does not exist, or in another mode."
         unknown = [n for n in names if n not in self.networks]
         if unknown or self.config.mode != "selected":
-            raise ValueError(f"names={list(names)!r} is not accepted; this model is tuned in mode {self.config.mode!r} and its networks are {list(self.networks)}.")
+            raise ValueError(
+                f"names={list(names)!r} is not accepted; this model is tuned in mode {self.config.mode!r} and its networks are {list(self.networks)}."
+            )
         self.active = tuple(n for n in self.networks if n in names)
         silent = frozenset(i for i, n in enumerate(self.networks) if n not in names)
         for _, s in self.slices():
@@ -323,15 +392,29 @@ class NeuronTuning:
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
         if self.config.mode == "selected":
             slices = [p for name in self.networks for p in self.parameters_of(name)]
-            if not any(id(p) in held for p in slices) and any(id(self.model.get_parameter(n)) in held for n in self.requires_grad if n not in self.also):
-                raise RuntimeError("this optimizer holds none of the neurons that shall train: it was built before get_neuron_model. Build it afterwards.")
+            if not any(id(p) in held for p in slices) and any(
+                id(self.model.get_parameter(n)) in held for n in self.requires_grad if n not in self.also
+            ):
+                raise RuntimeError(
+                    "this optimizer holds none of the neurons that shall train: it was built before get_neuron_model. Build it afterwards."
+                )
             silent = [p for name in self.networks if name not in self.active for p in self.parameters_of(name)]
             for p in silent:
                 p.grad = None
-            self._still = [(p, p.detach().clone(), p in optimizer.state) for p in silent if id(p) in held]  # a closure may bring gradients of zero again
-        elif self.config.grad_scale and "adam" in type(optimizer).__name__.lower() and any(id(f.parameter) in held for f in self.frozen) and not self._told:
+            self._still = [
+                (p, p.detach().clone(), p in optimizer.state) for p in silent if id(p) in held
+            ]  # a closure may bring gradients of zero again
+        elif (
+            self.config.grad_scale
+            and "adam" in type(optimizer).__name__.lower()
+            and any(id(f.parameter) in held for f in self.frozen)
+            and not self._told
+        ):
             self._told = True
-            warnings.warn(f"grad_scale={self.config.grad_scale} changes next to nothing under {type(optimizer).__name__}, which divides each gradient by its size. Use SGD, or mode='selected' with a lower learning rate.", stacklevel=5)
+            warnings.warn(
+                f"grad_scale={self.config.grad_scale} changes next to nothing under {type(optimizer).__name__}, which divides each gradient by its size. Use SGD, or mode='selected' with a lower learning rate.",
+                stacklevel=5,
+            )
 
     def _after_step(self, optimizer):
         held = {id(p) for g in optimizer.param_groups for p in g["params"]} if self.frozen else ()
@@ -348,9 +431,13 @@ class NeuronTuning:
     def _refuse_escaped(self):
         for f in (self.frozen[0], self.frozen[-1]):
             if self.model.get_parameter(f.name) is not f.parameter:
-                raise RuntimeError(f"{f.name} was replaced after get_neuron_model (by FSDP, or a changed dtype?), so mode='rest' cannot keep its neurons frozen. Use mode='selected', or DDP.")
+                raise RuntimeError(
+                    f"{f.name} was replaced after get_neuron_model (by FSDP, or a changed dtype?), so mode='rest' cannot keep its neurons frozen. Use mode='selected', or DDP."
+                )
         if f.kept is not None and self.model.training and torch.is_grad_enabled() and not torch.equal(f.now(), f.kept):
-            raise RuntimeError(f"{f.name}: frozen neurons have moved. Something writes to the weights outside torch.optim (an optimizer with master copies?); merge_and_unload puts the old values back. Use mode='selected'.")
+            raise RuntimeError(
+                f"{f.name}: frozen neurons have moved. Something writes to the weights outside torch.optim (an optimizer with master copies?); merge_and_unload puts the old values back. Use mode='selected'."
+            )
 
     def frozen_digests(self) -> dict[str, str]:
         "Return a checksum of everything that must not move, by parameter name (mode rest: of the frozen part)."
@@ -367,19 +454,29 @@ class NeuronTuning:
     def __str__(self):
         own = {n for n, _ in self.model.named_parameters() if n not in self.requires_grad}
         total = sum(p.numel() for n, p in self.model.named_parameters() if n not in own)
-        head = f"mode {self.config.mode}: {self.n_trained:,} of {total:,} parameters train ({self.n_trained / total:.2%})"
+        head = (
+            f"mode {self.config.mode}: {self.n_trained:,} of {total:,} parameters train ({self.n_trained / total:.2%})"
+        )
         if not self.networks or self.config.mode == "full":
             return head + "; nothing is frozen"
         mask = union(self.networks.values())
-        what = {"selected": "trained", "rest": "frozen" if self.config.grad_scale is None else f"slowed ({self.config.grad_scale:g})"}[self.config.mode]
+        what = {
+            "selected": "trained",
+            "rest": "frozen" if self.config.grad_scale is None else f"slowed ({self.config.grad_scale:g})",
+        }[self.config.mode]
         lowest = next(d for d, n in zip(mask.depths, mask.counts) if n) if self.config.mode == "selected" else 0
-        rows = [head + f"; lowest trained layer: {lowest}" + (f"; also {', '.join(self.config.also)}" if self.also else ""), f"neurons {what}, layer by layer: {' '.join(map(str, mask.counts))} (sum {mask.n:,} of {mask.n_neurons:,})"]
+        rows = [
+            head + f"; lowest trained layer: {lowest}" + (f"; also {', '.join(self.config.also)}" if self.also else ""),
+            f"neurons {what}, layer by layer: {' '.join(map(str, mask.counts))} (sum {mask.n:,} of {mask.n_neurons:,})",
+        ]
         if len(self.networks) > 1:
             rows.append("networks: " + ", ".join(f"{n} ({m.n:,})" for n, m in self.networks.items()))
         return "\n".join(rows)
 
     def __deepcopy__(self, memo):
-        raise TypeError("a model in neuron tuning cannot be copied, since the copy would not be protected. merge_and_unload(model) first, or save_neurons and load them into a fresh model.")
+        raise TypeError(
+            "a model in neuron tuning cannot be copied, since the copy would not be protected. merge_and_unload(model) first, or save_neurons and load them into a fresh model."
+        )
 
     def close(self) -> None:
         "Put frozen values back, take all hooks away and give every parameter its old `requires_grad`."
@@ -400,7 +497,14 @@ def param_groups(
     **options,  # further optimizer options of both groups, e.g. lr
 ) -> list[dict]:
     "Return the parameters in two groups for a torch optimizer, matrices and the rest; a group that would be empty is left out."
-    groups = [{"params": [p for p in parameters if (p.dim() > 1) == matrix], "weight_decay": weight_decay if matrix else 0.0, **options} for matrix in (True, False)]
+    groups = [
+        {
+            "params": [p for p in parameters if (p.dim() > 1) == matrix],
+            "weight_decay": weight_decay if matrix else 0.0,
+            **options,
+        }
+        for matrix in (True, False)
+    ]
     return [g for g in groups if g["params"]]
 
 
@@ -409,10 +513,14 @@ def _named(model: nn.Module, names: Sequence[str], sliced: set[str]) -> frozense
     known = [n for n, _ in model.named_parameters()]
     for name in names:
         if not any(n == name or n.startswith(f"{name}.") for n in known):
-            raise ValueError(f"also={list(names)}: the model has no module or parameter {name!r}; its parts are {[n for n, _ in model.named_children()]}.")
+            raise ValueError(
+                f"also={list(names)}: the model has no module or parameter {name!r}; its parts are {[n for n, _ in model.named_children()]}."
+            )
     found = frozenset(n for n in known if any(n == name or n.startswith(f"{name}.") for name in names))
     if found & sliced:
-        raise ValueError(f"also={list(names)}: {sorted(found & sliced)[0]} is the base of chosen neurons, which train as slices; name other parts.")
+        raise ValueError(
+            f"also={list(names)}: {sorted(found & sliced)[0]} is the base of chosen neurons, which train as slices; name other parts."
+        )
     return found
 
 
@@ -423,13 +531,17 @@ def refuse_unplain(
     "Raise ValueError, naming it, if the model is compiled or quantised, or one of the weights offloaded."
     refuse_compiled(model)
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
-        raise ValueError(f"model is quantised ({getattr(model, 'quantization_method', 'unknown method')}); its weights have no neuron slices. Load it unquantised.")
+        raise ValueError(
+            f"model is quantised ({getattr(model, 'quantization_method', 'unknown method')}); its weights have no neuron slices. Load it unquantised."
+        )
     for name in names:
         owner, weight = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
         if not weight.is_floating_point():
             raise ValueError(f"{name} has the dtype {weight.dtype}; the base is quantised. Load it unquantised.")
         if weight.device.type == "meta" or "forward" in vars(owner):
-            raise ValueError(f"{name} is offloaded, or its module's forward has been replaced (a device map?). Load the model plain, without device_map.")
+            raise ValueError(
+                f"{name} is offloaded, or its module's forward has been replaced (a device map?). Load the model plain, without device_map."
+            )
 
 # %% ../nbs/10_finetune.ipynb #6d5a35d2
 def get_neuron_model(
@@ -446,10 +558,15 @@ def get_neuron_model(
     tuning = NeuronTuning(model, config)
     model.neuron_tuning = tuning
     if config.overlap():
-        warnings.warn(f"{config.overlap():,} neurons stand in more than one network; each is trained with the first of them.", stacklevel=2)
+        warnings.warn(
+            f"{config.overlap():,} neurons stand in more than one network; each is trained with the first of them.",
+            stacklevel=2,
+        )
     empty = [n for n, m in tuning.networks.items() if m.n == 0]
     if empty:
-        warnings.warn(f"networks without a neuron of their own: {', '.join(empty)}; nothing trains for them.", stacklevel=2)
+        warnings.warn(
+            f"networks without a neuron of their own: {', '.join(empty)}; nothing trains for them.", stacklevel=2
+        )
     if verbose:
         print(tuning)
     return model
@@ -463,7 +580,10 @@ def merge_and_unload(
     counts = [s.write(owner) for owner, s in tuning.slices()]
     changed, lost = (sum(c) for c in zip(*counts)) if counts else (0, 0)
     if lost:
-        warnings.warn(f"{lost:,} of {changed:,} trained values are lost in the rounding of the base's dtype; keep them apart with save_neurons, or merge into a float32 base.", stacklevel=2)
+        warnings.warn(
+            f"{lost:,} of {changed:,} trained values are lost in the rounding of the base's dtype; keep them apart with save_neurons, or merge into a float32 base.",
+            stacklevel=2,
+        )
     tuning.close()
     return model
 
@@ -488,7 +608,11 @@ def neuron_training(
     if then not in ("merge", "revert"):
         raise ValueError(f"then={then!r} is not accepted; accepted: 'merge', 'revert'.")
     config = NeuronTuningConfig(mode, masks, grad_scale, also)
-    old = {n: p.detach().clone() for n, p in model.named_parameters()} if then == "revert" and (mode != "selected" or also) else {}
+    old = (
+        {n: p.detach().clone() for n, p in model.named_parameters()}
+        if then == "revert" and (mode != "selected" or also)
+        else {}
+    )
     get_neuron_model(model, config, verbose)
     try:
         yield model.neuron_tuning

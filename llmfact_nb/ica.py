@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from .files import digest, load_tensors, reading, refuse_unwritable, save_tensors
+from .base.files import digest, load_tensors, reading, refuse_unwritable, save_tensors
 
 # %% ../nbs/03_ica.ipynb #ae661799
 class CentredX:
@@ -117,7 +117,9 @@ class CentredX:
 
     def _set_scale(self, s, variance):
         std = variance.clamp_min(0).sqrt().to(self.dtype)
-        self.constant[s] = std <= 10 * torch.finfo(self.dtype).eps * self.mean[s].abs()  # such a rest is rounding, no signal
+        self.constant[s] = (
+            std <= 10 * torch.finfo(self.dtype).eps * self.mean[s].abs()
+        )  # such a rest is rounding, no signal
         if self.standardize:
             self.scale[s] = torch.where(self.constant[s], torch.ones_like(std), std)
 
@@ -142,7 +144,9 @@ def _refuse_non_finite(
     if first is None:
         raise DataError(f"X is finite, but a neuron's mean overflows {name}. Use dtype=torch.float64.")
     row = first[0] if data.rows is None else int(data.rows[first[0]])
-    raise DataError(f"X holds values that are nan or infinite as {name}: {count:,} of them, the first at X[{row}, {first[1]}]. Leave those tokens out with rows=, or capture again in float32 (float16 overflows at 65,504).")
+    raise DataError(
+        f"X holds values that are nan or infinite as {name}: {count:,} of them, the first at X[{row}, {first[1]}]. Leave those tokens out with rows=, or capture again in float32 (float16 overflows at 65,504)."
+    )
 
 # %% ../nbs/03_ica.ipynb #55b274b2
 def gram(
@@ -166,7 +170,10 @@ def there_and_back(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "In one walk, the long side seen from U, (long, n), and that seen from the short side again, (short, n) float64: the Gram matrix times U."
     cancels = data.walk == "neurons" and (data.own_mean or not data.measured)
-    P, Y = torch.empty(data.long, U.shape[1], dtype=data.dtype, device=data.device), torch.zeros_like(U, dtype=torch.float64)
+    P, Y = (
+        torch.empty(data.long, U.shape[1], dtype=data.dtype, device=data.device),
+        torch.zeros_like(U, dtype=torch.float64),
+    )
     u = (U - U.mean(0) if cancels else U).to(data.dtype)
     for s, block in data.blocks(centred=not cancels):
         torch.mm(block.T, u, out=P[s])
@@ -218,7 +225,9 @@ def leading_directions(
             if n_iter is None and change < tol:
                 break
         before = values
-        if B.shape[1] + start.shape[1] > start.shape[0]:  # no room for another block: go on from the best directions alone
+        if (
+            B.shape[1] + start.shape[1] > start.shape[0]
+        ):  # no room for another block: go on from the best directions alone
             Q, basis, images = _orthonormal(best), [], []
             continue
         Q = images[-1]
@@ -238,8 +247,14 @@ def choose_solver(
     "Return (the whitening solver that should be the fastest, the reason in words)."
     (short, name), limit = ((T, "gram") if T <= N else (N, "covariance")), max(1024, 4 * n)
     if short <= limit:
-        return name, f"the short side, {short:,}, is at most {limit:,}, so its {short:,} x {short:,} matrix is the cheaper way to {n} directions"
-    return "randomized", f"the short side, {short:,}, is above {limit:,}, so walks with {n} columns are cheaper than its {short:,} x {short:,} matrix"
+        return (
+            name,
+            f"the short side, {short:,}, is at most {limit:,}, so its {short:,} x {short:,} matrix is the cheaper way to {n} directions",
+        )
+    return (
+        "randomized",
+        f"the short side, {short:,}, is above {limit:,}, so walks with {n} columns are cheaper than its {short:,} x {short:,} matrix",
+    )
 
 # %% ../nbs/03_ica.ipynb #1e193fa9
 class Whitened(NamedTuple):
@@ -258,12 +273,20 @@ class Whitened(NamedTuple):
 
 
 def _refuse_rank(singular, k, data):
-    offset = torch.linalg.vector_norm(data.mean / data.scale).double() * math.sqrt(data.T)  # what the means leave behind when they cancel
+    offset = torch.linalg.vector_norm(data.mean / data.scale).double() * math.sqrt(
+        data.T
+    )  # what the means leave behind when they cancel
     rank = int((singular > torch.finfo(data.dtype).eps * torch.maximum(100 * singular[0], 10 * offset)).sum())
     if rank < k:
         name = str(data.dtype).removeprefix("torch.")
-        remedy = "." if rank == 0 else f". Use n_components <= {rank}" + (", or dtype=torch.float64." if name == "float32" else ".")
-        raise DataError(f"n_components={k} is above the numerical rank of X in {name}, {rank} ({data.T:,} tokens x {data.N:,} neurons){remedy}")
+        remedy = (
+            "."
+            if rank == 0
+            else f". Use n_components <= {rank}" + (", or dtype=torch.float64." if name == "float32" else ".")
+        )
+        raise DataError(
+            f"n_components={k} is above the numerical rank of X in {name}, {rank} ({data.T:,} tokens x {data.N:,} neurons){remedy}"
+        )
 
 # %% ../nbs/03_ica.ipynb #a96f0353
 def whiten(
@@ -277,8 +300,12 @@ def whiten(
     "Find the k leading directions of the centred matrix. Raises DataError if it has fewer."
     n, generator = min(k + n_oversamples, data.short), torch.Generator().manual_seed(seed)
     if solver == "randomized":
-        U, walks, change = leading_directions(lambda Q: there_and_back(data, Q)[1], sketch(data, n, generator), k, n_power_iter)
-        report = f"{walks} walks" + (f", in the last of which the {k} variances changed by {change:.1%} on average" if walks > 1 else "")
+        U, walks, change = leading_directions(
+            lambda Q: there_and_back(data, Q)[1], sketch(data, n, generator), k, n_power_iter
+        )
+        report = f"{walks} walks" + (
+            f", in the last of which the {k} variances changed by {change:.1%} on average" if walks > 1 else ""
+        )
     else:
         G = gram(data)
         if data.dtype == torch.float64 or data.short <= 4 * n:
@@ -425,7 +452,9 @@ def differences(
     words: str = "{} was {!r} and is now {!r}",  # name, old value, new value
 ) -> str:
     "Return in words what differs; an empty text if nothing does."
-    return "; ".join(words.format(k, old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+    return "; ".join(
+        words.format(k, old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
+    )
 
 
 def _kept_whitening(
@@ -440,19 +469,39 @@ def _kept_whitening(
         refuse_unwritable(path)
         made = whitening()
         kept = made._asdict() | {name: getattr(data, name) for name in measured}
-        save_tensors(path, {k: v for k, v in kept.items() if k != "report"}, "whitened data", {"made_from": made_from, "report": made.report, "total": data.total})
+        save_tensors(
+            path,
+            {k: v for k, v in kept.items() if k != "report"},
+            "whitened data",
+            {"made_from": made_from, "report": made.report, "total": data.total},
+        )
         return made
-    tensors, meta = load_tensors(path, "whitened data", ("time", "singular", "neurons", *measured, "made_from", "report", "total"))
+    tensors, meta = load_tensors(
+        path, "whitened data", ("time", "singular", "neurons", *measured, "made_from", "report", "total")
+    )
     with reading(path, "file of whitened data"):
         changed = differences(meta["made_from"], made_from)
         if changed:
-            raise ValueError(f"path={os.fspath(path)!r} holds the whitened data of another fit: {changed}. Fit as before to go on from them, or choose another path.")
+            raise ValueError(
+                f"path={os.fspath(path)!r} holds the whitened data of another fit: {changed}. Fit as before to go on from them, or choose another path."
+            )
         k = len(tensors["singular"])
-        shapes = {"time": (data.T, k), "neurons": (data.N, k), "singular": (k,)} | {name: getattr(data, name).shape for name in measured}
-        if wrong := [name for name, shape in shapes.items() if tensors[name].shape != shape or not torch.isfinite(tensors[name]).all()]:
+        shapes = {"time": (data.T, k), "neurons": (data.N, k), "singular": (k,)} | {
+            name: getattr(data, name).shape for name in measured
+        }
+        if wrong := [
+            name
+            for name, shape in shapes.items()
+            if tensors[name].shape != shape or not torch.isfinite(tensors[name]).all()
+        ]:
             raise ValueError(f"{', '.join(wrong)} have another shape than these data give, or hold nan or infinity")
         singular, sides = tensors["singular"], (tensors["time"], tensors["neurons"])
-        if not all(t.is_floating_point() for t in (singular, *sides)) or not (singular > 0).all() or not (singular.diff() <= 0).all() or any(abs(float(t.double().square().sum()) - k) > 0.01 * k for t in sides):
+        if (
+            not all(t.is_floating_point() for t in (singular, *sides))
+            or not (singular > 0).all()
+            or not (singular.diff() <= 0).all()
+            or any(abs(float(t.double().square().sum()) - k) > 0.01 * k for t in sides)
+        ):
             raise ValueError("it does not hold orthonormal columns and falling singular values")
         kept = {name: tensors[name].to(data.device) for name in shapes}
         for name in measured:
@@ -472,7 +521,9 @@ def _as_matrix(X):
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             X = torch.from_numpy(X)
     if not isinstance(X, torch.Tensor):
-        raise TypeError(f"X is a {type(X).__name__}; expected a torch tensor or a numpy array (tokens, neurons). For Activations pass .values.")
+        raise TypeError(
+            f"X is a {type(X).__name__}; expected a torch tensor or a numpy array (tokens, neurons). For Activations pass .values."
+        )
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X has the shape {tuple(X.shape)}; expected (tokens, neurons), at least one of each.")
     if X.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -486,7 +537,9 @@ def _as_rows(rows, X):
         return None
     rows = torch.as_tensor(rows)
     if rows.dtype != torch.bool or rows.shape != X.shape[:1]:
-        raise ValueError(f"rows has the dtype {rows.dtype} and the shape {tuple(rows.shape)}; expected bool ({X.shape[0]},), True for each token to use.")
+        raise ValueError(
+            f"rows has the dtype {rows.dtype} and the shape {tuple(rows.shape)}; expected bool ({X.shape[0]},), True for each token to use."
+        )
     if not rows.any():
         raise DataError(f"rows selects none of the {X.shape[0]:,} tokens.")
     return None if rows.all() else rows.nonzero()[:, 0].to(X.device)
@@ -504,10 +557,23 @@ def _starts(k, n_init, seed, w_init):
 
 # %% ../nbs/03_ica.ipynb #90049ad2
 def _check_settings(ica):
-    for name, accepted in (("kind", ("temporal", "spatial")), ("whiten_solver", SOLVERS), ("fun", tuple(CONTRASTS)), ("backend", ("torch", "sklearn")), ("standardize", (False, True))):
+    for name, accepted in (
+        ("kind", ("temporal", "spatial")),
+        ("whiten_solver", SOLVERS),
+        ("fun", tuple(CONTRASTS)),
+        ("backend", ("torch", "sklearn")),
+        ("standardize", (False, True)),
+    ):
         if getattr(ica, name) not in accepted:
             raise ValueError(f"{name}={getattr(ica, name)!r}; expected one of {', '.join(map(repr, accepted))}.")
-    for name, least in (("n_components", 1), ("n_init", 1), ("max_iter", 1), ("n_oversamples", 0), ("n_power_iter", 1), ("random_state", 0)):
+    for name, least in (
+        ("n_components", 1),
+        ("n_init", 1),
+        ("max_iter", 1),
+        ("n_oversamples", 0),
+        ("n_power_iter", 1),
+        ("random_state", 0),
+    ):
         value = getattr(ica, name)
         if value is None and name in ("n_oversamples", "n_power_iter", "random_state"):
             continue
@@ -603,14 +669,35 @@ class ICA:
         backend: str = "torch",  # "torch", or "sklearn" for parity: the same results through scikit-learn's FastICA
         standardize: bool = False,  # z-score each neuron over the rows used
         dtype: torch.dtype | str = torch.float32,  # arithmetic, float32 or float64
-        w_init: np.ndarray | torch.Tensor | None = None,  # (k, k) first start, made orthogonal first; None: as scikit-learn draws it
+        w_init: np.ndarray
+        | torch.Tensor
+        | None = None,  # (k, k) first start, made orthogonal first; None: as scikit-learn draws it
         n_oversamples: int | None = None,  # spare directions while whitening; None: k / 4, at least 16
-        n_power_iter: int | None = None,  # walks of the randomized solver; None: until the k variances change by less than 1 %
+        n_power_iter: int
+        | None = None,  # walks of the randomized solver; None: until the k variances change by less than 1 %
         verbose: bool = False,  # print what was chosen and how it went
     ):
-        self.n_components, self.kind, self.whiten_solver, self.fun, self.n_init = n_components, kind, whiten_solver, fun, n_init
-        self.max_iter, self.tol, self.random_state, self.device, self.backend = max_iter, tol, random_state, device, backend
-        self.standardize, self.dtype, self.w_init, self.n_oversamples, self.n_power_iter = standardize, dtype, w_init, n_oversamples, n_power_iter
+        self.n_components, self.kind, self.whiten_solver, self.fun, self.n_init = (
+            n_components,
+            kind,
+            whiten_solver,
+            fun,
+            n_init,
+        )
+        self.max_iter, self.tol, self.random_state, self.device, self.backend = (
+            max_iter,
+            tol,
+            random_state,
+            device,
+            backend,
+        )
+        self.standardize, self.dtype, self.w_init, self.n_oversamples, self.n_power_iter = (
+            standardize,
+            dtype,
+            w_init,
+            n_oversamples,
+            n_power_iter,
+        )
         self.verbose = verbose
 
     @classmethod
@@ -631,61 +718,121 @@ class ICA:
 
     def __repr__(self) -> str:
         defaults = inspect.signature(self.__class__).parameters
-        changed = {k: v for k, v in self.get_params().items() if v is not defaults[k].default and not np.array_equal(v, defaults[k].default)}
+        changed = {
+            k: v
+            for k, v in self.get_params().items()
+            if v is not defaults[k].default and not np.array_equal(v, defaults[k].default)
+        }
         return f"ICA({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
     def fit(
         self,
-        X: torch.Tensor | np.ndarray,  # (T, N) activations, also bfloat16 or memory-mapped; read in blocks, never copied or changed
-        rows: torch.Tensor | np.ndarray | None = None,  # bool (T,): the tokens to use, e.g. ~activations.sinks; None: all
-        path: str | os.PathLike | None = None,  # keep the whitened data in this safetensors file; the same call goes on from them after an interruption
+        X: torch.Tensor
+        | np.ndarray,  # (T, N) activations, also bfloat16 or memory-mapped; read in blocks, never copied or changed
+        rows: torch.Tensor
+        | np.ndarray
+        | None = None,  # bool (T,): the tokens to use, e.g. ~activations.sinks; None: all
+        path: str
+        | os.PathLike
+        | None = None,  # keep the whitened data in this safetensors file; the same call goes on from them after an interruption
     ) -> "ICA":
         "Find the components; returns self. Raises DataError (a ValueError) when X has fewer than k directions or values that are not finite, ValueError on bad settings and when `path` holds the whitened data of another fit."
         dtype, X = _check_settings(self), _as_matrix(X)
-        seed = int(np.random.SeedSequence().generate_state(1)[0]) if self.random_state is None else int(self.random_state)
-        k, starts, rows = self.n_components, _starts(self.n_components, self.n_init, seed, self.w_init), _as_rows(rows, X)
+        seed = (
+            int(np.random.SeedSequence().generate_state(1)[0]) if self.random_state is None else int(self.random_state)
+        )
+        k, starts, rows = (
+            self.n_components,
+            _starts(self.n_components, self.n_init, seed, self.w_init),
+            _as_rows(rows, X),
+        )
         spare = max(16, k // 4) if self.n_oversamples is None else int(self.n_oversamples)
         data, solver, why = self._plan(X, rows, k + spare, dtype)
         if self.backend == "sklearn" and path is not None:
-            raise ValueError(f"path={os.fspath(path)!r}: backend='sklearn' whitens inside scikit-learn, where nothing can be kept. Use backend='torch', or leave path out.")
+            raise ValueError(
+                f"path={os.fspath(path)!r}: backend='sklearn' whitens inside scikit-learn, where nothing can be kept. Use backend='torch', or leave path out."
+            )
         if self.backend == "sklearn":
             whitened, W, n_iter = _sklearn(data, self.kind, starts, self.fun, self.max_iter, self.tol)
-            self.converged_, self.convergence_ = bool(n_iter.max() < self.max_iter), torch.empty(0, 4)  # scikit-learn keeps no history and warns by itself
+            self.converged_, self.convergence_ = (
+                bool(n_iter.max() < self.max_iter),
+                torch.empty(0, 4),
+            )  # scikit-learn keeps no history and warns by itself
         else:
             whitening = lambda: whiten(data, k, solver, spare, self.n_power_iter, seed)
-            whitened = self._like_sklearn(whitening() if path is None else _kept_whitening(path, data, self._made_from(X, rows, solver, spare), whitening))
+            whitened = self._like_sklearn(
+                whitening()
+                if path is None
+                else _kept_whitening(path, data, self._made_from(X, rows, solver, spare), whitening)
+            )
             Z = whitened.white(self.kind)[0].T.contiguous()
             W, n_iter, history = fastica(Z, torch.from_numpy(starts).to(Z), self.fun, self.max_iter, self.tol)
-            self.converged_ = _warn_unless_converged(history[n_iter - 1, torch.arange(len(n_iter))], self.max_iter, self.tol)
-            self.convergence_ = torch.stack([torch.nanquantile(row.flatten(), torch.tensor([0, 0.5, 0.9, 1])) for row in history])
+            self.converged_ = _warn_unless_converged(
+                history[n_iter - 1, torch.arange(len(n_iter))], self.max_iter, self.tol
+            )
+            self.convergence_ = torch.stack(
+                [torch.nanquantile(row.flatten(), torch.tensor([0, 0.5, 0.9, 1])) for row in history]
+            )
         if self.standardize and data.constant.any():
-            warnings.warn(f"{int(data.constant.sum()):,} of {data.N:,} neurons are constant over the {data.T:,} tokens used; they were left unscaled and carry no weight.", stacklevel=2)
+            warnings.warn(
+                f"{int(data.constant.sum()):,} of {data.N:,} neurons are constant over the {data.T:,} tokens used; they were left unscaled and carry no weight.",
+                stacklevel=2,
+            )
         W, stability = consensus(W) if self.n_init > 1 else (W[0], torch.full((k,), math.nan))
-        self.n_iter_, self.whiten_solver_, self.whitening_report_ = int(n_iter.max()), solver, f"{solver}: {why}; {whitened.report}"
+        self.n_iter_, self.whiten_solver_, self.whitening_report_ = (
+            int(n_iter.max()),
+            solver,
+            f"{solver}: {why}; {whitened.report}",
+        )
         self._keep(data, whitened, W, stability)
         if self.verbose:
             print(self.whitening_report_)
-            print(f"FastICA: {self.n_iter_} iterations, {'' if self.converged_ else 'not '}converged; {self.explained_variance_ratio_.sum():.1%} of the variance in {k} components")
+            print(
+                f"FastICA: {self.n_iter_} iterations, {'' if self.converged_ else 'not '}converged; {self.explained_variance_ratio_.sum():.1%} of the variance in {k} components"
+            )
         return self
 
     def _plan(self, X, rows, n, dtype):
         "The centred matrix, walked along the side that the solver wants; the solver; why this one."
         T, N = (X.shape[0] if rows is None else len(rows)), X.shape[1]
-        most, name = (min(T, N), "min(tokens, neurons)") if self.kind == "temporal" else (min(T, N - 1), "min(tokens, neurons - 1)")
+        most, name = (
+            (min(T, N), "min(tokens, neurons)")
+            if self.kind == "temporal"
+            else (min(T, N - 1), "min(tokens, neurons - 1)")
+        )
         if self.n_components > most:
-            raise DataError(f"n_components={self.n_components} is above {name} = {most} ({T:,} tokens x {N:,} neurons). Use at most {most}, or more tokens.")
+            raise DataError(
+                f"n_components={self.n_components} is above {name} = {most} ({T:,} tokens x {N:,} neurons). Use at most {most}, or more tokens."
+            )
         solver, why = choose_solver(T, N, n) if self.whiten_solver == "auto" else (self.whiten_solver, "as asked")
         if self.backend == "sklearn":
             solver, why = "svd", "backend='sklearn'"
         walk = {"gram": "neurons", "covariance": "tokens"}.get(solver, "neurons" if T <= N else "tokens")
-        return CentredX(X, rows, self.standardize, walk, self.kind == "spatial", dtype, self.device or X.device), solver, why
+        return (
+            CentredX(X, rows, self.standardize, walk, self.kind == "spatial", dtype, self.device or X.device),
+            solver,
+            why,
+        )
 
     def _made_from(self, X, rows, solver, spare):
         "What the whitened data depend on."
-        whole = {name: None if getattr(self, name) is None else int(getattr(self, name)) for name in ("n_components", "n_power_iter", "random_state")}
-        settings = {"kind": self.kind, "whiten_solver": solver, "n_oversamples": spare, "standardize": bool(self.standardize), "dtype": str(self.dtype).removeprefix("torch.")}
+        whole = {
+            name: None if getattr(self, name) is None else int(getattr(self, name))
+            for name in ("n_components", "n_power_iter", "random_state")
+        }
+        settings = {
+            "kind": self.kind,
+            "whiten_solver": solver,
+            "n_oversamples": spare,
+            "standardize": bool(self.standardize),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
         used = X.split(256) if rows is None else (X.index_select(0, some) for some in rows.split(256))
-        return whole | settings | {"shape": list(X.shape), "values": digest(*used), "rows": "all" if rows is None else digest(rows)}
+        return (
+            whole
+            | settings
+            | {"shape": list(X.shape), "values": digest(*used), "rows": "all" if rows is None else digest(rows)}
+        )
 
     def _like_sklearn(self, w):
         "Directions signed as scikit-learn signs them: the first feature (neuron, or token when spatial) is positive."
@@ -703,11 +850,17 @@ class ICA:
         sign = torch.where((maps - maps.mean(1, keepdim=True)).double().pow(3).sum(1) < 0, -1, 1).to(maps)
         rotation, maps = rotation * sign[:, None], maps.mul_(sign[:, None])
         if self.kind == "temporal":  # what is left of a constant neuron is rounding
-            maps[:, data.constant | (maps.abs().amax(0) <= torch.finfo(maps.dtype).eps * data.mean.abs() / data.scale)] = 0
+            maps[
+                :, data.constant | (maps.abs().amax(0) <= torch.finfo(maps.dtype).eps * data.mean.abs() / data.scale)
+            ] = 0
         time_courses = (white if self.kind == "temporal" else loadings) @ rotation.T
         root = math.sqrt(data.T if self.kind == "temporal" else data.N)
         to_sources = w.neurons * (root / w.singular).to(w.neurons) if self.kind == "temporal" else w.neurons / root
-        variance = maps.double().square().sum(1) if self.kind == "temporal" else time_courses.double().square().sum(0) * data.N / data.T
+        variance = (
+            maps.double().square().sum(1)
+            if self.kind == "temporal"
+            else time_courses.double().square().sum(0) * data.N / data.T
+        )
         total = data.total - (data.token_sum.square().sum().item() / data.N if data.deferred else 0.0)
         kept = dict(
             maps_=maps, time_courses_=time_courses, rotation_=rotation, sign_=sign, negentropy_=non_gaussian[order], stability_=stability[order.cpu()].float(),
@@ -734,10 +887,14 @@ class ICA:
             raise ValueError(f"X has {X.shape[1]:,} neurons; these components were fitted on {self.maps_.shape[1]:,}.")
         device = torch.device(self.device or X.device)
         mean, unmixing = self.mean_.to(device), self._unmixing.to(device)
-        out = torch.cat([((x.to(device) - mean).to(unmixing) @ unmixing).cpu() for x in X.split(max(1, 2**24 // X.shape[1]))])
+        out = torch.cat(
+            [((x.to(device) - mean).to(unmixing) @ unmixing).cpu() for x in X.split(max(1, 2**24 // X.shape[1]))]
+        )
         bad = (~torch.isfinite(out)).any(1).nonzero()[:, 0]
         if len(bad):
-            raise DataError(f"X holds values that are nan or infinite in {len(bad):,} tokens, the first in row {int(bad[0])}.")
+            raise DataError(
+                f"X holds values that are nan or infinite in {len(bad):,} tokens, the first in row {int(bad[0])}."
+            )
         return out
 
     def _check_fitted(self):

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from .cards import always_shown, bars, card, site_name
+from .base.display import always_shown, bars, card, site_name
 from .masks import NeuronMask
 from .sites import NeuronSites, attach, linear_shape, neuron_sites, refuse_compiled
 
@@ -48,7 +48,11 @@ def backbone(
     "Return the innermost Hugging Face model around all sites: every way of calling the model leads through it, and it still sees the attention mask. `model` itself if there is none."
     from transformers import PreTrainedModel
 
-    around = [m for name, m in model.named_modules() if isinstance(m, PreTrainedModel) and all(s.name.startswith(f"{name}." if name else "") for s in sites)]
+    around = [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, PreTrainedModel) and all(s.name.startswith(f"{name}." if name else "") for s in sites)
+    ]
     return around[-1] if around else model
 
 
@@ -71,7 +75,9 @@ def first_tokens(
     elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
         first = mask.to(tokens.device).long().argmax(1)  # index of the first 1
     else:
-        raise ValueError('positions="after-first" needs the plain (rows, positions) attention mask; this call passes another form. Use positions="all".')
+        raise ValueError(
+            'positions="after-first" needs the plain (rows, positions) attention mask; this call passes another form. Use positions="all".'
+        )
     here = torch.arange(n_before, n_before + n_now, device=tokens.device) == first[:, None]
     return here if here.any() else None
 
@@ -79,7 +85,9 @@ def first_tokens(
 def _split(mask: NeuronMask, values: torch.Tensor, name: str) -> list[torch.Tensor]:
     "(N,) values as one row per layer."
     if values.shape != (mask.n_neurons,) or not torch.isfinite(values).all():
-        raise ValueError(f"{name} has shape {tuple(values.shape)}; expected {mask.n_neurons} finite numbers, one for each neuron of the mask.")
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)}; expected {mask.n_neurons} finite numbers, one for each neuron of the mask."
+        )
     return list(values.detach().split(mask.widths))
 
 
@@ -88,7 +96,9 @@ def _number_or_rows(mask: NeuronMask, value: float | torch.Tensor, name: str) ->
     if isinstance(value, torch.Tensor):
         return _split(mask, value, name)
     if not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} is not accepted; give a finite number, or a tensor of one value per neuron.")
+        raise ValueError(
+            f"{name}={value!r} is not accepted; give a finite number, or a tensor of one value per neuron."
+        )
     return float(value)
 
 
@@ -137,7 +147,9 @@ class _Passes:
         remedy = "Call model.gradient_checkpointing_disable() first, or model.eval() if nothing is trained"
         if self.running:
             if self.checkpointed and not torch.is_grad_enabled():
-                raise ValueError(f"model has gradient checkpointing on, of the reentrant kind: a backward() after the block would run its layers without the mask. {remedy}; or enable it with use_reentrant=False.")
+                raise ValueError(
+                    f"model has gradient checkpointing on, of the reentrant kind: a backward() after the block would run its layers without the mask. {remedy}; or enable it with use_reentrant=False."
+                )
             return self.first
         if self.sparing and self.waiting != 1:
             raise ValueError(
@@ -148,9 +160,15 @@ class _Passes:
 
     def _begin(self, module, args, kwargs):
         self.running, self.first = True, first_tokens(self.signature, args, kwargs) if self.sparing else None
-        self.checkpointed = torch.is_grad_enabled() and any(m.training and m.gradient_checkpointing for m in self.may_checkpoint)
+        self.checkpointed = torch.is_grad_enabled() and any(
+            m.training and m.gradient_checkpointing for m in self.may_checkpoint
+        )
         if self.checkpointed:
-            self.waiting, self.first_again, self.ran_again = 1 if self.ran_again else self.waiting + 1, self.first, False
+            self.waiting, self.first_again, self.ran_again = (
+                1 if self.ran_again else self.waiting + 1,
+                self.first,
+                False,
+            )
 
     def _end(self, *_):
         self.running = False
@@ -170,10 +188,20 @@ def _refuse_unbakeable(sites: NeuronSites, mask: NeuronMask, needs_bias: bool) -
     "Raise ValueError, naming the module, where the weights cannot carry the ablation."
     for s, chosen in zip(sites, mask.layers):
         weight = getattr(s.module, "weight", None)
-        if linear_shape(s.module) is None or hasattr(s.module, "base_layer") or weight is None or not weight.is_floating_point() or weight.device.type == "meta":
-            raise ValueError(f"{s.name} ({type(s.module).__name__}) has no plain weight to bake into: merge the adapter, or load the model unquantised and not offloaded.")
+        if (
+            linear_shape(s.module) is None
+            or hasattr(s.module, "base_layer")
+            or weight is None
+            or not weight.is_floating_point()
+            or weight.device.type == "meta"
+        ):
+            raise ValueError(
+                f"{s.name} ({type(s.module).__name__}) has no plain weight to bake into: merge the adapter, or load the model unquantised and not offloaded."
+            )
         if needs_bias and s.module.bias is None and chosen.any():
-            raise ValueError(f"replace: {s.name} has no bias that could carry a value, so only replace='zero' can be baked. Use the context manager `ablate`.")
+            raise ValueError(
+                f"replace: {s.name} has no bias that could carry a value, so only replace='zero' can be baked. Use the context manager `ablate`."
+            )
 
 
 def _bake_layer(module: nn.Module, chosen: torch.Tensor, values: torch.Tensor | None, where: str) -> None:
@@ -199,7 +227,9 @@ class MaskedModel:
     def __init__(
         self,
         model: nn.Module,  # a Hugging Face model: causal, base, classification or PEFT-wrapped
-        site: str | Sequence[str] | None = None,  # "mlp_out", "mlp_hidden", module names; None: the mask's own site, else "mlp_out"
+        site: str
+        | Sequence[str]
+        | None = None,  # "mlp_out", "mlp_hidden", module names; None: the mask's own site, else "mlp_out"
         legacy_late_binding: bool = False,  # replay the published mistake: the last layer's row everywhere
     ):
         self.model, self.legacy_late_binding = model, legacy_late_binding
@@ -225,7 +255,11 @@ class MaskedModel:
     def _about(self) -> list[str]:
         "What is wrapped, in phrases."
         means = "no means fitted" if self.means is None else f"means of {len(self.means):,} neurons fitted"
-        return [f"site {site_name(self.site) if self.site else 'of the mask'}", means, *(["legacy late binding"] if self.legacy_late_binding else [])]
+        return [
+            f"site {site_name(self.site) if self.site else 'of the mask'}",
+            means,
+            *(["legacy late binding"] if self.legacy_late_binding else []),
+        ]
 
     @always_shown
     def _repr_html_(self):
@@ -233,7 +267,9 @@ class MaskedModel:
         facts = [type(self.model).__name__, f"{size:,} parameters", *self._about()]
         if self._open:
             mask, more = self._open[-1], len(self._open) - 1
-            facts.append(f"{mask.n:,} of {mask.n_neurons:,} units changed now" + (f", and {more} more open" if more else ""))
+            facts.append(
+                f"{mask.n:,} of {mask.n_neurons:,} units changed now" + (f", and {more} more open" if more else "")
+            )
             counts, depths, what = mask.counts, mask.depths, "units changed now, per layer"
         else:
             facts.append("no unit changed now")
@@ -241,7 +277,11 @@ class MaskedModel:
                 sites = neuron_sites(self.model, self.site or "mlp_out")
             except (ValueError, NotImplementedError):  # a model that needs module names, which no mask has given yet
                 return card("MaskedModel", facts)
-            counts, depths, what = sites.widths, sites.depths, f"units per layer at {site_name(sites.site)}: {sum(sites.widths):,}"
+            counts, depths, what = (
+                sites.widths,
+                sites.depths,
+                f"units per layer at {site_name(sites.site)}: {sum(sites.widths):,}",
+            )
         return card("MaskedModel", facts, (bars(counts, [f"layer {d}" for d in depths], what), what))
 
     def sites(
@@ -250,15 +290,23 @@ class MaskedModel:
     ) -> NeuronSites:
         "Return the sites that the mask's layers mean in this model. Raises ValueError, naming the layer, if they do not fit."
         if not isinstance(mask, NeuronMask):
-            raise TypeError(f"mask is a {type(mask).__name__}; expected a NeuronMask, e.g. NeuronMask.from_flat(booleans, widths).")
+            raise TypeError(
+                f"mask is a {type(mask).__name__}; expected a NeuronMask, e.g. NeuronMask.from_flat(booleans, widths)."
+            )
         if self.site is not None and mask.site not in (None, self.site):
-            raise ValueError(f"mask belongs to site {mask.site!r}, this MaskedModel to {self.site!r}. Use MaskedModel(model, site={mask.site!r}).")
+            raise ValueError(
+                f"mask belongs to site {mask.site!r}, this MaskedModel to {self.site!r}. Use MaskedModel(model, site={mask.site!r})."
+            )
         sites = neuron_sites(self.model, self.site or mask.site or "mlp_out").at(mask.depths)
         for s, width in zip(sites, mask.widths):
             if s.width != width:
-                raise ValueError(f"mask has {width} units in layer {s.layer}, but {s.name} has {s.width} at site {sites.site!r}.")
+                raise ValueError(
+                    f"mask has {width} units in layer {s.layer}, but {s.name} has {s.width} at site {sites.site!r}."
+                )
         if mask.depths == tuple(range(len(mask.depths))) and len(sites) < len(neuron_sites(self.model, sites.site)):
-            raise ValueError(f"mask has {len(mask.depths)} layers, the model {len(neuron_sites(self.model, sites.site))}. If it covers only the first layers on purpose, extend it with empty rows for the others.")
+            raise ValueError(
+                f"mask has {len(mask.depths)} layers, the model {len(neuron_sites(self.model, sites.site))}. If it covers only the first layers on purpose, extend it with empty rows for the others."
+            )
         return sites
 
     def fit_means(
@@ -270,7 +318,9 @@ class MaskedModel:
             raise ValueError(f"activations belong to site {activations.site!r}, this MaskedModel to {self.site!r}.")
         means, _ = activations.moments()
         if not torch.isfinite(means).all():
-            raise ValueError(f"activations hold values that are nan or infinite in {int((~torch.isfinite(means)).sum())} neurons; their mean cannot replace anything.")
+            raise ValueError(
+                f"activations hold values that are nan or infinite in {int((~torch.isfinite(means)).sum())} neurons; their mean cannot replace anything."
+            )
         self.means = means
         self._means_of = (activations.site, activations.widths, activations.depths)
         return self
@@ -307,7 +357,8 @@ class MaskedModel:
         self,
         mask: NeuronMask,  # the neurons to turn up or down
         gain: float | torch.Tensor = 1.0,  # factor, a number or (N,)
-        add: float | torch.Tensor = 0.0,  # added after the gain, in activation units; a number or (N,). The published code uses add=1
+        add: float
+        | torch.Tensor = 0.0,  # added after the gain, in activation units; a number or (N,). The published code uses add=1
         positions: str = "all",  # "all" or "after-first"
     ):
         "Context manager: the mask's neurons x become gain * x + add. Gives the units masked per layer."
@@ -332,7 +383,9 @@ class MaskedModel:
     ) -> nn.Module:
         "Return a copy of the model with the ablation in its weights and no hooks. Raises ValueError for what weights cannot express."
         if positions != "all":
-            raise ValueError(f"positions={positions!r} cannot be baked: weights do not know a token's position. Use the context manager `ablate`.")
+            raise ValueError(
+                f"positions={positions!r} cannot be baked: weights do not know a token's position. Use the context manager `ablate`."
+            )
         refuse_compiled(self.model)
         values, sites = self._replacement(mask, replace), self.sites(mask)
         if mask.n == 0:
@@ -341,7 +394,9 @@ class MaskedModel:
             mask = late_bound(mask)
         _refuse_unbakeable(sites, mask, needs_bias=values is not None)
         baked = copy.deepcopy(self.model)
-        for m in baked.modules():  # a block that is open on the original, or anybody's hook, has no business in the copy
+        for (
+            m
+        ) in baked.modules():  # a block that is open on the original, or anybody's hook, has no business in the copy
             m._forward_hooks.clear()
             m._forward_pre_hooks.clear()
         with torch.no_grad():
@@ -357,11 +412,15 @@ class MaskedModel:
         if replace == "zero":
             return None
         if replace != "mean":
-            raise ValueError(f"replace={replace!r} is not accepted; accepted: 'zero', 'mean', or a tensor of one value per neuron.")
+            raise ValueError(
+                f"replace={replace!r} is not accepted; accepted: 'zero', 'mean', or a tensor of one value per neuron."
+            )
         if self.means is None:
             raise ValueError("replace='mean' needs the neurons' means: call fit_means(activations) first.")
         if self._means_of != (sites.site, mask.widths, mask.depths):
-            raise ValueError(f"the fitted means are of site {self._means_of[0]!r}, layers {self._means_of[2]}; the mask is of site {sites.site!r}, layers {mask.depths}.")
+            raise ValueError(
+                f"the fitted means are of site {self._means_of[0]!r}, layers {self._means_of[2]}; the mask is of site {sites.site!r}, layers {mask.depths}."
+            )
         return list(self.means.split(mask.widths))
 
     @contextmanager

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .cards import always_shown, bars, card, site_name
-from .files import load_tensors, reading, save_tensors
+from .base.display import always_shown, bars, card, site_name
+from .base.files import load_tensors, reading, save_tensors
 
 # %% ../nbs/04_masks.ipynb #2b2e59be
 def _booleans(
@@ -28,7 +28,9 @@ def _booleans(
     "Return `flat` as a one-dimensional boolean array. Raises TypeError if it holds anything but booleans, ValueError if it is not one row."
     array = flat.detach().cpu().numpy() if isinstance(flat, torch.Tensor) else np.asarray(flat)
     if array.dtype != bool:
-        raise TypeError(f"{name} must hold booleans, got {array.dtype}. Compare to make booleans (scores > 2), or set the positions of a list of indices in a row of False.")
+        raise TypeError(
+            f"{name} must hold booleans, got {array.dtype}. Compare to make booleans (scores > 2), or set the positions of a list of indices in a row of False."
+        )
     if array.ndim != 1:
         raise ValueError(f"{name} must be one row of booleans, got shape {array.shape}.")
     return array
@@ -39,11 +41,17 @@ def _scores(
     n_neurons: int,  # how many there must be
 ) -> np.ndarray:
     "Return `score` as a float64 array (N,). Raises ValueError unless it has one finite number per neuron."
-    array = score.detach().cpu().double().numpy() if isinstance(score, torch.Tensor) else np.asarray(score, dtype=np.float64)
+    array = (
+        score.detach().cpu().double().numpy()
+        if isinstance(score, torch.Tensor)
+        else np.asarray(score, dtype=np.float64)
+    )
     if array.shape != (n_neurons,):
         raise ValueError(f"score must have one number for each of the {n_neurons:,} neurons, got shape {array.shape}.")
     if not np.isfinite(array).all():
-        raise ValueError(f"score has {int((~np.isfinite(array)).sum()):,} entries that are nan or infinite. Look for the neurons they belong to, and score them too.")
+        raise ValueError(
+            f"score has {int((~np.isfinite(array)).sum()):,} entries that are nan or infinite. Look for the neurons they belong to, and score them too."
+        )
     return array
 
 
@@ -53,7 +61,9 @@ def _site(site: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
         return site
     if not isinstance(site, str) and len(site) and all(isinstance(name, str) for name in site):
         return tuple(site)
-    raise ValueError(f"site={site!r} is not a site; expected 'mlp_out', 'mlp_hidden', a list of module names, or None for unknown.")
+    raise ValueError(
+        f"site={site!r} is not a site; expected 'mlp_out', 'mlp_hidden', a list of module names, or None for unknown."
+    )
 
 # %% ../nbs/04_masks.ipynb #b20cd68c
 def _draw(
@@ -96,11 +106,15 @@ class NeuronMask:
 
     def __post_init__(self):
         if not isinstance(self.bits, bytes) or self.bits.strip(b"\0\1"):
-            raise TypeError(f"NeuronMask itself takes bytes of 0 and 1, got {type(self.bits).__name__}. Build masks with NeuronMask.from_flat or NeuronMask.from_layers.")
+            raise TypeError(
+                f"NeuronMask itself takes bytes of 0 and 1, got {type(self.bits).__name__}. Build masks with NeuronMask.from_flat or NeuronMask.from_layers."
+            )
         widths = tuple(operator.index(w) for w in self.widths)
         depths = tuple(range(len(widths))) if self.depths is None else tuple(operator.index(d) for d in self.depths)
         if not widths or min(widths) < 1 or sum(widths) != len(self.bits):
-            raise ValueError(f"widths={widths} do not fit a mask of {len(self.bits):,} neurons: they must be positive and sum to that number.")
+            raise ValueError(
+                f"widths={widths} do not fit a mask of {len(self.bits):,} neurons: they must be positive and sum to that number."
+            )
         if len(depths) != len(widths) or any(a >= b for a, b in zip(depths, depths[1:])):
             raise ValueError(f"depths={depths} must be {len(widths)} growing layer numbers, one for each width.")
         for name, value in (("widths", widths), ("depths", depths), ("site", _site(self.site))):
@@ -129,16 +143,31 @@ class NeuronMask:
         return cls._of(rows, [len(row) for row in rows], site, depths)
 
     @classmethod
-    def _of(cls, rows: Sequence[np.ndarray], widths: Sequence[int], site: str | Sequence[str] | None, depths: Sequence[int] | None) -> "NeuronMask":
-        return cls(b"".join(row.tobytes() for row in rows), tuple(widths), _site(site), tuple(range(len(widths)) if depths is None else depths))
+    def _of(
+        cls,
+        rows: Sequence[np.ndarray],
+        widths: Sequence[int],
+        site: str | Sequence[str] | None,
+        depths: Sequence[int] | None,
+    ) -> "NeuronMask":
+        return cls(
+            b"".join(row.tobytes() for row in rows),
+            tuple(widths),
+            _site(site),
+            tuple(range(len(widths)) if depths is None else depths),
+        )
 
     @classmethod
-    def empty(cls, widths: Sequence[int], site: str | Sequence[str] | None = None, depths: Sequence[int] | None = None) -> "NeuronMask":
+    def empty(
+        cls, widths: Sequence[int], site: str | Sequence[str] | None = None, depths: Sequence[int] | None = None
+    ) -> "NeuronMask":
         "Return the mask that selects no unit; arguments as in `from_flat`."
         return cls.from_layers([np.zeros(w, dtype=bool) for w in widths], site, depths)
 
     @classmethod
-    def full(cls, widths: Sequence[int], site: str | Sequence[str] | None = None, depths: Sequence[int] | None = None) -> "NeuronMask":
+    def full(
+        cls, widths: Sequence[int], site: str | Sequence[str] | None = None, depths: Sequence[int] | None = None
+    ) -> "NeuronMask":
         "Return the mask that selects every unit; arguments as in `from_flat`."
         return cls.from_layers([np.ones(w, dtype=bool) for w in widths], site, depths)
 
@@ -198,7 +227,9 @@ class NeuronMask:
         return self._with(~self._array(), self.site)
 
     def __bool__(self):
-        raise TypeError("A NeuronMask is neither true nor false. Ask mask.n > 0, or combine masks with | & - ^ instead of and, or.")
+        raise TypeError(
+            "A NeuronMask is neither true nor false. Ask mask.n > 0, or combine masks with | & - ^ instead of and, or."
+        )
 
     @always_shown
     def __repr__(self):
@@ -208,14 +239,24 @@ class NeuronMask:
 
     @always_shown
     def _repr_html_(self):
-        facts = [f"{self.n:,} of {self.n_neurons:,} units ({self.n / self.n_neurons:.2%})", f"site {site_name(self.site)}", f"layers {_ranges(self.depths)}"]
+        facts = [
+            f"{self.n:,} of {self.n_neurons:,} units ({self.n / self.n_neurons:.2%})",
+            f"site {site_name(self.site)}",
+            f"layers {_ranges(self.depths)}",
+        ]
         what = f"units per layer, {self.depths[0]} to {self.depths[-1]}; at most {max(self.counts):,} in one"
-        return card("NeuronMask", facts, (bars(self.counts, [f"layer {d}, of {w:,}" for d, w in zip(self.depths, self.widths)], what), what))
+        return card(
+            "NeuronMask",
+            facts,
+            (bars(self.counts, [f"layer {d}, of {w:,}" for d, w in zip(self.depths, self.widths)], what), what),
+        )
 
     def save(self, path: str | os.PathLike) -> None:  # file to write, usually *.safetensors
         "Write the mask with its widths, site and depths to `path`, atomically."
         site = list(self.site) if isinstance(self.site, tuple) else self.site
-        save_tensors(path, {"flat": self.flat}, "mask", {"widths": list(self.widths), "site": site, "depths": list(self.depths)})
+        save_tensors(
+            path, {"flat": self.flat}, "mask", {"widths": list(self.widths), "site": site, "depths": list(self.depths)}
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "NeuronMask":  # file written by `save`
@@ -227,7 +268,10 @@ class NeuronMask:
     def matched_random(
         self,
         seed: int,  # not negative; 0 is a seed like any other
-        score: torch.Tensor | np.ndarray | Sequence[float] | None = None,  # (N,) to be matched too, e.g. each neuron's variance
+        score: torch.Tensor
+        | np.ndarray
+        | Sequence[float]
+        | None = None,  # (N,) to be matched too, e.g. each neuron's variance
         bins: int = 10,  # quantile bins of the score within a layer; more bins match more closely and leave less to chance
         disjoint: bool = True,  # draw from the units outside the mask; False: from all units
     ) -> "NeuronMask":
@@ -239,7 +283,11 @@ class NeuronMask:
         seed, bins = operator.index(seed), operator.index(bins)
         if seed < 0 or bins < 1:
             raise ValueError(f"seed={seed} and bins={bins}: expected a seed of at least 0 and at least 1 bin.")
-        scores = [None] * len(self.widths) if score is None else np.split(_scores(score, self.n_neurons), np.cumsum(self.widths)[:-1])
+        scores = (
+            [None] * len(self.widths)
+            if score is None
+            else np.split(_scores(score, self.n_neurons), np.cumsum(self.widths)[:-1])
+        )
         rows, crowded, left_over = [], [], 0
         for depth, selected, row_score in zip(self.depths, self._rows(), scores):
             free = ~selected if disjoint else np.ones_like(selected)
@@ -250,7 +298,10 @@ class NeuronMask:
             rows.append(drawn)
             left_over += missed
         if crowded:
-            warnings.warn(f"The mask holds more than half of the units of layers {_ranges(crowded)}: there the control is drawn from all units and overlaps it.", stacklevel=2)
+            warnings.warn(
+                f"The mask holds more than half of the units of layers {_ranges(crowded)}: there the control is drawn from all units and overlaps it.",
+                stacklevel=2,
+            )
         if left_over:
             warnings.warn(
                 f"{left_over:,} of {self.n:,} units found no unused candidate in their score bin and got the nearest score instead. score_match(mask, control, score) tells "
@@ -261,20 +312,28 @@ class NeuronMask:
 
     def matched_top(
         self,
-        score: torch.Tensor | np.ndarray | Sequence[float],  # (N,), e.g. each neuron's variance; minus the score takes the lowest
+        score: torch.Tensor
+        | np.ndarray
+        | Sequence[float],  # (N,), e.g. each neuron's variance; minus the score takes the lowest
         exclude: "NeuronMask | None" = None,  # units that must not be taken, for instance this mask itself
     ) -> "NeuronMask":
         """Return the mask with as many units in every layer as this one has, those with the highest score (of equal scores the first).
 
         It may hold units of this mask, unless `exclude` says otherwise. Raises ValueError on a score with nan, and if a layer has too few units left."""
-        score, picked, barred = _scores(score, self.n_neurons), np.zeros(self.n_neurons, dtype=bool), np.zeros(self.n_neurons, dtype=bool)
+        score, picked, barred = (
+            _scores(score, self.n_neurons),
+            np.zeros(self.n_neurons, dtype=bool),
+            np.zeros(self.n_neurons, dtype=bool),
+        )
         if exclude is not None:
             common_site([self, exclude])
             barred = exclude._array()
         for depth, start, width, count in zip(self.depths, np.cumsum((0, *self.widths)), self.widths, self.counts):
             units = start + np.flatnonzero(~barred[start : start + width])
             if len(units) < count:
-                raise ValueError(f"layer {depth} has {len(units)} units outside exclude, fewer than the {count} wanted. Exclude fewer units.")
+                raise ValueError(
+                    f"layer {depth} has {len(units)} units outside exclude, fewer than the {count} wanted. Exclude fewer units."
+                )
             picked[units[np.argsort(-score[units], kind="stable")[:count]]] = True
         return self._with(picked, self.site)
 
@@ -287,7 +346,9 @@ def common_site(
     known = next((m for m in masks if m.site is not None), first)
     for m in masks:
         if (m.widths, m.depths) != (first.widths, first.depths) or (m.site is not None and m.site != known.site):
-            raise ValueError(f"These masks do not belong together: {known if m.site != known.site else first!r} and {m!r}. Widths, layers and site must agree.")
+            raise ValueError(
+                f"These masks do not belong together: {known if m.site != known.site else first!r} and {m!r}. Widths, layers and site must agree."
+            )
     return known.site
 
 
@@ -315,7 +376,9 @@ def named_masks(
     if isinstance(named, Sequence) and not isinstance(named, str):
         named = {f"network {i}": m for i, m in enumerate(named)}
     if not isinstance(named, Mapping) or not all(isinstance(m, NeuronMask) for m in named.values()):
-        raise TypeError(f"masks={masks!r} is not accepted; give a NeuronMask, a list of them such as FunctionalNetworks.masks() gives, or a dict of them by name.")
+        raise TypeError(
+            f"masks={masks!r} is not accepted; give a NeuronMask, a list of them such as FunctionalNetworks.masks() gives, or a dict of them by name."
+        )
     if not named:
         raise ValueError("masks is empty; give at least one NeuronMask.")
     if len(set(map(str, named))) < len(named):
@@ -357,7 +420,9 @@ def score_match(
     is not positive); "sum_ratio", the control's summed score over the mask's (nan if that is 0); "overlap", the share of the control's units that are in the mask. Raises ValueError if the counts differ."""
     common_site([mask, control])
     if mask.counts != control.counts or mask.n == 0:
-        raise ValueError(f"control must have as many units per layer as mask, and at least one: got {control!r} for {mask!r}.")
+        raise ValueError(
+            f"control must have as many units per layer as mask, and at least one: got {control!r} for {mask!r}."
+        )
     score = _scores(score, mask.n_neurons)
     ours, theirs = score[mask._array()], score[control._array()]
     positive, total = min(ours.min(), theirs.min()) > 0, ours.sum()
@@ -380,7 +445,9 @@ def _as_matrix(
     if not isinstance(X, (torch.Tensor, np.ndarray)):
         raise TypeError(f"X must be a torch tensor or a numpy array, got {type(X).__name__}.")
     if X.ndim != 2 or X.shape[1] != masks[0].n_neurons:
-        raise ValueError(f"X must be tokens x neurons with {masks[0].n_neurons:,} neurons as the masks have, got shape {tuple(X.shape)}.")
+        raise ValueError(
+            f"X must be tokens x neurons with {masks[0].n_neurons:,} neurons as the masks have, got shape {tuple(X.shape)}."
+        )
     if isinstance(X, np.ndarray):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
@@ -401,10 +468,14 @@ def apply_mask_and_average(
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     read = values[:, torch.from_numpy(columns).to(values.device)].to(dtype)
     if not torch.isfinite(read).all():
-        raise ValueError(f"X holds {int((~torch.isfinite(read)).sum()):,} activations in the masks that are nan or infinite; capture in float32 and look at the tokens they belong to.")
+        raise ValueError(
+            f"X holds {int((~torch.isfinite(read)).sum()):,} activations in the masks that are nan or infinite; capture in float32 and look at the tokens they belong to."
+        )
     counts = chosen.sum(1)
     if not counts.all():
-        warnings.warn(f"masks {np.flatnonzero(counts == 0).tolist()} are empty: their time courses are nan.", stacklevel=2)
+        warnings.warn(
+            f"masks {np.flatnonzero(counts == 0).tolist()} are empty: their time courses are nan.", stacklevel=2
+        )
     weights = torch.from_numpy(chosen[:, columns].T).to(read) / torch.from_numpy(counts).to(read)
     courses = read @ weights
     courses[:, torch.from_numpy(counts == 0).to(courses.device)] = float("nan")

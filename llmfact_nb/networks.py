@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from .activations import Activations
-from .cards import always_shown, bars, card, dots, site_name
-from .files import load_tensors, reading, save_tensors
-from .group import GroupICA
+from .base.display import always_shown, bars, card, dots, site_name
+from .base.files import load_tensors, reading, save_tensors
+from .across.group import GroupICA
 from .ica import ICA, DataError
 from .masks import NeuronMask, common_site
-from .network_page import token_pieces, write_network_page
+from .show.network_page import token_pieces, write_network_page
 
 # %% ../nbs/05_networks.ipynb #3bcbe0bb
 TAILS = ("positive", "both", "raw")
@@ -37,7 +37,9 @@ def z_scores(
 
 def _check_alpha(alpha: float, tail: str) -> None:
     if not (isinstance(alpha, numbers.Real) and not isinstance(alpha, bool) and math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha={alpha!r} is not accepted; give a positive number of standard deviations, such as 1.96.")
+        raise ValueError(
+            f"alpha={alpha!r} is not accepted; give a positive number of standard deviations, such as 1.96."
+        )
     if tail not in TAILS:
         raise ValueError(f"tail={tail!r} is not accepted; accepted: {', '.join(map(repr, TAILS))}.")
 
@@ -91,16 +93,26 @@ class FunctionalNetworks:
         if exclude not in (None, "first", "sinks"):
             raise ValueError(f"exclude={exclude!r} is not accepted; accepted: None, 'first', 'sinks'.")
         ICA(n_components, kind=kind, standardize=standardize, **ica)  # an argument it does not know is refused now
-        self.n_components, self.kind, self.standardize, self.exclude, self.ica = n_components, kind, standardize, exclude, ica
+        self.n_components, self.kind, self.standardize, self.exclude, self.ica = (
+            n_components,
+            kind,
+            standardize,
+            exclude,
+            ica,
+        )
 
     def fit(
         self,
         activations: Activations,  # one text or many: several texts are one group fit, their tokens stacked (paper, section 2)
-        path: str | os.PathLike | None = None,  # keep the whitened data in this file, from which the same call goes on after an interruption, see `ICA.fit`
+        path: str
+        | os.PathLike
+        | None = None,  # keep the whitened data in this file, from which the same call goes on after an interruption, see `ICA.fit`
     ) -> "FunctionalNetworks":
         "Find the networks; return self. Raises DataError if the data have fewer directions than that or hold nan, or `exclude` leaves no token; the rest as `ICA.fit` does."
         if not isinstance(activations, Activations):
-            raise TypeError(f"activations is a {type(activations).__name__}; expected what capture() or Activations.load() gives.")
+            raise TypeError(
+                f"activations is a {type(activations).__name__}; expected what capture() or Activations.load() gives."
+            )
         rows = self.rows_to_use(activations)
         ica = ICA(self.n_components, kind=self.kind, standardize=self.standardize, **self.ica)
         ica.fit(activations.values, rows=None if rows.all() else rows, path=path)
@@ -115,17 +127,38 @@ class FunctionalNetworks:
 
         The tokens that the group left out are not known here: `rows_` is True for each row of `time_courses_`. Raises ValueError if the group is not fitted."""
         if not isinstance(group, GroupICA):
-            raise TypeError(f"group is a {type(group).__name__}; expected a fitted GroupICA. For a single capture use FunctionalNetworks(k).fit(activations).")
+            raise TypeError(
+                f"group is a {type(group).__name__}; expected a fitted GroupICA. For a single capture use FunctionalNetworks(k).fit(activations)."
+            )
         if not hasattr(group, "maps_"):
             raise ValueError("group has not been fitted; call GroupICA(k).fit(shards) first.")
         rows = torch.ones(len(group.time_courses_), dtype=torch.bool)
         networks = cls(group.n_components, group.kind, group.standardize, group.exclude, **group.ica)  # type: ignore[arg-type]  # standardize="text" is remembered; another fit refuses it
         return networks._take(group, rows, _CENTRED if group.center_texts else "group", group)
 
-    def _take(self, ica: ICA | GroupICA, rows: torch.Tensor, solver: str, about: Activations | GroupICA) -> "FunctionalNetworks":
+    def _take(
+        self, ica: ICA | GroupICA, rows: torch.Tensor, solver: str, about: Activations | GroupICA
+    ) -> "FunctionalNetworks":
         "What was learned by `ica`, about whose neurons."
-        self.method_, self.mixing_, self.maps_, self.rows_, self.whiten_solver_ = "ica", ica.maps_, z_scores(ica.maps_), rows, solver
-        for name in ("time_courses_", "rotation_", "sign_", "mean_", "scale_", "stability_", "converged_", "n_iter_", "convergence_", "explained_variance_ratio_"):
+        self.method_, self.mixing_, self.maps_, self.rows_, self.whiten_solver_ = (
+            "ica",
+            ica.maps_,
+            z_scores(ica.maps_),
+            rows,
+            solver,
+        )
+        for name in (
+            "time_courses_",
+            "rotation_",
+            "sign_",
+            "mean_",
+            "scale_",
+            "stability_",
+            "converged_",
+            "n_iter_",
+            "convergence_",
+            "explained_variance_ratio_",
+        ):
             setattr(self, name, getattr(ica, name))
         for name in ("widths", "depths", "site", "model"):
             setattr(self, name, getattr(about, name))
@@ -139,16 +172,26 @@ class FunctionalNetworks:
         fitted = []
         for text in activations.text_ids.unique().tolist():
             try:
-                fitted.append(FunctionalNetworks(self.n_components, self.kind, self.standardize, self.exclude, **self.ica).fit(activations.of_text(text)))
+                fitted.append(
+                    FunctionalNetworks(self.n_components, self.kind, self.standardize, self.exclude, **self.ica).fit(
+                        activations.of_text(text)
+                    )
+                )
             except DataError as e:
                 raise DataError(f"text {text}: {e}") from e
         return fitted
 
     def rows_to_use(self, activations: Activations) -> torch.Tensor:
         "Return (T,) bool, the tokens that `exclude` leaves. Raises DataError if there are none."
-        away = {None: torch.zeros_like(activations.sinks), "first": activations.positions == 0, "sinks": activations.sinks}[self.exclude]
+        away = {
+            None: torch.zeros_like(activations.sinks),
+            "first": activations.positions == 0,
+            "sinks": activations.sinks,
+        }[self.exclude]
         if away.all():
-            raise DataError(f"exclude={self.exclude!r} leaves none of the {activations.n_tokens} tokens; give longer texts.")
+            raise DataError(
+                f"exclude={self.exclude!r} leaves none of the {activations.n_tokens} tokens; give longer texts."
+            )
         return ~away
 
     def transform(
@@ -158,14 +201,22 @@ class FunctionalNetworks:
         "Return the networks' time courses over these tokens, (T, k) float32: the least-squares fit of the maps to each token (dual regression)."
         self._fitted()
         if (activations.site, activations.widths, activations.depths) != (self.site, self.widths, self.depths):
-            raise ValueError(f"activations have site {activations.site!r} and {activations.n_neurons} neurons; fitted were {self.site!r} and {sum(self.widths)}.")
+            raise ValueError(
+                f"activations have site {activations.site!r} and {activations.n_neurons} neurons; fitted were {self.site!r} and {sum(self.widths)}."
+            )
         if self.whiten_solver_ == _CENTRED:
-            raise ValueError("these networks come from texts that were centred, or z-scored, one by one, so tokens need their text's own mean. Use GroupICA.transform or dual_regression.")
+            raise ValueError(
+                "these networks come from texts that were centred, or z-scored, one by one, so tokens need their text's own mean. Use GroupICA.transform or dual_regression."
+            )
         unmixing = torch.linalg.pinv(self.mixing_.double()).float()  # (N, k)
         courses, start = torch.zeros(activations.n_tokens, len(self.mixing_)), 0
         for width, layer in zip(self.widths, self.depths):
             part = slice(start, start + width)
-            courses += (activations.layer(layer).float() - self.mean_[part].float()) / self.scale_[part].float() @ unmixing[part]
+            courses += (
+                (activations.layer(layer).float() - self.mean_[part].float())
+                / self.scale_[part].float()
+                @ unmixing[part]
+            )
             start += width
         return courses
 
@@ -184,7 +235,8 @@ class FunctionalNetworks:
         self,
         alpha: float | None = None,  # threshold in standard deviations; None with fraction=None: 1.96
         tail: str = "positive",  # which tail alpha cuts
-        fraction: float | None = None,  # instead of alpha: this share of all units, those with the largest |z| in any map
+        fraction: float
+        | None = None,  # instead of alpha: this share of all units, those with the largest |z| in any map
     ) -> NeuronMask:
         "Return the key neurons: the union of the networks at alpha, or the top fraction by largest |z| (`implied_alpha` says which alpha that is)."
         if fraction is None:
@@ -223,7 +275,9 @@ class FunctionalNetworks:
         k = len(self.mixing_)
         turn = torch.eye(k, dtype=torch.float64)
         if method == "rotation":
-            turn, r = torch.linalg.qr(torch.randn(k, k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+            turn, r = torch.linalg.qr(
+                torch.randn(k, k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            )
             turn = turn * r.diagonal().sign()  # so that every rotation is equally likely
         turn = turn @ self.rotation_.double().T
         mixing = turn @ self.mixing_.double()
@@ -232,11 +286,17 @@ class FunctionalNetworks:
         other = FunctionalNetworks(self.n_components, self.kind, self.standardize, self.exclude, **self.ica)
         other.__dict__.update(self.__dict__)
         other.method_, other.mixing_ = method, (sign[:, None] * mixing).float()
-        other.maps_, other.sign_, other.rotation_ = z_scores(other.mixing_), sign.float(), (sign[:, None] * turn @ self.rotation_.double()).float()
+        other.maps_, other.sign_, other.rotation_ = (
+            z_scores(other.mixing_),
+            sign.float(),
+            (sign[:, None] * turn @ self.rotation_.double()).float(),
+        )
         other.time_courses_ = (self.time_courses_.double() @ turn.T * sign).float()
         other.stability_ = torch.full((k,), float("nan"))
         held = lambda f: f.time_courses_.double().square().sum(0) * f.mixing_.double().square().sum(1)
-        other.explained_variance_ratio_ = held(other) * (self.explained_variance_ratio_.sum() / held(self).sum())  # of the same total
+        other.explained_variance_ratio_ = held(other) * (
+            self.explained_variance_ratio_.sum() / held(self).sum()
+        )  # of the same total
         return other
 
     def stable(
@@ -245,7 +305,9 @@ class FunctionalNetworks:
     ) -> list[int]:
         "Return the indices of the networks whose components came back in the restarts. Raises ValueError without restarts (n_init=1)."
         if self._fitted().stability_.isnan().any():
-            raise ValueError("stability is not known: fit with n_init above 1, so that components can be compared between restarts.")
+            raise ValueError(
+                "stability is not known: fit with n_init above 1, so that components can be compared between restarts."
+            )
         return (self.stability_ >= threshold).nonzero()[:, 0].tolist()
 
     def _top(self, fraction: float) -> torch.Tensor:
@@ -268,31 +330,47 @@ class FunctionalNetworks:
     def _about(self) -> list[str]:
         "Where these networks come from, in phrases."
         phrases = [f"site {site_name(self.site)}", f"{int(self.rows_.sum()):,} of {len(self.rows_):,} tokens"]
-        return phrases + ([f"{'converged' if self.converged_ else 'NOT converged'} in {self.n_iter_} steps"] if self.method_ == "ica" else [])
+        return phrases + (
+            [f"{'converged' if self.converged_ else 'NOT converged'} in {self.n_iter_} steps"]
+            if self.method_ == "ica"
+            else []
+        )
 
     @always_shown
     def _repr_html_(self):
         if not hasattr(self, "maps_"):
-            return card("FunctionalNetworks", [f"k={self.n_components}", self.kind, "not fitted yet: call fit(activations)"])
+            return card(
+                "FunctionalNetworks", [f"k={self.n_components}", self.kind, "not fitted yet: call fit(activations)"]
+            )
         key, known = self.key_neurons(fraction=0.01), not self.stability_.isnan().all()
-        facts = [f"{len(self.maps_)} networks of {sum(self.widths):,} neurons", f"{self.method_}, {self.kind}", *self._about(), f"{len(self.widths)} layers"]
+        facts = [
+            f"{len(self.maps_)} networks of {sum(self.widths):,} neurons",
+            f"{self.method_}, {self.kind}",
+            *self._about(),
+            f"{len(self.widths)} layers",
+        ]
         what = f"key neurons per layer, {self.depths[0]} to {self.depths[-1]}: the top 1 %, {key.n:,} units with |z| of at least {self.implied_alpha(0.01):.1f}"
         pictures = [(bars(key.counts, [f"layer {d}" for d in self.depths], what), what)]
         if known:
             what = f"stability of each network, 0 to 1: {int((self.stability_ >= 0.8).sum())} of {len(self.maps_)} reach 0.8 (dashed)"
-            pictures.append((dots(self.stability_.tolist(), [f"network {i}" for i in range(len(self.maps_))], what, line=0.8), what))
+            pictures.append(
+                (dots(self.stability_.tolist(), [f"network {i}" for i in range(len(self.maps_))], what, line=0.8), what)
+            )
         return card("FunctionalNetworks", facts, *pictures)
 
     def to_html(
         self,
         path: str | os.PathLike,  # html file to write
-        activations: Activations | None = None,  # texts to read the networks on, better held out from the fit; None: the page shows maps only
+        activations: Activations
+        | None = None,  # texts to read the networks on, better held out from the fit; None: the page shows maps only
         tokenizer=None,  # the model's tokenizer; None: tokens are shown by their number in the vocabulary
         title: str | None = None,  # heading; None: "Functional networks of <model>"
         fraction: float = 0.01,  # share of all units that count as key neurons
-        alpha: float | None = None,  # threshold the page opens with; None: 3.6, or what `fraction` implies if that is lower
+        alpha: float
+        | None = None,  # threshold the page opens with; None: 3.6, or what `fraction` implies if that is lower
         max_tokens: int = 2000,  # how many tokens of text the page holds; the strongest tokens are sought among all
-        courses: torch.Tensor | None = None,  # (T, k) time courses over `activations`, where they are not those of `transform`
+        courses: torch.Tensor
+        | None = None,  # (T, k) time courses over `activations`, where they are not those of `transform`
     ) -> Path:
         """Write these networks as one interactive page that needs nothing else, and return its path: maps by layer, strongest units and tokens, texts coloured by activity.
 
@@ -306,7 +384,12 @@ class FunctionalNetworks:
         text = {}
         if activations is not None:
             courses = self.transform(activations) if courses is None else courses
-            text = dict(courses=courses, tokens=token_pieces(tokenizer, activations.token_ids, activations.text_ids), text_ids=activations.text_ids, sinks=activations.sinks)
+            text = dict(
+                courses=courses,
+                tokens=token_pieces(tokenizer, activations.token_ids, activations.text_ids),
+                text_ids=activations.text_ids,
+                sinks=activations.sinks,
+            )
         elif courses is not None or tokenizer is not None:
             raise ValueError("courses and tokenizer are about activations: give activations too.")
         return write_network_page(
@@ -317,10 +400,21 @@ class FunctionalNetworks:
     def save(self, path: str | os.PathLike) -> Path:
         "Write the fitted networks to one safetensors file, atomically, and return its path."
         self._fitted()
-        settings = {k: getattr(self, k) for k in ("n_components", "kind", "standardize", "exclude")} | {k: v for k, v in self.ica.items() if k != "w_init"}
-        settings = {k: v.item() if hasattr(v, "item") else str(v).removeprefix("torch.") if isinstance(v, (torch.dtype, torch.device)) else v for k, v in settings.items()}
+        settings = {k: getattr(self, k) for k in ("n_components", "kind", "standardize", "exclude")} | {
+            k: v for k, v in self.ica.items() if k != "w_init"
+        }
+        settings = {
+            k: v.item()
+            if hasattr(v, "item")
+            else str(v).removeprefix("torch.")
+            if isinstance(v, (torch.dtype, torch.device))
+            else v
+            for k, v in settings.items()
+        }
         learned = {k: getattr(self, k) for k in _PLAIN}
-        return save_tensors(path, {k: getattr(self, k) for k in _TENSORS}, "networks", {"settings": settings, "learned": learned})
+        return save_tensors(
+            path, {k: getattr(self, k) for k in _TENSORS}, "networks", {"settings": settings, "learned": learned}
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FunctionalNetworks":
@@ -338,10 +432,27 @@ class FunctionalNetworks:
     def _refuse_untrue(self) -> None:
         "Raise ValueError if what was read from a file does not fit together."
         k, n = self.mixing_.shape
-        shapes = {"rotation_": (k, k), "sign_": (k,), "mean_": (n,), "scale_": (n,), "stability_": (k,), "explained_variance_ratio_": (k,), "time_courses_": (int(self.rows_.sum()), k)}
-        if wrong := [name for name, shape in shapes.items() if tuple(getattr(self, name).shape) != shape or not getattr(self, name).is_floating_point()]:
+        shapes = {
+            "rotation_": (k, k),
+            "sign_": (k,),
+            "mean_": (n,),
+            "scale_": (n,),
+            "stability_": (k,),
+            "explained_variance_ratio_": (k,),
+            "time_courses_": (int(self.rows_.sum()), k),
+        }
+        if wrong := [
+            name
+            for name, shape in shapes.items()
+            if tuple(getattr(self, name).shape) != shape or not getattr(self, name).is_floating_point()
+        ]:
             raise ValueError(f"{', '.join(wrong)} do not fit {k} networks of {n} neurons")
-        if self.rows_.dtype != torch.bool or self.rows_.dim() != 1 or not k or not torch.isfinite(self.mixing_.double()).all():
+        if (
+            self.rows_.dtype != torch.bool
+            or self.rows_.dim() != 1
+            or not k
+            or not torch.isfinite(self.mixing_.double()).all()
+        ):
             raise ValueError("there are no maps, they hold nan or infinity, or the rows are no row of booleans")
         if not all(type(w) is int and w > 0 for w in self.widths) or sum(self.widths) != n:
             raise ValueError(f"widths={self.widths} do not sum to the maps' {n} neurons")

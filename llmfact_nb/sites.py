@@ -66,7 +66,9 @@ class NeuronSites(Sequence):
             return self
         wanted, known = set(layers), set(self.depths)
         if not wanted or wanted - known:
-            raise ValueError(f"layers={list(layers)} is not accepted: this model has layers 0 to {max(known)}; name at least one of them.")
+            raise ValueError(
+                f"layers={list(layers)} is not accepted: this model has layers 0 to {max(known)}; name at least one of them."
+            )
         return NeuronSites([s for s in self._sites if s.layer in wanted], self.site)
 
     def __repr__(self):
@@ -139,8 +141,12 @@ def blocks(
     _refuse_unfit(model)
     config, found = _text_config(model), list(_lists(model))
     if config is None:
-        raise NotImplementedError(f"model is a {type(model).__name__} without a Hugging Face configuration; unwrap it, or give site= a list of module names.")
-    n_layers = getattr(config, "num_hidden_layers", None)  # models of several stacks have one number for each, under other names
+        raise NotImplementedError(
+            f"model is a {type(model).__name__} without a Hugging Face configuration; unwrap it, or give site= a list of module names."
+        )
+    n_layers = getattr(
+        config, "num_hidden_layers", None
+    )  # models of several stacks have one number for each, under other names
     fitting = [(name, m) for name, m in found if len(m) == n_layers]
     if getattr(config, "is_encoder_decoder", False):
         what = "an encoder-decoder has two stacks of blocks"
@@ -150,23 +156,53 @@ def blocks(
         what = f"{len(fitting) or 'none'} of its lists have {n_layers} entries, one should"
     else:
         return fitting[0]
-    raise NotImplementedError(f"model type {_model_type(model)!r}: cannot tell where its transformer blocks are ({what}); candidates: {[f'{name} ({len(m)})' for name, m in found] or 'none'}. Give site= a list of module names instead.")
+    raise NotImplementedError(
+        f"model type {_model_type(model)!r}: cannot tell where its transformer blocks are ({what}); candidates: {[f'{name} ({len(m)})' for name, m in found] or 'none'}. Give site= a list of module names instead."
+    )
 
 
 def _model_type(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
 
 # %% ../nbs/01_sites.ipynb #d0b621e7
-_MIXERS = ("attn", "attention", "mixer", "mamba", "ssm", "linear_attn", "temporal_block", "bottleneck")  # parts of a block that are not its MLP
-_DOWN_NAMES = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "lin2", "wo", "w2", "output.dense", "ff_out", "value", "Wo")
+_MIXERS = (
+    "attn",
+    "attention",
+    "mixer",
+    "mamba",
+    "ssm",
+    "linear_attn",
+    "temporal_block",
+    "bottleneck",
+)  # parts of a block that are not its MLP
+_DOWN_NAMES = (
+    "down_proj",
+    "c_proj",
+    "dense_4h_to_h",
+    "fc2",
+    "fc_out",
+    "lin2",
+    "wo",
+    "w2",
+    "output.dense",
+    "ff_out",
+    "value",
+    "Wo",
+)
 
 
 def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str, nn.Module, tuple[int, int]]:
     "The one down projection of a block, with its shape; NotImplementedError with the candidates otherwise."
     kind, width = _model_type(model), getattr(_text_config(model), "hidden_size", None)
     if any(word in path for path, _ in block.named_modules() for word in ("expert", "router")):
-        raise NotImplementedError(f"model type {kind!r}: block {name} is a mixture of experts, whose neurons depend on each token's route; this is not supported. Use a dense model, or give site= a list of module names.")
-    maps = [(p, m, shape) for p, m, shape in _linear_maps(block) if not any(w in part for part in p.split(".") for w in _MIXERS)]
+        raise NotImplementedError(
+            f"model type {kind!r}: block {name} is a mixture of experts, whose neurons depend on each token's route; this is not supported. Use a dense model, or give site= a list of module names."
+        )
+    maps = [
+        (p, m, shape)
+        for p, m, shape in _linear_maps(block)
+        if not any(w in part for part in p.split(".") for w in _MIXERS)
+    ]
     made = {n for *_, (_, outputs) in maps for n in (outputs, outputs // 2)}
     found = [(p, m, (inputs, outputs)) for p, m, (inputs, outputs) in maps if outputs == width and inputs in made]
     if len(found) > 1:
@@ -174,7 +210,8 @@ def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str
     if len(found) != 1:
         shapes = [f"{p} {inputs} -> {outputs}" for p, _, (inputs, outputs) in maps]
         raise NotImplementedError(
-            f"model type {kind!r}: cannot tell which linear map of block {name} is the MLP's down projection; candidates: {shapes or 'none'}. Give site= a list of module names" + (f", e.g. ['{name}.{maps[-1][0]}']." if maps else ".")
+            f"model type {kind!r}: cannot tell which linear map of block {name} is the MLP's down projection; candidates: {shapes or 'none'}. Give site= a list of module names"
+            + (f", e.g. ['{name}.{maps[-1][0]}']." if maps else ".")
         )
     return found[0]
 
@@ -189,7 +226,9 @@ def neuron_sites(
     "Return the model's neuron sites in order of depth. Raises ValueError for an unknown site, NotImplementedError for a model that cannot be placed (with its type and the candidates)."
     if isinstance(site, str):
         if site not in SITES:
-            raise ValueError(f"site={site!r} is not known; accepted: {', '.join(map(repr, SITES))} or a list of module names.")
+            raise ValueError(
+                f"site={site!r} is not known; accepted: {', '.join(map(repr, SITES))} or a list of module names."
+            )
         list_name, layers = blocks(model)
         sites = []
         for i, block in enumerate(layers):
@@ -197,18 +236,27 @@ def neuron_sites(
             width, where = (inputs, "input") if site == "mlp_hidden" else (outputs, "output")
             sites.append(NeuronSite(i, f"{list_name}.{i}.{path}", module, width, where))
         if len({s.module for s in sites}) < len(sites):
-            raise NotImplementedError(f"model type {_model_type(model)!r}: some layers share one down projection, so their neurons cannot be told apart.")
+            raise NotImplementedError(
+                f"model type {_model_type(model)!r}: some layers share one down projection, so their neurons cannot be told apart."
+            )
         return NeuronSites(sites, site)
     if not isinstance(site, Sequence) or not all(isinstance(n, str) for n in site):
-        raise TypeError(f"site={site!r} is not accepted; accepted: {', '.join(map(repr, SITES))} or a list of module names.")
+        raise TypeError(
+            f"site={site!r} is not accepted; accepted: {', '.join(map(repr, SITES))} or a list of module names."
+        )
     _refuse_unfit(model)
     names = tuple(site)
     modules = [(n, m) for n, m in model.named_modules() if n in set(names)]
     missing = set(names) - {n for n, _ in modules}
     if missing or not names:
         known = [n for n, *_ in _linear_maps(model)]
-        raise ValueError(f"site={list(names)}: the model has no module {sorted(missing)}; its linear maps are {known[:8]} ... ({len(known)} in all).")
-    return NeuronSites([NeuronSite(i, n, m, _output_width(n, m), "output") for i, (n, m) in enumerate(modules)], tuple(n for n, _ in modules))
+        raise ValueError(
+            f"site={list(names)}: the model has no module {sorted(missing)}; its linear maps are {known[:8]} ... ({len(known)} in all)."
+        )
+    return NeuronSites(
+        [NeuronSite(i, n, m, _output_width(n, m), "output") for i, (n, m) in enumerate(modules)],
+        tuple(n for n, _ in modules),
+    )
 
 
 def _output_width(name: str, module: nn.Module) -> int:
@@ -218,14 +266,18 @@ def _output_width(name: str, module: nn.Module) -> int:
         return shape[1]
     weight = getattr(module, "weight", None)
     if weight is None or weight.dim() != 1:
-        raise NotImplementedError(f"site: cannot tell the output width of {name!r} ({type(module).__name__}); name linear maps or norms.")
+        raise NotImplementedError(
+            f"site: cannot tell the output width of {name!r} ({type(module).__name__}); name linear maps or norms."
+        )
     return weight.shape[0]
 
 # %% ../nbs/01_sites.ipynb #f341bd12
 @contextmanager
 def attach(
     sites: Sequence[NeuronSite],  # where to look
-    function: Callable[[int, torch.Tensor], torch.Tensor | None],  # called with (index in `sites`, activations (..., width)); a tensor returned replaces them
+    function: Callable[
+        [int, torch.Tensor], torch.Tensor | None
+    ],  # called with (index in `sites`, activations (..., width)); a tensor returned replaces them
 ) -> Iterator[None]:
     "While the block lasts, call `function` with every activation that passes the sites; the hooks are removed in reverse order however the block ends."
 
@@ -259,6 +311,10 @@ def refuse_compiled(
 ) -> None:
     "Raise ValueError if `model`, or a part of it, went through torch.compile: hooks attached afterwards are silently ignored there."
     if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules()):
-        raise ValueError("model is compiled, and a compiled model ignores hooks. Capture or mask it before torch.compile, or bake the mask into a copy and compile that.")
+        raise ValueError(
+            "model is compiled, and a compiled model ignores hooks. Capture or mask it before torch.compile, or bake the mask into a copy and compile that."
+        )
     if any("_compiled_call" in vars(m) for m in model.modules()):
-        raise ValueError("model was compiled by an earlier generate() with a static cache, and would ignore hooks. `del model._compiled_call` first, or generate with disable_compile=True.")
+        raise ValueError(
+            "model was compiled by an earlier generate() with a static cache, and would ignore hooks. `del model._compiled_call` first, or generate with disable_compile=True."
+        )

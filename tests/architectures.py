@@ -22,7 +22,9 @@ COLUMNS = ("site", "capture", "ablate", "keep", "bake", "generate", "tune", "res
 WORKS, NO_TEXT = "works", "writes no text"
 TEXTS = [families.words(9, 1), families.words(4, 2)]
 IDS = torch.tensor([[5, 9, 17, 30, 8, 41, 11, 26], [7, 7, 22, 4, 46, 12, 39, 20]])
-SHORT = dict(input_ids=torch.tensor([[5, 9, 17, 30], [0, 0, 22, 46]]), attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]))
+SHORT = dict(
+    input_ids=torch.tensor([[5, 9, 17, 30], [0, 0, 22, 46]]), attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+)
 
 
 @dataclass
@@ -61,7 +63,9 @@ class Subject:
         seen = {}
         with ExitStack() as stack, torch.no_grad():
             for i, (_, module) in enumerate(self.down):
-                hook = lambda m, args, out, i=i: seen.update({i: (out if site == "mlp_out" else args[0]).detach().clone()})
+                hook = lambda m, args, out, i=i: seen.update(
+                    {i: (out if site == "mlp_out" else args[0]).detach().clone()}
+                )
                 stack.callback(module.register_forward_hook(hook).remove)
             self.model(input_ids=torch.tensor([ids]))
         return torch.cat([seen[i].reshape(len(ids), -1) for i in range(LAYERS)], 1)
@@ -114,7 +118,9 @@ def check_keep(s: Subject) -> str:
             got = answer(s.model)
         with MaskedModel(s.model).ablate(~mask):
             assert torch.equal(got, answer(s.model)), f"{mask.site}: not the complement"
-        assert counts == tuple(w - n for w, n in zip(mask.widths, mask.counts)) and close(got, answer(s.zeroed(~mask))), f"{mask.site}: not as zeroed weights"
+        assert counts == tuple(w - n for w, n in zip(mask.widths, mask.counts)) and close(
+            got, answer(s.zeroed(~mask))
+        ), f"{mask.site}: not as zeroed weights"
     return WORKS
 
 
@@ -124,7 +130,9 @@ def check_bake(s: Subject) -> str:
         baked = MaskedModel(s.model).bake(mask)
         with MaskedModel(s.model).ablate(mask):
             assert close(answer(baked), answer(s.model)), f"{mask.site}: not as masked"
-        assert families.state(baked) == families.state(s.model) and not close(answer(baked), answer(s.model)), f"{mask.site}: original touched, or hooks in the copy"
+        assert families.state(baked) == families.state(s.model) and not close(answer(baked), answer(s.model)), (
+            f"{mask.site}: original touched, or hooks in the copy"
+        )
     return WORKS
 
 
@@ -147,12 +155,21 @@ def expected_slices(s: Subject, mask: NeuronMask) -> dict[str, torch.Tensor]:
     with ExitStack() as stack:
         for i, (_, module) in enumerate(s.down):
             stack.callback(module.register_forward_pre_hook(lambda m, args, i=i: seen.update({i: args[0]})).remove)
-        s.model(input_ids=torch.randint(4, families.VOCAB, (16, 24), generator=torch.Generator().manual_seed(3)))  # enough for every unit to be awake once
+        s.model(
+            input_ids=torch.randint(4, families.VOCAB, (16, 24), generator=torch.Generator().manual_seed(3))
+        )  # enough for every unit to be awake once
     for i, (path, module) in enumerate(s.down):
-        beside = [m for m in s.model.get_submodule(path.rpartition(".")[0]).children() if m is not module and getattr(m, "weight", torch.empty(0)).dim() == 2]
+        beside = [
+            m
+            for m in s.model.get_submodule(path.rpartition(".")[0]).children()
+            if m is not module and getattr(m, "weight", torch.empty(0)).dim() == 2
+        ]
         parameters = [p for m in beside for p in m.parameters()]
         total = (seen[i][..., mask.layers[i]] * torch.linspace(0.5, 1.5, mask.counts[i])).sum()
-        for p, g in zip(parameters, torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True) if parameters else ()):
+        for p, g in zip(
+            parameters,
+            torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True) if parameters else (),
+        ):
             if g is not None:
                 entries[names[id(p)]] |= g != 0
         weight = entries[f"{path}.weight"]
@@ -168,7 +185,9 @@ def check_tune(s: Subject) -> str:
     hooks = families.state(s.model.train())
     try:
         with neuron_training(s.model, mask, verbose=False) as tuning:
-            optimizer = torch.optim.AdamW([p for p in s.model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+            optimizer = torch.optim.AdamW(
+                [p for p in s.model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
+            )
             for _ in range(3):
                 s.model(input_ids=IDS, labels=IDS).loss.backward()
                 optimizer.step()
@@ -179,9 +198,13 @@ def check_tune(s: Subject) -> str:
         assert tuning.model is s.model
         for n, p in s.model.named_parameters():
             moved = p.detach() != before[n]
-            assert torch.equal(moved, expected[n]), f"{n}: {int((moved & ~expected[n]).sum())} entries moved that are frozen, {int((expected[n] & ~moved).sum())} did not learn"
+            assert torch.equal(moved, expected[n]), (
+                f"{n}: {int((moved & ~expected[n]).sum())} entries moved that are frozen, {int((expected[n] & ~moved).sum())} did not learn"
+            )
         words = WORKS
-    assert families.state(s.model) == hooks and (words == WORKS or all(torch.equal(p, before[n]) for n, p in s.model.named_parameters())), "not left as it was"
+    assert families.state(s.model) == hooks and (
+        words == WORKS or all(torch.equal(p, before[n]) for n, p in s.model.named_parameters())
+    ), "not left as it was"
     return words
 
 
@@ -190,10 +213,16 @@ def examine(name: str) -> dict[str, str]:
     if name in families.REFUSED:
         return refused(name)
     s = Subject(name, families.build(name))
-    plain, state, weights = answer(s.model), families.state(s.model), {k: v.clone() for k, v in s.model.state_dict().items()}
+    plain, state, weights = (
+        answer(s.model),
+        families.state(s.model),
+        {k: v.clone() for k, v in s.model.state_dict().items()},
+    )
     row = {column: globals()[f"check_{column}"](s) for column in COLUMNS[:-1]}
     assert families.state(s.model) == state, "hooks, modes or gradients are left"
-    assert all(torch.equal(v, weights[k]) for k, v in s.model.state_dict().items()) and torch.equal(answer(s.model), plain), "weights have changed"
+    assert all(torch.equal(v, weights[k]) for k, v in s.model.state_dict().items()) and torch.equal(
+        answer(s.model), plain
+    ), "weights have changed"
     return row | {"restored": WORKS}
 
 

@@ -33,18 +33,38 @@ class Watched:
         if not isinstance(address, str):
             address = Path(address).resolve().as_uri()
         home = urlsplit(address)
-        page = self.browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light").new_page()
+        page = self.browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
+        ).new_page()
         self.pages.append(page)
 
         def asked(request):
             target = urlsplit(request.url)
-            if target.scheme not in ("data", "blob", "about") and (target.scheme, target.netloc) != (home.scheme, home.netloc):
+            if target.scheme not in ("data", "blob", "about") and (target.scheme, target.netloc) != (
+                home.scheme,
+                home.netloc,
+            ):
                 self.problems.append(f"asked outside: {request.url}")
 
         page.on("request", asked)
-        page.on("requestfailed", lambda request: request.failure == "net::ERR_ABORTED" or self.problems.append(f"failed: {request.url} {request.failure}"))  # aborted: the page was left, the icon may still be on its way
-        page.on("response", lambda response: response.status < 400 or self.problems.append(f"{response.status}: {response.url}"))
-        page.on("console", lambda message: message.type not in ("error", "warning") or self.problems.append(f"{message.type} in the console: {message.text}"))
+        page.on(
+            "requestfailed",
+            lambda request: (
+                request.failure == "net::ERR_ABORTED"
+                or self.problems.append(f"failed: {request.url} {request.failure}")
+            ),
+        )  # aborted: the page was left, the icon may still be on its way
+        page.on(
+            "response",
+            lambda response: response.status < 400 or self.problems.append(f"{response.status}: {response.url}"),
+        )
+        page.on(
+            "console",
+            lambda message: (
+                message.type not in ("error", "warning")
+                or self.problems.append(f"{message.type} in the console: {message.text}")
+            ),
+        )
         page.on("pageerror", lambda error: self.problems.append(f"script failed: {error}"))
         page.goto(address)
         return page
@@ -70,7 +90,10 @@ def contrast(page, selector: str) -> float:
 
     def luminance(colour):
         parts = [float(v) / 255 for v in colour[colour.index("(") + 1 : -1].split(",")[:3]]
-        return sum(w * (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4) for w, v in zip((0.2126, 0.7152, 0.0722), parts))
+        return sum(
+            w * (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4)
+            for w, v in zip((0.2126, 0.7152, 0.0722), parts)
+        )
 
     low, high = sorted((luminance(text), luminance(behind)))
     return (high + 0.05) / (low + 0.05)
@@ -81,10 +104,16 @@ def chromium():
     "The system's browser without a window. Where there is none, the test is skipped."
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if program is None:
-        pytest.skip(f"no browser on this machine (looked for {', '.join(PROGRAMS)}); on Debian: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is missing; pip install -e '.[docs]'")
+        pytest.skip(
+            f"no browser on this machine (looked for {', '.join(PROGRAMS)}); on Debian: apt-get install chromium"
+        )
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="the Python package playwright is missing; pip install -e '.[docs]'"
+    )
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"])
+        browser = playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+        )
         yield browser
         browser.close()
 
@@ -101,10 +130,15 @@ def browser_page(chromium):
 @pytest.fixture(scope="session")
 def site():
     "The folder of the built site. It is built now unless one newer than everything it is made from is there."
-    if any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_parser", "furo", "sphinx_copybutton", "latex2mathml")):
+    if any(
+        importlib.util.find_spec(name) is None
+        for name in ("sphinx", "myst_parser", "furo", "sphinx_copybutton", "latex2mathml")
+    ):
         pytest.skip("the site's packages are missing; pip install -e '.[docs]'")
     build = [sys.executable, str(ROOT / "docs" / "make_site.py"), "--if-older"]
-    with FileLock(Path(tempfile.gettempdir()) / f"site-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]}.lock"):  # several test processes share the folder
+    with FileLock(
+        Path(tempfile.gettempdir()) / f"site-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]}.lock"
+    ):  # several test processes share the folder
         done = subprocess.run(build, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return ROOT / "_docs"

@@ -5,7 +5,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait make tiny models ten times slower on a busy machine
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # threads that spin while they wait make tiny models ten times slower on a busy machine
 
 import families
 import pytest
@@ -35,7 +37,13 @@ def process_unchanged():
 
     def settings():
         hooks = (module._global_forward_hooks, module._global_forward_pre_hooks, module._global_backward_hooks)
-        return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), *map(len, hooks)
+        return (
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            *map(len, hooks),
+        )
 
     before = settings()
     yield

@@ -16,14 +16,22 @@ class Family:
     down: str  # dotted name of the down projection in the base model, {} is the layer
     hidden: int = HIDDEN  # width of its input
     kind: str = "causal"  # "causal", "masked" or "base": the head it has
-    square: dict | None = None  # arguments that make the hidden width equal the model's width; None: the family has no such knob
+    square: dict | None = (
+        None  # arguments that make the hidden width equal the model's width; None: the family has no such knob
+    )
 
 
 def _family(down: str, hidden: int = HIDDEN, kind: str = "causal", square: dict | None = None, **config) -> Family:
     return Family({"vocab_size": VOCAB, **config}, down, hidden, kind, square)
 
 
-_BASIC = dict(hidden_size=D, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=2, max_position_embeddings=CONTEXT)
+_BASIC = dict(
+    hidden_size=D,
+    intermediate_size=HIDDEN,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=2,
+    max_position_embeddings=CONTEXT,
+)
 _GROUPED = dict(_BASIC, num_key_value_heads=1)
 _WIDE = dict(_GROUPED, head_dim=8)
 _SLIDING = dict(_WIDE, sliding_window=4)  # shorter than the test texts, so that the cache really slides
@@ -51,9 +59,18 @@ NAMED = {
     "mistral": _family(_LLAMA, square=_SQ, **_SLIDING),
     "qwen2": _family(_LLAMA, square=_SQ, **_GROUPED),
     "qwen3": _family(_LLAMA, square=_SQ, **_WIDE),
-    "gemma3_text": _family(_LLAMA, square=_SQ, layer_types=["sliding_attention", "full_attention", "sliding_attention"], **_SLIDING),
+    "gemma3_text": _family(
+        _LLAMA, square=_SQ, layer_types=["sliding_attention", "full_attention", "sliding_attention"], **_SLIDING
+    ),
     "phi3": _family(_LLAMA, square=_SQ, pad_token_id=0, **_GROUPED),
-    "falcon": _family("h.{}.mlp.dense_4h_to_h", 4 * D, square=dict(ffn_hidden_size=D), hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=2),
+    "falcon": _family(
+        "h.{}.mlp.dense_4h_to_h",
+        4 * D,
+        square=dict(ffn_hidden_size=D),
+        hidden_size=D,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+    ),
     "gptj": _family("h.{}.mlp.fc_out", square=dict(n_inner=D), rotary_dim=4, **_GPT2),
     "bert": _family(_BERT, kind="masked", square=_SQ, **_BASIC),
     "roberta": _family(_BERT, kind="masked", square=_SQ, pad_token_id=0, **_BASIC),
@@ -88,7 +105,12 @@ FURTHER = {
     "gpt_bigcode": _family("h.{}.mlp.c_proj", square=dict(n_inner=D), **_GPT2),
     "exaone4": _family(_LLAMA, square=_SQ, **_GROUPED),
     "apertus": _family(_LLAMA, square=_SQ, **_GROUPED),
-    "lfm2": _family("layers.{}.feed_forward.w2", block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention", "conv"], **_GROUPED),
+    "lfm2": _family(
+        "layers.{}.feed_forward.w2",
+        block_auto_adjust_ff_dim=False,
+        layer_types=["conv", "full_attention", "conv"],
+        **_GROUPED,
+    ),
     "modernbert": _family(
         "layers.{}.mlp.Wo",
         kind="masked",
@@ -102,9 +124,20 @@ FURTHER = {
         local_attention=4,
         **_BASIC,
     ),
-    "distilbert": _family("transformer.layer.{}.ffn.lin2", kind="masked", square=dict(hidden_dim=D), dim=D, hidden_dim=HIDDEN, n_layers=LAYERS, n_heads=2, max_position_embeddings=CONTEXT),
+    "distilbert": _family(
+        "transformer.layer.{}.ffn.lin2",
+        kind="masked",
+        square=dict(hidden_dim=D),
+        dim=D,
+        hidden_dim=HIDDEN,
+        n_layers=LAYERS,
+        n_heads=2,
+        max_position_embeddings=CONTEXT,
+    ),
     "electra": _family(_BERT, kind="masked", square=_SQ, embedding_size=D, **_BASIC),
-    "deberta-v2": _family(_BERT, kind="masked", square=_SQ, relative_attention=True, pos_att_type=["c2p", "p2c"], **_BASIC),
+    "deberta-v2": _family(
+        _BERT, kind="masked", square=_SQ, relative_attention=True, pos_att_type=["c2p", "p2c"], **_BASIC
+    ),
 }
 FAMILIES = {**NAMED, **FURTHER}
 # Layouts that none of those has: an MLP without a module of its own, one in a Sequential, post-norm decoders, recurrent blocks with an MLP. Examined in test_matrix.py alone.
@@ -112,16 +145,42 @@ MORE = {
     "openai-gpt": _family("h.{}.mlp.c_proj", 4 * D, n_embd=D, n_layer=LAYERS, n_head=2, n_positions=CONTEXT),
     "ctrl": _family("h.{}.ffn.2", n_embd=D, dff=HIDDEN, n_layer=LAYERS, n_head=2, n_positions=CONTEXT),
     "biogpt": _family("layers.{}.fc2", square=_SQ, pad_token_id=0, **_BASIC),
-    "xglm": _family("layers.{}.fc2", square=dict(ffn_dim=D), d_model=D, ffn_dim=HIDDEN, num_layers=LAYERS, attention_heads=2, max_position_embeddings=CONTEXT, pad_token_id=0),
+    "xglm": _family(
+        "layers.{}.fc2",
+        square=dict(ffn_dim=D),
+        d_model=D,
+        ffn_dim=HIDDEN,
+        num_layers=LAYERS,
+        attention_heads=2,
+        max_position_embeddings=CONTEXT,
+        pad_token_id=0,
+    ),
     "glm": _family(_LLAMA, square=_SQ, pad_token_id=0, **_WIDE),
     "olmo": _family(_LLAMA, square=_SQ, **_GROUPED),
     "cohere2": _family(_LLAMA, square=_SQ, **_SLIDING),
     "nanochat": _family("layers.{}.mlp.fc2", square=_SQ, **_GROUPED),
     "seed_oss": _family(_LLAMA, square=_SQ, pad_token_id=0, **_WIDE),
-    "recurrent_gemma": _family("layers.{}.mlp_block.down_proj", HIDDEN // 2, lru_width=D, attention_window_size=4, block_types=["recurrent", "recurrent", "attention"], **_WIDE),
-    "rwkv": _family("blocks.{}.feed_forward.value", square=_SQ, hidden_size=D, attention_hidden_size=D, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, context_length=CONTEXT),
+    "recurrent_gemma": _family(
+        "layers.{}.mlp_block.down_proj",
+        HIDDEN // 2,
+        lru_width=D,
+        attention_window_size=4,
+        block_types=["recurrent", "recurrent", "attention"],
+        **_WIDE,
+    ),
+    "rwkv": _family(
+        "blocks.{}.feed_forward.value",
+        square=_SQ,
+        hidden_size=D,
+        attention_hidden_size=D,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        context_length=CONTEXT,
+    ),
     "mpnet": _family(_BERT, kind="masked", square=_SQ, pad_token_id=0, **_BASIC),
-    "deberta": _family(_BERT, kind="masked", square=_SQ, relative_attention=True, pos_att_type=["c2p", "p2c"], **_BASIC),
+    "deberta": _family(
+        _BERT, kind="masked", square=_SQ, relative_attention=True, pos_att_type=["c2p", "p2c"], **_BASIC
+    ),
     "xlm-roberta": _family(_BERT, kind="masked", square=_SQ, pad_token_id=0, **_BASIC),
     "eurobert": _family(_LLAMA, kind="masked", square=_SQ, pad_token_id=0, mask_token_id=1, **_GROUPED),
 }
@@ -133,23 +192,41 @@ VARIED = ["gpt2", "bloom", "phi3", "gemma3_text", "gptj", "bert"]
 # Architectures without one MLP per layer: refused by name.
 REFUSED = {
     "mixtral": dict(_GROUPED, num_local_experts=2, num_experts_per_tok=1),
-    "qwen2_moe": dict(_GROUPED, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8),
+    "qwen2_moe": dict(
+        _GROUPED, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8
+    ),
     "qwen3_moe": dict(_WIDE, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8),
     "gpt_oss": dict(_WIDE, num_local_experts=2, num_experts_per_tok=1),
     "olmoe": dict(_GROUPED, num_experts=2, num_experts_per_tok=1),
     "albert": dict(_BASIC, embedding_size=D),
     "t5": dict(d_model=D, d_ff=HIDDEN, num_layers=LAYERS, num_heads=2, d_kv=8),
-    "bart": dict(d_model=D, encoder_layers=LAYERS, decoder_layers=LAYERS, encoder_ffn_dim=HIDDEN, decoder_ffn_dim=HIDDEN, encoder_attention_heads=2, decoder_attention_heads=2),
+    "bart": dict(
+        d_model=D,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_ffn_dim=HIDDEN,
+        decoder_ffn_dim=HIDDEN,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+    ),
     "mamba": dict(hidden_size=D, num_hidden_layers=LAYERS, state_size=4),
-    "doge": dict(_GROUPED, is_moe=True, num_experts=4, num_experts_per_tok=2),  # experts beside a dense MLP, in embeddings
-    "mobilebert": dict(_BASIC, embedding_size=D, true_hidden_size=HIDDEN, intra_bottleneck_size=HIDDEN),  # several MLPs to a block, and bottlenecks that look like one
+    "doge": dict(
+        _GROUPED, is_moe=True, num_experts=4, num_experts_per_tok=2
+    ),  # experts beside a dense MLP, in embeddings
+    "mobilebert": dict(
+        _BASIC, embedding_size=D, true_hidden_size=HIDDEN, intra_bottleneck_size=HIDDEN
+    ),  # several MLPs to a block, and bottlenecks that look like one
     "xlnet": dict(d_model=D, n_layer=LAYERS, n_head=2, d_inner=HIDDEN),  # positions before texts
     "convbert": dict(_BASIC, embedding_size=D),  # padding reaches real tokens, as in the next three
     "fnet": dict(_BASIC, pad_token_id=0),
     "nystromformer": dict(_BASIC, pad_token_id=0),
     "yoso": dict(_BASIC, pad_token_id=0),
-    "big_bird": dict(_BASIC, block_size=2, num_random_blocks=1, pad_token_id=0, sep_token_id=3),  # a short batch changes its attention
-    "xlm": dict(emb_dim=D, n_layers=LAYERS, n_heads=2, max_position_embeddings=CONTEXT, n_words=VOCAB),  # the parts of a block in lists of their own
+    "big_bird": dict(
+        _BASIC, block_size=2, num_random_blocks=1, pad_token_id=0, sep_token_id=3
+    ),  # a short batch changes its attention
+    "xlm": dict(
+        emb_dim=D, n_layers=LAYERS, n_heads=2, max_position_embeddings=CONTEXT, n_words=VOCAB
+    ),  # the parts of a block in lists of their own
 }
 
 _BUILT: dict = {}
@@ -178,7 +255,12 @@ def build(name: str, head: str | None = None, **changes):
     import transformers
 
     head = head or (KNOWN[name].kind if name in KNOWN else "base")
-    auto = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "base": "AutoModel", "classification": "AutoModelForSequenceClassification"}[head]
+    auto = {
+        "causal": "AutoModelForCausalLM",
+        "masked": "AutoModelForMaskedLM",
+        "base": "AutoModel",
+        "classification": "AutoModelForSequenceClassification",
+    }[head]
     if head == "classification":
         changes = {"num_labels": 3, "pad_token_id": 0, **changes}
     key = (name, head, repr(sorted(changes.items())))
@@ -221,6 +303,13 @@ def words(n: int, seed: int = 0) -> str:
 
 def state(model) -> list[tuple]:
     "Everything a well-behaved function gives back: modes, numbers of hooks, devices, dtypes."
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    hooks = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+    )
     modules = [(n, m.training, *(len(getattr(m, h)) for h in hooks)) for n, m in model.named_modules()]
     return modules + [(n, p.device, p.dtype, p.requires_grad, p.grad is None) for n, p in model.named_parameters()]

@@ -10,7 +10,9 @@ PLANTED = TOPICS * UNITS  # units 0 ... 15 of every layer
 
 def model(seed: int = 0):
     "The model. Next to nothing but the planted units moves its loss."
-    net = families.build("llama", hidden_size=D, intermediate_size=WIDTH, num_hidden_layers=LAYERS, tie_word_embeddings=False)
+    net = families.build(
+        "llama", hidden_size=D, intermediate_size=WIDTH, num_hidden_layers=LAYERS, tie_word_embeddings=False
+    )
     g = torch.Generator().manual_seed(seed)
     topic = lambda w: (w - 4) // WORDS
     with torch.no_grad():

@@ -17,7 +17,9 @@ def kinds() -> dict[str, str]:
     from transformers.models.auto import modeling_auto as auto
 
     masked = dict.fromkeys(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "AutoModelForMaskedLM")
-    return dict(sorted((masked | dict.fromkeys(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM")).items()))
+    return dict(
+        sorted((masked | dict.fromkeys(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "AutoModelForCausalLM")).items())
+    )
 
 
 def small(model_type: str, hidden: int):
@@ -25,9 +27,37 @@ def small(model_type: str, hidden: int):
     from transformers import AutoConfig
 
     widths = dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), D)
-    widths |= dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff", "dff", "dim_ff", "ffn_hidden_size", "decoder_ffn_dim"), hidden)
-    counts = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), LAYERS) | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 2)
-    wanted = widths | counts | dict(vocab_size=48, num_key_value_heads=1, max_position_embeddings=64, n_positions=64, head_dim=8, pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    widths |= dict.fromkeys(
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "n_inner",
+            "hidden_dim",
+            "d_ff",
+            "dff",
+            "dim_ff",
+            "ffn_hidden_size",
+            "decoder_ffn_dim",
+        ),
+        hidden,
+    )
+    counts = dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), LAYERS
+    ) | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 2)
+    wanted = (
+        widths
+        | counts
+        | dict(
+            vocab_size=48,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            n_positions=64,
+            head_dim=8,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+    )
     usual = AutoConfig.for_model(model_type)
     own, aliases = usual.to_dict(), getattr(usual, "attribute_map", {})
     chosen = {k: v for k, v in wanted.items() if k in own or k in aliases and aliases[k] not in wanted}

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llmfact_nb.accuracy import bootstrap_interval, levels, paired_accuracy, paired_shares, wilson
-from llmfact_nb.answers import exact_match, f1, normalise, qa_scores
+from llmfact_nb.scores.accuracy import bootstrap_interval, levels, paired_accuracy, paired_shares, wilson
+from llmfact_nb.scores.answers import exact_match, f1, normalise, qa_scores
 
 
 def test_majority_levels_of_the_published_sets():
@@ -22,7 +22,12 @@ def test_wilson_covers_and_never_leaves_the_unit_interval():
     for p, n in ((0.5, 20), (0.9, 40), (0.03, 100)):
         found = [wilson(int(h), n) for h in rng.binomial(n, p, 2000)]
         assert 0.92 < np.mean([low <= p <= high for low, high in found]) < 0.985
-    assert wilson(0, 5)[0] == 0.0 and wilson(5, 5)[1] == 1.0 and 0.4 < wilson(0, 5)[1] < 0.5 and all(math.isnan(x) for x in wilson(0, 0))
+    assert (
+        wilson(0, 5)[0] == 0.0
+        and wilson(5, 5)[1] == 1.0
+        and 0.4 < wilson(0, 5)[1] < 0.5
+        and all(math.isnan(x) for x in wilson(0, 0))
+    )
 
 
 def test_paired_shares_cover_the_true_difference():
@@ -33,7 +38,10 @@ def test_paired_shares_cover_the_true_difference():
         a = np.where(b, rng.random(80) < 0.8, rng.random(80) < 2 / 15)  # .7 * .8 + .3 * 2/15 = .6
         result = paired_shares(a, b)
         covered += result.ci[0] <= -0.1 <= result.ci[1]
-        assert result.difference == pytest.approx(a.mean() - b.mean()) and (result.gained, result.lost) == (int((a & ~b).sum()), int((~a & b).sum()))
+        assert result.difference == pytest.approx(a.mean() - b.mean()) and (result.gained, result.lost) == (
+            int((a & ~b).sum()),
+            int((~a & b).sum()),
+        )
         c = np.where(b, rng.random(80) < 0.9, rng.random(80) < 0.7 * 0.1 / 0.3)  # as good as b
         significant += paired_shares(c, b).p < 0.05
     assert 0.92 < covered / 300 < 0.99 and significant / 300 < 0.06
@@ -67,8 +75,15 @@ def test_exact_match_and_f1(said, right, exact, score):
 def test_scores_take_the_best_answer_and_keep_the_order():
     answers = [["Nile", "river Nile"], {"text": ["Rome"], "answer_start": [3]}, "Oslo", []]
     result = qa_scores(["the river Nile", "in Rome", None, ""], answers, n_boot=500)
-    assert result.correct.tolist() == [True, False, False, True] and result.f1_each.tolist() == pytest.approx([1, 2 / 3, 0, 1])
-    assert result.exact == 0.5 and result.f1 == pytest.approx(2 / 3) and result.n_empty == 2 and result.ci_exact == wilson(2, 4)
+    assert result.correct.tolist() == [True, False, False, True] and result.f1_each.tolist() == pytest.approx(
+        [1, 2 / 3, 0, 1]
+    )
+    assert (
+        result.exact == 0.5
+        and result.f1 == pytest.approx(2 / 3)
+        and result.n_empty == 2
+        and result.ci_exact == wilson(2, 4)
+    )
     assert result.ci_f1 == bootstrap_interval(np.array([1, 2 / 3, 0, 1]), np.ones(4), 500, 0)
     unanswerable = qa_scores([None, ""], [[], []])
     assert unanswerable.correct.tolist() == [False, True]

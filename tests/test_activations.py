@@ -13,7 +13,7 @@ from torch import nn
 
 import llmfact_nb.activations as activations
 from llmfact_nb.activations import Activations, capture, sink_tokens
-from llmfact_nb.forward import evaluation_mode, length_batches, text_list
+from llmfact_nb.base.forward import evaluation_mode, length_batches, text_list
 
 SITES = ("mlp_out", "mlp_hidden")
 TEXTS = [families.words(n, n) for n in (9, 3, 14, 1, 7)]
@@ -29,9 +29,13 @@ def by_hand(name, model, lists, site):
         with ExitStack() as stack, torch.no_grad():
             for i, (_, module) in enumerate(found):
                 if site == "mlp_out":
-                    handle = module.register_forward_hook(lambda m, a, out, i=i: seen.__setitem__(i, out.detach().clone()))
+                    handle = module.register_forward_hook(
+                        lambda m, a, out, i=i: seen.__setitem__(i, out.detach().clone())
+                    )
                 else:
-                    handle = module.register_forward_pre_hook(lambda m, a, i=i: seen.__setitem__(i, a[0].detach().clone()))
+                    handle = module.register_forward_pre_hook(
+                        lambda m, a, i=i: seen.__setitem__(i, a[0].detach().clone())
+                    )
                 stack.callback(handle.remove)
             model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))
         rows.append(torch.cat([seen[i].reshape(len(ids), -1).float() for i in range(LAYERS)], 1))
@@ -52,9 +56,18 @@ def test_rows_are_those_of_a_plain_hook(name, site):
         expected = by_hand(name, model, lists_of(t), site)
         a = capture(model, t, TEXTS, site, batch_size=batch_size, **OPTIONS)
         torch.testing.assert_close(a.values, torch.cat(expected), rtol=1e-4, atol=1e-4)
-        assert a.values.dtype == torch.float32 and a.widths == ((D if site == "mlp_out" else FAMILIES[name].hidden),) * LAYERS
-        assert a.token_ids.tolist() == sum(lists_of(t), []) and a.text_ids.tolist() == [i for i, x in enumerate(lists_of(t)) for _ in x]
-        assert a.positions.tolist() == [p for x in lists_of(t) for p in range(len(x))] and a.depths == tuple(range(LAYERS)) and a.site == site
+        assert (
+            a.values.dtype == torch.float32
+            and a.widths == ((D if site == "mlp_out" else FAMILIES[name].hidden),) * LAYERS
+        )
+        assert a.token_ids.tolist() == sum(lists_of(t), []) and a.text_ids.tolist() == [
+            i for i, x in enumerate(lists_of(t)) for _ in x
+        ]
+        assert (
+            a.positions.tolist() == [p for x in lists_of(t) for p in range(len(x))]
+            and a.depths == tuple(range(LAYERS))
+            and a.site == site
+        )
     assert families.state(model) == before
 
 
@@ -72,11 +85,15 @@ def test_adapters_count(adapter):
     "The output is that of the adapted module; the adapter is not left out."
     peft = pytest.importorskip("peft")
     options = {"IA3Config": dict(feedforward_modules=["down_proj"])}.get(adapter, {})
-    model = peft.get_peft_model(families.build("llama"), getattr(peft, adapter)(target_modules=["down_proj"], **options))
+    model = peft.get_peft_model(
+        families.build("llama"), getattr(peft, adapter)(target_modules=["down_proj"], **options)
+    )
     families.shake(model, 1)
     t = families.tokenizer()
     a = capture(model, t, TEXTS, "mlp_out", batch_size=3, **OPTIONS)
-    torch.testing.assert_close(a.values, torch.cat(by_hand("llama", model, lists_of(t), "mlp_out")), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        a.values, torch.cat(by_hand("llama", model, lists_of(t), "mlp_out")), rtol=1e-4, atol=1e-4
+    )
     with model.disable_adapter():
         plain = capture(model, t, TEXTS, "mlp_out", **OPTIONS)
     assert (plain.values - a.values).abs().max() > 0.1
@@ -119,12 +136,17 @@ def test_positions_before_rows(lengths):
     "XLNet's blocks see (positions, rows, width): either read rightly or refused, never taken for (rows, positions, width), not even where both are equal."
     from transformers import XLNetConfig, XLNetLMHeadModel
 
-    model = families.shake(XLNetLMHeadModel(XLNetConfig(vocab_size=48, d_model=D, n_layer=LAYERS, n_head=2, d_inner=24)))
+    model = families.shake(
+        XLNetLMHeadModel(XLNetConfig(vocab_size=48, d_model=D, n_layer=LAYERS, n_head=2, d_inner=24))
+    )
     t, texts = families.tokenizer(), [families.words(n, n + i) for i, n in enumerate(lengths)]
     rows, found = [], [layer.ff.layer_2 for layer in model.transformer.layer]
     for ids in lists_of(t, texts):
         seen = {}
-        handles = [m.register_forward_hook(lambda m, a, out, i=i: seen.__setitem__(i, out[:, 0].clone())) for i, m in enumerate(found)]
+        handles = [
+            m.register_forward_hook(lambda m, a, out, i=i: seen.__setitem__(i, out[:, 0].clone()))
+            for i, m in enumerate(found)
+        ]
         with torch.no_grad():
             model(input_ids=torch.tensor([ids]))
         rows.append(torch.cat([seen[i] for i in range(LAYERS)], 1))
@@ -178,7 +200,14 @@ def test_early_stop_skips_the_rest():
     capture(model, t, TEXTS[:1], "mlp_out", layers=[0, 1], **OPTIONS)
     assert calls == ["model.layers.0"]  # the MLP of block 1 was entered, and neither it nor anything after it returned
     model(torch.arange(4, 9)[None])
-    assert calls[1:] == ["model.layers.0", "model.layers.1.mlp", "model.layers.1", "model.layers.2", "model.norm", "lm_head"]
+    assert calls[1:] == [
+        "model.layers.0",
+        "model.layers.1.mlp",
+        "model.layers.1",
+        "model.layers.2",
+        "model.norm",
+        "lm_head",
+    ]
 
 
 def test_stopping_leaves_no_state_in_transformers():
@@ -189,7 +218,9 @@ def test_stopping_leaves_no_state_in_transformers():
     capture(model, t, TEXTS, layers=[0], **OPTIONS)
     after = model(ids)
     assert len(after.hidden_states) == len(before.hidden_states) == LAYERS + 1
-    assert all(torch.equal(a, b) for a, b in zip(after.hidden_states, before.hidden_states)) and torch.equal(after.logits, before.logits)
+    assert all(torch.equal(a, b) for a, b in zip(after.hidden_states, before.hidden_states)) and torch.equal(
+        after.logits, before.logits
+    )
 
 
 def test_layers():
@@ -212,17 +243,29 @@ def test_named_modules_as_site():
 
 
 # Encoder-decoders by name: down projections of the encoder, by layer, and one of the decoder.
-STACKS = {"t5": ("encoder.block.{}.layer.1.DenseReluDense.wo", "decoder.block.1.layer.2.DenseReluDense.wo"), "bart": ("encoder.layers.{}.fc2", "decoder.layers.1.fc2")}
+STACKS = {
+    "t5": ("encoder.block.{}.layer.1.DenseReluDense.wo", "decoder.block.1.layer.2.DenseReluDense.wo"),
+    "bart": ("encoder.layers.{}.fc2", "decoder.layers.1.fc2"),
+}
 
 
 def two_stacks(family, head):
     "A tiny encoder-decoder, its encoder, the names of the encoder's down projections and of one in the decoder."
     import transformers
 
-    model = families.build(family) if head == "base" else families.shake(transformers.AutoModelForSeq2SeqLM.from_config(families.config_of(family)))
+    model = (
+        families.build(family)
+        if head == "base"
+        else families.shake(transformers.AutoModelForSeq2SeqLM.from_config(families.config_of(family)))
+    )
     prefix = "model." if (family, head) == ("bart", "seq2seq") else ""
     encoder, decoder = STACKS[family]
-    return model, model.get_submodule(f"{prefix}encoder"), [prefix + encoder.format(i) for i in range(LAYERS)], prefix + decoder
+    return (
+        model,
+        model.get_submodule(f"{prefix}encoder"),
+        [prefix + encoder.format(i) for i in range(LAYERS)],
+        prefix + decoder,
+    )
 
 
 @pytest.mark.parametrize("head", ["base", "seq2seq"])
@@ -235,12 +278,20 @@ def test_an_encoder_is_read_and_its_decoder_is_refused(family, head, tmp_path):
         seen = {}
         with ExitStack() as stack, torch.no_grad():
             for n in names:
-                stack.callback(model.get_submodule(n).register_forward_hook(lambda m, a, out, n=n: seen.__setitem__(n, out.detach().clone())).remove)
+                stack.callback(
+                    model.get_submodule(n)
+                    .register_forward_hook(lambda m, a, out, n=n: seen.__setitem__(n, out.detach().clone()))
+                    .remove
+                )
             encoder(input_ids=torch.tensor([ids]))
         rows.append(torch.cat([seen[n].reshape(len(ids), -1) for n in names], 1))
     with ExitStack() as stack:
-        stack.callback(model.get_submodule(late).register_forward_hook(lambda *a: pytest.fail("the decoder ran")).remove)
-        torch.testing.assert_close(capture(model, t, TEXTS, names, batch_size=3, **OPTIONS).values, torch.cat(rows), rtol=1e-4, atol=1e-4)
+        stack.callback(
+            model.get_submodule(late).register_forward_hook(lambda *a: pytest.fail("the decoder ran")).remove
+        )
+        torch.testing.assert_close(
+            capture(model, t, TEXTS, names, batch_size=3, **OPTIONS).values, torch.cat(rows), rtol=1e-4, atol=1e-4
+        )
     for wrong in ([late], [*names, late]):
         with pytest.raises(ValueError, match=f"^site: '{late}' lies outside .*encoder'.*name modules that begin with"):
             capture(model, t, TEXTS, wrong, path=tmp_path / "a.safetensors", **OPTIONS)
@@ -278,7 +329,9 @@ def test_large_values_stay_finite(stored, on_disk, tmp_path):
     assert a.values.dtype == stored and torch.isfinite(a.values).all()
     torch.testing.assert_close(a.layer(1)[:, 3].float(), torch.full((a.n_tokens,), 1e5), rtol=0.01, atol=0)
     mean, variance = a.moments()
-    assert mean.dtype == variance.dtype == torch.float32 and torch.isfinite(mean).all() and torch.isfinite(variance).all()
+    assert (
+        mean.dtype == variance.dtype == torch.float32 and torch.isfinite(mean).all() and torch.isfinite(variance).all()
+    )
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -286,7 +339,10 @@ def test_large_values_stay_finite(stored, on_disk, tmp_path):
 def test_disk_equals_memory(site, dtype, tmp_path):
     model, t = families.build("qwen2"), families.tokenizer()
     options = dict(site=site, batch_size=2, dtype=dtype, max_length=8, layers=[0, 2], **OPTIONS)
-    memory, disk = capture(model, t, TEXTS, **options), capture(model, t, TEXTS, path=tmp_path / "new" / "a.safetensors", **options)
+    memory, disk = (
+        capture(model, t, TEXTS, **options),
+        capture(model, t, TEXTS, path=tmp_path / "new" / "a.safetensors", **options),
+    )
     again, loaded = memory.save(tmp_path / "b.safetensors"), Activations.load(tmp_path / "new" / "a.safetensors")
     for other in (disk, Activations.load(again), loaded):
         for part in ("values", "text_ids", "positions", "token_ids", "sinks"):
@@ -303,7 +359,9 @@ def test_file_is_plain_safetensors(tmp_path):
     model, t = families.build("llama"), families.tokenizer()
     a = capture(model, t, TEXTS, path=tmp_path / "a.safetensors", dtype=torch.bfloat16, **OPTIONS)
     tensors = load_file(tmp_path / "a.safetensors")
-    assert set(tensors) == {"values", "text_ids", "positions", "token_ids", "sinks"} and torch.equal(tensors["values"], a.values)
+    assert set(tensors) == {"values", "text_ids", "positions", "token_ids", "sinks"} and torch.equal(
+        tensors["values"], a.values
+    )
 
 
 def test_writing_to_a_loaded_capture_does_not_reach_the_file(tmp_path):
@@ -324,7 +382,10 @@ def test_windows(special, truncation_side):
     text = families.words(22, 1)
     inner = families.tokenizer()(text)["input_ids"]
     a = capture(model, t, [text, families.words(4, 2)], windows=True, max_length=8, **OPTIONS)
-    windows = [part.tolist() for part in a.token_ids[a.text_ids == 0].tensor_split((a.positions[a.text_ids == 0] == 0).nonzero()[1:, 0])]
+    windows = [
+        part.tolist()
+        for part in a.token_ids[a.text_ids == 0].tensor_split((a.positions[a.text_ids == 0] == 0).nonzero()[1:, 0])
+    ]
     size = 8 - 2 * special
     if special:
         assert all(w[0] == 2 and w[-1] == 3 for w in windows)
@@ -377,7 +438,16 @@ def test_limits_under_other_names(kind, limit, config):
     from transformers import AutoConfig, AutoModel
 
     with torch.device("meta"):
-        narrow = dict(hidden_size=D, num_hidden_layers=1, num_attention_heads=2, d_model=D, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+        narrow = dict(
+            hidden_size=D,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            d_model=D,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+        )
         if kind == "rwkv":
             narrow = dict(hidden_size=D, num_hidden_layers=1)
         model = AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=48, **narrow, **config))
@@ -434,7 +504,9 @@ def test_dynamic_positions_do_not_grow_within_what_is_read():
     before = [b.clone() for b in model.buffers()]
     a = capture(model, t, [families.words(n, n) for n in (200, 9, 64)], batch_size=2, **OPTIONS)
     assert a.n_tokens == 64 + 9 + 64 and all(torch.equal(x, y) for x, y in zip(before, model.buffers(), strict=True))
-    torch.testing.assert_close(a.values[a.text_ids == 1], capture(model, t, [families.words(9, 9)], **OPTIONS).values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        a.values[a.text_ids == 1], capture(model, t, [families.words(9, 9)], **OPTIONS).values, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_max_length_below_the_special_tokens():
@@ -464,7 +536,9 @@ def test_each_module_gets_its_own_mode_back(on_disk, tmp_path):
     path = tmp_path / "a.safetensors" if on_disk else None
     a = capture(model, t, TEXTS, path=path, **OPTIONS)
     assert families.state(model) == before
-    torch.testing.assert_close(a.values, torch.cat(by_hand("gpt2", model, lists_of(t), "mlp_out")), rtol=1e-4, atol=1e-4)  # no dropout
+    torch.testing.assert_close(
+        a.values, torch.cat(by_hand("gpt2", model, lists_of(t), "mlp_out")), rtol=1e-4, atol=1e-4
+    )  # no dropout
 
 
 def test_evaluation_mode_survives_an_error():
@@ -536,7 +610,9 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 
 def device_state(model):
-    return [(n, p.device) for n, p in model.named_parameters()], [(n, type(getattr(m, "_hf_hook", None)), id(m.__dict__.get("forward"))) for n, m in model.named_modules()]
+    return [(n, p.device) for n, p in model.named_parameters()], [
+        (n, type(getattr(m, "_hf_hook", None)), id(m.__dict__.get("forward"))) for n, m in model.named_modules()
+    ]
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -552,7 +628,13 @@ def test_models_that_accelerate_placed(name, way, site, tmp_path):
     if way == "cpu_offload":
         accelerate.cpu_offload(model, execution_device="cpu")
     elif way == "by block":  # whole blocks come and go, so a pass that stops inside one would leave it behind
-        accelerate.cpu_offload(model, execution_device="cpu", preload_module_classes=[type(b).__name__ for b in (model.transformer.h if name == "gpt2" else model.model.layers)])
+        accelerate.cpu_offload(
+            model,
+            execution_device="cpu",
+            preload_module_classes=[
+                type(b).__name__ for b in (model.transformer.h if name == "gpt2" else model.model.layers)
+            ],
+        )
     elif way == "disk_offload":
         accelerate.disk_offload(model, tmp_path / "weights", execution_device="cpu")
     else:
@@ -560,7 +642,9 @@ def test_models_that_accelerate_placed(name, way, site, tmp_path):
         accelerate.dispatch_model(model, {parts[0]: "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
     before, hooks = device_state(model), families.state(model)
     for batch_size in (1, 3):
-        a = capture(model, t, TEXTS, site, batch_size=batch_size, layers=None if batch_size == 1 else [0, 1, 2], **OPTIONS)
+        a = capture(
+            model, t, TEXTS, site, batch_size=batch_size, layers=None if batch_size == 1 else [0, 1, 2], **OPTIONS
+        )
         torch.testing.assert_close(a.values, expected, rtol=1e-4, atol=1e-4)
     assert device_state(model) == before and families.state(model) == hooks
     torch.testing.assert_close(model(ids).logits, answer)
@@ -577,12 +661,20 @@ def test_a_device_map_that_leaves_layers_on_disk(site, tmp_path):
     expected = torch.cat(by_hand("llama", model, lists_of(t), site))
     model.save_pretrained(tmp_path / "model")
     last = model.config.num_hidden_layers - 1
-    places = {n: "cpu" for n in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")} | {f"model.layers.{i}": "disk" if i in (1, last) else "cpu" for i in range(last + 1)}
-    placed = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights").eval()
+    places = {n: "cpu" for n in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")} | {
+        f"model.layers.{i}": "disk" if i in (1, last) else "cpu" for i in range(last + 1)
+    }
+    placed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights"
+    ).eval()
     assert {p.device.type for p in placed.parameters()} == {"cpu", "meta"}
     for path in (None, tmp_path / "acts.safetensors"):
-        torch.testing.assert_close(capture(placed, t, TEXTS, site, path=path, **OPTIONS).values, expected, rtol=1e-4, atol=1e-4)
-    assert {n for n, p in placed.named_parameters() if p.device.type == "meta"} == {n for n, _ in model.named_parameters() if n.startswith(("model.layers.1.", f"model.layers.{last}."))}
+        torch.testing.assert_close(
+            capture(placed, t, TEXTS, site, path=path, **OPTIONS).values, expected, rtol=1e-4, atol=1e-4
+        )
+    assert {n for n, p in placed.named_parameters() if p.device.type == "meta"} == {
+        n for n, _ in model.named_parameters() if n.startswith(("model.layers.1.", f"model.layers.{last}."))
+    }
 
 
 def test_compiled_models_are_refused():
@@ -696,7 +788,9 @@ def test_missing_file_is_named(tmp_path):
 def test_moments_against_float64(dtype):
     "Also where the mean is much larger than the spread, and over any choice of rows."
     rng = np.random.default_rng(0)
-    x = torch.from_numpy(rng.normal(size=(500, 12)) * 10.0 ** rng.integers(-3, 4, 12) + 10.0 ** rng.integers(-2, 4, 12)).to(dtype)
+    x = torch.from_numpy(
+        rng.normal(size=(500, 12)) * 10.0 ** rng.integers(-3, 4, 12) + 10.0 ** rng.integers(-2, 4, 12)
+    ).to(dtype)
     sinks, rows = torch.from_numpy(rng.random(500) < 0.1), torch.from_numpy(rng.random(500) < 0.5)
     zeros = torch.zeros(500, dtype=torch.long)
     a = Activations(x, zeros, zeros, zeros, sinks, (5, 7), (1, 4), "mlp_out")
@@ -718,7 +812,10 @@ def test_sinks_against_numpy():
     got = sink_tokens(torch.from_numpy(squares).float(), torch.from_numpy(positions))
     assert got.tolist() == ((positions == 0) | (squares > 20 * median)).tolist() and got.sum() == 12
     assert sink_tokens(torch.ones(3), torch.zeros(3, dtype=torch.long)).all()  # texts of one token
-    pairs = torch.tensor([900.0, 1, 900, 1, 900, 1, 900, 30, 900, 1]), torch.arange(10) % 2  # first tokens do not take part in the median
+    pairs = (
+        torch.tensor([900.0, 1, 900, 1, 900, 1, 900, 30, 900, 1]),
+        torch.arange(10) % 2,
+    )  # first tokens do not take part in the median
     assert sink_tokens(*pairs).tolist() == [True, False, True, False, True, False, True, True, True, False]
 
 
@@ -763,7 +860,9 @@ def test_disk_capture_holds_one_batch(tmp_path, monkeypatch):
         return torch.from_numpy(array)
 
     monkeypatch.setattr(activations.torch, "empty", counted)
-    a = capture(model, t, [families.words(10, i) for i in range(40)], batch_size=2, path=tmp_path / "a.safetensors", **OPTIONS)
+    a = capture(
+        model, t, [families.words(10, i) for i in range(40)], batch_size=2, path=tmp_path / "a.safetensors", **OPTIONS
+    )
     assert a.n_tokens == 400 and set(made) == {(2 * 10, a.n_neurons)} and max(most) == 1
 
 
@@ -771,8 +870,17 @@ def test_disk_capture_holds_one_batch(tmp_path, monkeypatch):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_long_texts_are_cut_at_their_end(side, special):
     "The beginning stays, whatever side the tokenizer prefers; also where words are long, where there are none, and around the length at which a text counts as cut."
-    model, t, plain = families.build("llama"), families.tokenizer(special=special, truncation_side=side), families.tokenizer(special=special)
-    texts = [families.words(n, n) for n in (5, 6, 7, 8, 9, 10, 400)] + [" " * 5000 + "w5 w6 " * 9, "w7" + " " * 9000 + "w8", "w9" * 4000 + " w10", "w5 " + "x" * 5000]
+    model, t, plain = (
+        families.build("llama"),
+        families.tokenizer(special=special, truncation_side=side),
+        families.tokenizer(special=special),
+    )
+    texts = [families.words(n, n) for n in (5, 6, 7, 8, 9, 10, 400)] + [
+        " " * 5000 + "w5 w6 " * 9,
+        "w7" + " " * 9000 + "w8",
+        "w9" * 4000 + " w10",
+        "w5 " + "x" * 5000,
+    ]
     a = capture(model, t, texts, "mlp_out", max_length=8, **OPTIONS)
     expected = [plain(x, truncation=True, max_length=8)["input_ids"] for x in texts]
     assert [a.token_ids[a.text_ids == i].tolist() for i in range(len(texts))] == expected

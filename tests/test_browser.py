@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browser import contrast, overflow
-from llmfact_nb.report import write_report
+from llmfact_nb.show.report import write_report
 
 pytest_plugins = ["browser"]
 PHONE = 390  # pixels
@@ -19,7 +19,16 @@ def test_from_the_first_page_to_a_chapter_and_back(served_site, browser_page):
     assert page.title().startswith("llmfact_nb")
     contents = page.locator(".sidebar-tree")
     captions = [c.strip() for c in contents.locator(".caption-text").all_text_contents()]
-    assert captions == ["Tutorials", "Foundations", "Finding networks", "Using them", "Fine-tuning", "Figures and the command line", "Reference", "About"]
+    assert captions == [
+        "Tutorials",
+        "Foundations",
+        "Finding networks",
+        "Using them",
+        "Fine-tuning",
+        "Figures and the command line",
+        "Reference",
+        "About",
+    ]
     contents.get_by_role("link", name="ica", exact=True).first.click()
     page.wait_for_load_state()
     assert page.url == f"{served_site}/ica.html" and page.locator("h1").inner_text().startswith("ica")
@@ -50,20 +59,29 @@ def test_the_search_knows(served_site, browser_page, word, place):
 
 def test_formulas_and_pictures_are_drawn(served_site, browser_page):
     page = browser_page(f"{served_site}/ica.html")
-    sizes = page.eval_on_selector_all("math", "all => all.map(m => [m.getBoundingClientRect().width, m.getBoundingClientRect().height, m.textContent])")
+    sizes = page.eval_on_selector_all(
+        "math",
+        "all => all.map(m => [m.getBoundingClientRect().width, m.getBoundingClientRect().height, m.textContent])",
+    )
     assert len(sizes) > 10 and all(width > 3 and height > 5 for width, height, _ in sizes)
     assert not [text for *_, text in sizes if "\\" in text or "$" in text]
-    fractions = page.evaluate("(() => { let m = document.querySelector('math msup'); return m.children[1].getBoundingClientRect().top < m.children[0].getBoundingClientRect().top })()")
+    fractions = page.evaluate(
+        "(() => { let m = document.querySelector('math msup'); return m.children[1].getBoundingClientRect().top < m.children[0].getBoundingClientRect().top })()"
+    )
     assert fractions  # an exponent stands above its base: the browser lays formulas out
     pictures = page.evaluate(PICTURES)
     assert len(pictures) >= 8 and all(p["drawn"] and len(p["alt"]) > 20 for p in pictures), pictures
 
 
-@pytest.mark.parametrize("name", ["index", "figures", "reproducibility", "networks", "traps", "api/FunctionalNetworks", "names"])
+@pytest.mark.parametrize(
+    "name", ["index", "figures", "reproducibility", "networks", "traps", "api/FunctionalNetworks", "names"]
+)
 def test_a_phone_needs_no_sideways_scrolling(served_site, browser_page, name):
     page = browser_page(f"{served_site}/{name}.html", width=PHONE, height=800)
     assert overflow(page) <= 0
-    widest = page.evaluate("Math.max(...[...document.querySelectorAll('article p, article h1, article h2, article img, article dd')].filter(e => !e.closest('table')).map(e => e.getBoundingClientRect().right))")
+    widest = page.evaluate(
+        "Math.max(...[...document.querySelectorAll('article p, article h1, article h2, article img, article dd')].filter(e => !e.closest('table')).map(e => e.getBoundingClientRect().right))"
+    )
     assert widest <= PHONE  # tables alone may be wider, and scroll in themselves
 
 
@@ -72,7 +90,15 @@ def test_light_and_dark_are_both_readable(served_site, browser_page):
     for dark in (False, True):
         page = browser_page(f"{served_site}/masks.html", dark=dark)
         shades[dark] = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        for selector in ("article p", "div.input pre", "div.output pre", "dl.myst dt code", "details summary", ".where", "article p a"):
+        for selector in (
+            "article p",
+            "div.input pre",
+            "div.output pre",
+            "dl.myst dt code",
+            "details summary",
+            ".where",
+            "article p a",
+        ):
             assert contrast(page, selector) >= 4.5, (dark, selector)
     assert shades[False] != shades[True]
     page.locator("button.theme-toggle:visible").first.click()
@@ -100,7 +126,13 @@ def report(tmp_path):
     fig.subplots().plot(np.arange(9))
     fig.savefig(tmp_path / "damage.png", dpi=80)
     plt.close(fig)
-    networks = pd.DataFrame({"network": range(3), "units": [12, 40, 7], "top tokens": ["a, river, <|im_start|>", "1990, 1991, 2004, 1066, 1789, 1848, 1917", "." * 60]})
+    networks = pd.DataFrame(
+        {
+            "network": range(3),
+            "units": [12, 40, 7],
+            "top tokens": ["a, river, <|im_start|>", "1990, 1991, 2004, 1066, 1789, 1848, 1917", "." * 60],
+        }
+    )
     write_report(
         tmp_path / "report.html", "Networks of a model with a rather long name/and-a-folder-0.1B-instruct-2026-11", ["Key neurons matter.", "x" * 90], pd.DataFrame(rows),
         figures=[(tmp_path / "damage.png", "Damage by arm", "Damage of the key neurons beside that of random ones")],
@@ -114,7 +146,9 @@ def report(tmp_path):
 def test_the_report_of_a_run(report, browser_page, width, dark):
     page = browser_page(report, width=width, dark=dark)
     assert overflow(page) <= 0
-    pictures = page.evaluate("[...document.images].map(i => ({alt: i.alt, drawn: i.complete && i.naturalWidth > 20 && i.clientWidth > 20}))")
+    pictures = page.evaluate(
+        "[...document.images].map(i => ({alt: i.alt, drawn: i.complete && i.naturalWidth > 20 && i.clientWidth > 20}))"
+    )
     assert pictures == [{"alt": "Damage of the key neurons beside that of random ones", "drawn": True}]
     for selector in ("h1", "li", "td", "th", "figcaption", "blockquote", "dd", "a"):
         assert contrast(page, selector) >= 4.5, selector
@@ -132,11 +166,15 @@ def test_the_watch_notices_what_goes_wrong(tmp_path, chromium):
     "The fixture's own check: each kind of trouble is written down."
     from browser import Watched
 
-    (tmp_path / "page.html").write_text("<img src='gone.png'><img src='http://127.0.0.1:9/x.png'><script>console.error('said'); throw Error('thrown')</script><div style='width:2000px'>wide</div>")
+    (tmp_path / "page.html").write_text(
+        "<img src='gone.png'><img src='http://127.0.0.1:9/x.png'><script>console.error('said'); throw Error('thrown')</script><div style='width:2000px'>wide</div>"
+    )
     watched = Watched(chromium)
     page = watched(tmp_path / "page.html", width=PHONE)
     page.wait_for_load_state("load")
     noted = "\n".join(watched.problems)
-    assert all(word in noted for word in ("said", "thrown", "gone.png", "asked outside: http://127.0.0.1:9/x.png")), noted
+    assert all(word in noted for word in ("said", "thrown", "gone.png", "asked outside: http://127.0.0.1:9/x.png")), (
+        noted
+    )
     assert overflow(page) > 1000
     watched.close()

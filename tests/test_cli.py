@@ -24,14 +24,14 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from llmfact_nb.cli import SETTINGS, app, in_options
-from llmfact_nb.experiments import Settings
+from llmfact_nb.ablation import Settings
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
-from llmfact_nb.paper_figures import invented_study
-from llmfact_nb.resources import load_model
-from llmfact_nb.run import read_found
-from llmfact_nb.verify import verify
-from llmfact_nb.whole_study import QUICK, StudyTexts, whole_study
+from llmfact_nb.show.paper_figures import invented_study
+from llmfact_nb.base.resources import load_model
+from llmfact_nb.command.run import read_found
+from llmfact_nb.command.verify import verify
+from llmfact_nb.study.whole import QUICK, StudyTexts, whole_study
 
 LLMFACT = Path(sys.executable).with_name("llmfact")
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -46,9 +46,13 @@ def tiny(tmp_path_factory):
     model.generation_config.repetition_penalty = 8.0  # a checkpoint's own wish, which masked text must not follow
     model.save_pretrained(folder / "model")
     vocabulary = {"[UNK]": 0, "[PAD]": 1, **{w: i + 2 for i, w in enumerate(WORDS)}}
-    words = Tokenizer(models.WordLevel({w: i for w, i in vocabulary.items() if i < model.config.vocab_size}, unk_token="[UNK]"))
+    words = Tokenizer(
+        models.WordLevel({w: i for w, i in vocabulary.items() if i < model.config.vocab_size}, unk_token="[UNK]")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(
+        folder / "model"
+    )
     rng = random.Random(0)
     texts = "\n".join(json.dumps({"title": f"t{i}", "text": " ".join(rng.choices(WORDS, k=60))}) for i in range(40))
     (folder / "texts.jsonl").write_text(texts)
@@ -72,7 +76,14 @@ def llmfact(line: str, code: int = 0):
 
 def process(line: str) -> subprocess.Popen:
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to Ctrl-C
-    return subprocess.Popen([LLMFACT, *shlex.split(line)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=OFFLINE, preexec_fn=heed)
+    return subprocess.Popen(
+        [LLMFACT, *shlex.split(line)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=OFFLINE,
+        preexec_fn=heed,
+    )
 
 
 def ended(child: subprocess.Popen) -> tuple[int, str, str, int]:
@@ -103,15 +114,38 @@ def whole(tiny, tmp_path_factory):
 def test_a_run_leaves_everything(whole):
     out, printed, notes, _ = whole
     figures = {p.name for p in (out / "figures").iterdir()}
-    assert figures == {f"{n}.png" for n in ("maps", "units_per_layer", "damage", "time_courses", "connectivity", "stability")}
+    assert figures == {
+        f"{n}.png" for n in ("maps", "units_per_layer", "damage", "time_courses", "connectivity", "stability")
+    }
     results, manifest = pd.read_csv(out / "results.csv"), json.loads((out / "manifest.json").read_text())
-    assert set(results.arm) == {"unmasked", "key", "random", "matched random", "matched shuffle", "top variance", "PCA", "keep key", "keep random", "all off"}
+    assert set(results.arm) == {
+        "unmasked",
+        "key",
+        "random",
+        "matched random",
+        "matched shuffle",
+        "top variance",
+        "PCA",
+        "keep key",
+        "keep random",
+        "all off",
+    }
     for _, row in results[results.arm != "unmasked"].iterrows():
         assert sum(map(int, row.counts.split())) == row.units
     assert {"model", "texts", "seeds", "versions", "settings", "found", "machine"} <= set(manifest)
-    assert "matched random" in printed and str(out / "report.html") in printed and "loading" not in printed and "loading" in notes
+    assert (
+        "matched random" in printed
+        and str(out / "report.html") in printed
+        and "loading" not in printed
+        and "loading" in notes
+    )
     page = (out / "networks.html").read_text()
-    assert str(out / "networks.html") in printed and "w7" in page and 'src="http' not in page and page.count('<th scope="row">') >= 4
+    assert (
+        str(out / "networks.html") in printed
+        and "w7" in page
+        and 'src="http' not in page
+        and page.count('<th scope="row">') >= 4
+    )
     assert not [p for p in out.rglob("*") if p.name.endswith(".partial")]
 
 
@@ -123,7 +157,9 @@ def test_the_same_command_resumes_and_another_is_refused(tiny, whole):
     assert "loading" not in notes, "nothing is missing, so the model need not be loaded"
     _, said = llmfact(run_line(tiny, out) + " --k 3", 1)
     assert "(--k: 4 there, 3 now)" in said and len(said.strip().splitlines()) == 1
-    assert "(--k: 4 there, 3 now)" in llmfact(run_line(tiny, out) + " --k 3 --dry-run", 1)[1], "a dry run refuses what the run would"
+    assert "(--k: 4 there, 3 now)" in llmfact(run_line(tiny, out) + " --k 3 --dry-run", 1)[1], (
+        "a dry run refuses what the run would"
+    )
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 10))])
@@ -168,7 +204,9 @@ def test_networks_are_the_first_half_of_a_run(tiny, tmp_path):
     listed = json.loads(llmfact(f"networks --out {out} --json")[0])
     assert [n["network"] for n in listed["networks"]] == [0, 1, 2, 3] and listed["settings"]["n_components"] == 4
     at = (out / "networks.safetensors").stat().st_mtime_ns
-    assert "goes on" in llmfact(f"figures {out}", 1)[1] and f"`llmfact run --out {out}`" in llmfact(f"info --out {out}")[0]
+    assert (
+        "goes on" in llmfact(f"figures {out}", 1)[1] and f"`llmfact run --out {out}`" in llmfact(f"info --out {out}")[0]
+    )
     llmfact(f"run --out {out} {found_by(tiny)}")
     assert (out / "networks.safetensors").stat().st_mtime_ns == at and "a finished run" in llmfact(f"info {out}")[0]
 
@@ -179,24 +217,44 @@ def test_figures_come_again_from_the_tables(whole, tmp_path):
     drawn = {p.relative_to(out): p.read_bytes() for p in [out / "report.html", *(out / "figures").iterdir()]}
     for name in drawn:
         (out / name).unlink()
-    (out / "settings.json").write_text((out / "settings.json").read_text().replace("tiny", "gone"))  # the model is not needed
+    (out / "settings.json").write_text(
+        (out / "settings.json").read_text().replace("tiny", "gone")
+    )  # the model is not needed
     printed, _ = llmfact(f"figures {out} --json")
     assert {Path(p).relative_to(out) for p in json.loads(printed)["files"]} == set(drawn)
-    assert all((out / name).read_bytes() == drawn[name] for name in (Path("figures/damage.png"), Path("figures/connectivity.png")))
+    assert all(
+        (out / name).read_bytes() == drawn[name]
+        for name in (Path("figures/damage.png"), Path("figures/connectivity.png"))
+    )
 
 
 def test_a_masked_text_is_that_of_the_masked_model(tiny, whole, tmp_path):
     line = f"mask --out {whole[0]} --network 0 --network 2 --alpha 1.5"
-    answer = json.loads(llmfact(f"{line} --generate 'w5 w6 w7' --tokens 6 --texts {tiny / 'texts.jsonl'} --eval-texts 3 --save {tmp_path / 'm.safetensors'} --json")[0])
+    answer = json.loads(
+        llmfact(
+            f"{line} --generate 'w5 w6 w7' --tokens 6 --texts {tiny / 'texts.jsonl'} --eval-texts 3 --save {tmp_path / 'm.safetensors'} --json"
+        )[0]
+    )
     _, found = read_found(whole[0])
     masks, (model, tokenizer) = found.networks.masks(1.5, "positive"), load_model(tiny / "model")
     chosen = masks[0] | masks[2]
-    assert NeuronMask.load(tmp_path / "m.safetensors") == chosen and answer["units"] == chosen.n and answer["units_by_layer"] == {str(d): n for d, n in enumerate(chosen.counts) if n}
+    assert (
+        NeuronMask.load(tmp_path / "m.safetensors") == chosen
+        and answer["units"] == chosen.n
+        and answer["units_by_layer"] == {str(d): n for d, n in enumerate(chosen.counts) if n}
+    )
     texts = {row["arm"]: row["text"] for row in answer["texts"]}
     ids = tokenizer("w5 w6 w7", return_tensors="pt").input_ids
 
     def written():
-        new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, repetition_penalty=1.0, pad_token_id=1)
+        new = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=1,
+        )
         return tokenizer.decode(new[0, 3:], skip_special_tokens=True)
 
     assert texts["unmasked"] == written()
@@ -213,10 +271,19 @@ def test_a_mask_by_file_by_key_and_amplified(whole, tmp_path):
     out = whole[0]
     saved = tmp_path / "key.safetensors"
     key = json.loads(llmfact(f"mask --out {out} --key --save {saved} --json")[0])
-    again = json.loads(llmfact(f"mask --out {out} --file {saved} --mode amplify --gain 3 --replace zero --positions all --json")[0])
+    again = json.loads(
+        llmfact(f"mask --out {out} --file {saved} --mode amplify --gain 3 --replace zero --positions all --json")[0]
+    )
     assert key["units"] == again["units"] == json.loads((out / "parts" / "facts.json").read_text())["key neurons"]
-    assert (key["mode"], key["replace"], key["positions"]) == ("ablate", "mean", "after-first") and (again["mode"], again["gain"], again["positions"]) == ("amplify", 3.0, "all")
-    drawn = [llmfact(f"mask --out {out} --key --generate w9 --temperature 2 --tokens 8 --seed {s} --json")[0] for s in (1, 1, 2)]
+    assert (key["mode"], key["replace"], key["positions"]) == ("ablate", "mean", "after-first") and (
+        again["mode"],
+        again["gain"],
+        again["positions"],
+    ) == ("amplify", 3.0, "all")
+    drawn = [
+        llmfact(f"mask --out {out} --key --generate w9 --temperature 2 --tokens 8 --seed {s} --json")[0]
+        for s in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -226,15 +293,28 @@ def test_finetune_trains_the_key_neurons_of_a_run(tiny, whole, tmp_path):
     assert not (tmp_path / "t").exists() and bill["tokens"] == 4 * 2 * 16 + 2 * 6 * 16
     facts = json.loads(llmfact(f"{line} --json")[0])
     key = read_found(whole[0])[1].networks.key_neurons(fraction=0.05)
-    assert facts["neurons"] == {"key": key.n} and facts["trained_parameters"] == key.n * 3 * families.D and facts["frozen_weights_intact"] is True
-    assert facts["loss_after"] != facts["loss_before"] and sorted(p.name for p in (tmp_path / "t").iterdir()) == ["losses.csv", "neurons.safetensors", "settings.json", "start.json", "tuned.json"]
+    assert (
+        facts["neurons"] == {"key": key.n}
+        and facts["trained_parameters"] == key.n * 3 * families.D
+        and facts["frozen_weights_intact"] is True
+    )
+    assert facts["loss_after"] != facts["loss_before"] and sorted(p.name for p in (tmp_path / "t").iterdir()) == [
+        "losses.csv",
+        "neurons.safetensors",
+        "settings.json",
+        "start.json",
+        "tuned.json",
+    ]
     assert sum(p.stat().st_size for p in (tmp_path / "t").rglob("*") if p.is_file()) <= bill["disk"]
     printed, _ = llmfact(line)
     assert "bit for bit" in printed and f"{facts['loss_after']:.4f} after 4 steps" in printed
     told = llmfact(f"info {tmp_path / 't'}")[0]
     assert "fine-tuning" in told and f"{facts['loss_after']:.4f}" in told and not re.search(r"\d\.\d{5}", told)
     assert "--lr: 0.02 there, 0.01 now" in llmfact(line.replace("0.02", "0.01"), 1)[1]
-    assert "holds a run" in llmfact(f"finetune --run {whole[0]} --out {whole[0]}", 1)[1] and "holds something else" in llmfact(run_line(tiny, tmp_path / "t"), 1)[1]
+    assert (
+        "holds a run" in llmfact(f"finetune --run {whole[0]} --out {whole[0]}", 1)[1]
+        and "holds something else" in llmfact(run_line(tiny, tmp_path / "t"), 1)[1]
+    )
 
 
 def test_verify_confirms_a_run_or_ends_with_1(whole, tmp_path):
@@ -243,7 +323,12 @@ def test_verify_confirms_a_run_or_ends_with_1(whole, tmp_path):
     assert printed.splitlines()[-1] == "The numbers are confirmed." and "environment: " in printed.splitlines()[0]
     answer = json.loads(llmfact(f"verify --out {whole[0]} --sample 2 --json")[0])
     table = verify(whole[0], sample=2)
-    assert answer["confirmed"] is True and answer["disagreements"] == 0 and [(c["part"], c["what"], c["verdict"]) for c in answer["checks"]] == list(zip(table.part, table.what, table.verdict))
+    assert (
+        answer["confirmed"] is True
+        and answer["disagreements"] == 0
+        and [(c["part"], c["what"], c["verdict"]) for c in answer["checks"]]
+        == list(zip(table.part, table.what, table.verdict))
+    )
     assert {p: p.read_bytes() for p in whole[0].rglob("*") if p.is_file()} == before, "nothing is written"
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
@@ -251,7 +336,9 @@ def test_verify_confirms_a_run_or_ends_with_1(whole, tmp_path):
     printed, notes = llmfact(f"verify {out} --sample 0 --quiet", 1)
     assert printed.splitlines()[-1] == "NOT confirmed: 1 differs." and "networks.csv" in printed and not notes
     answer = json.loads(llmfact(f"verify {out} --sample 0 --json", 1)[0])
-    assert answer["confirmed"] is False and [c["what"] for c in answer["checks"] if c["verdict"] == "differs" and c["part"] != "environment"] == ["networks.csv"]
+    assert answer["confirmed"] is False and [
+        c["what"] for c in answer["checks"] if c["verdict"] == "differs" and c["part"] != "environment"
+    ] == ["networks.csv"]
 
 
 def test_a_moved_model_and_code_of_a_checkpoint_are_asked_for(tiny, whole, tmp_path):
@@ -261,7 +348,9 @@ def test_a_moved_model_and_code_of_a_checkpoint_are_asked_for(tiny, whole, tmp_p
     (out / "settings.json").write_text(json.dumps(settings | {"model": str(tmp_path / "gone")}))
     assert "gone" in llmfact(f"verify {out} --sample 0", 1)[1]
     printed, _ = llmfact(f"verify {out} --sample 0 --model {tiny / 'model'}", 1)
-    assert printed.splitlines()[-1] == "NOT confirmed: 1 differs." and "settings.json" in printed, "of the model nothing differs"
+    assert printed.splitlines()[-1] == "NOT confirmed: 1 differs." and "settings.json" in printed, (
+        "of the model nothing differs"
+    )
     (out / "settings.json").write_text(json.dumps(settings | {"trust_remote_code": True}))
     assert "give --trust-remote-code" in llmfact(f"verify {out} --sample 0", 1)[1]
 
@@ -269,7 +358,10 @@ def test_a_moved_model_and_code_of_a_checkpoint_are_asked_for(tiny, whole, tmp_p
 def test_the_defaults_of_verify_are_those_of_the_library():
     command = next(c.callback for c in app.registered_commands if c.callback.__name__ == "verify")
     ours, theirs = (inspect.signature(f).parameters for f in (command, verify))
-    assert all(ours[name].default == theirs[name].default for name in ("sample", "seed", "tolerance", "model", "device", "refit"))
+    assert all(
+        ours[name].default == theirs[name].default
+        for name in ("sample", "seed", "tolerance", "model", "device", "refit")
+    )
 
 
 def test_output_streams(tiny, whole):
@@ -350,18 +442,40 @@ def test_refusals_are_one_line(line, code, says, tiny, whole, tmp_path, monkeypa
     if "BROKEN" in line:
         shutil.copytree(tiny / "model", tmp_path / "broken")
         (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
-    places = {"OUT": tmp_path / "new", "TEXTS": tiny / "texts.jsonl", "TEXTS2": tiny / "text.jsonl", "MODEL": tiny / "model", "RUN": whole[0], "BLOCKED": tmp_path / "file" / "run", "HERE": tmp_path, "BROKEN": tmp_path / "broken"}
+    places = {
+        "OUT": tmp_path / "new",
+        "TEXTS": tiny / "texts.jsonl",
+        "TEXTS2": tiny / "text.jsonl",
+        "MODEL": tiny / "model",
+        "RUN": whole[0],
+        "BLOCKED": tmp_path / "file" / "run",
+        "HERE": tmp_path,
+        "BROKEN": tmp_path / "broken",
+    }
     printed, said = llmfact(" ".join(str(places.get(a, a)) for a in line.split()), code)
-    assert not printed and len([x for x in said.splitlines() if x.startswith("error:")]) == 1 and "n_components" not in said
+    assert (
+        not printed
+        and len([x for x in said.splitlines() if x.startswith("error:")]) == 1
+        and "n_components" not in said
+    )
     assert all(part in " ".join(said.split()) for part in says.split("|")), said
     assert {p.name for p in tmp_path.iterdir()} <= {"file", "broken"}, "nothing was computed, so nothing is left"
 
 
 def test_messages_speak_of_options():
-    shown, typed = {"k": "--k", "model": "--model", "texts": "--texts", "names": "", "n_init": "--n-init"}, {"model": "lama", "texts": None, "names": ["wikki"]}
+    shown, typed = (
+        {"k": "--k", "model": "--model", "texts": "--texts", "names": "", "n_init": "--n-init"},
+        {"model": "lama", "texts": None, "names": ["wikki"]},
+    )
     assert in_options("n_components=3, n_init=0 and max_length=9", shown, typed) == "--k 3, --n-init 0 and max_length=9"
-    assert in_options("name='lama' is gone; name='wikki' is not here; name='other'", shown, typed) == "--model 'lama' is gone; 'wikki' is not here; 'other'"
-    assert in_options("the file /a/n_init.json and 'n_init' stay, n_init is named", shown, typed) == "the file /a/n_init.json and 'n_init' stay, --n-init is named"
+    assert (
+        in_options("name='lama' is gone; name='wikki' is not here; name='other'", shown, typed)
+        == "--model 'lama' is gone; 'wikki' is not here; 'other'"
+    )
+    assert (
+        in_options("the file /a/n_init.json and 'n_init' stay, n_init is named", shown, typed)
+        == "the file /a/n_init.json and 'n_init' stay, --n-init is named"
+    )
 
 
 def test_a_file_that_nobody_typed_is_no_option():
@@ -370,9 +484,15 @@ def test_a_file_that_nobody_typed_is_no_option():
     at = "'out/run/networks.safetensors' is damaged"
     for one in ("html", "file"):
         assert in_options(f"path={at}", {one: shown[one]}, values) == at
-    assert in_options(f"path={at}", shown, values) == at and in_options("folder='out/run/parts' is in use", shown, values) == "'out/run/parts' is in use"
+    assert (
+        in_options(f"path={at}", shown, values) == at
+        and in_options("folder='out/run/parts' is in use", shown, values) == "'out/run/parts' is in use"
+    )
     assert in_options("path='m.safetensors' is damaged", shown, values) == "--file 'm.safetensors' is damaged"
-    assert in_options("folder='out/run' is in use; name='other'", {"out": "--out", "model": "--model"}, values) == "--out 'out/run' is in use; 'other'"
+    assert (
+        in_options("folder='out/run' is in use; name='other'", {"out": "--out", "model": "--model"}, values)
+        == "--out 'out/run' is in use; 'other'"
+    )
 
 
 def test_choices_are_those_of_the_library():
@@ -380,8 +500,12 @@ def test_choices_are_those_of_the_library():
         for value in (typing.get_args(how)[1].metavar or "").split("|"):
             kept = {"exclude": None} if value == "none" else {field: value} if value else {}
             Settings(**kept | ({"alpha": 2.0, "fraction": None} if field == "tail" else {}))
-    options = {name: set(re.findall(r"^  (--[\w-]+)", llmfact(f"{name} --help")[0], re.M)) for name in ("run", "networks")}
-    assert options["run"] - options["networks"] == {"--control-seeds"} and options["networks"] - options["run"] == {"--html"}
+    options = {
+        name: set(re.findall(r"^  (--[\w-]+)", llmfact(f"{name} --help")[0], re.M)) for name in ("run", "networks")
+    }
+    assert options["run"] - options["networks"] == {"--control-seeds"} and options["networks"] - options["run"] == {
+        "--html"
+    }
 
 
 def test_names_in_json_are_snake_case(tiny, whole):
@@ -398,12 +522,23 @@ def test_names_in_json_are_snake_case(tiny, whole):
             f"verify {whole[0]} --sample 0",
         )
     ]
-    by_data = {"units_by_layer", "bytes", "fetched", "model_files", "text_files", "match_of_the_controls"}  # the names in these are layers, files, resources, arms
+    by_data = {
+        "units_by_layer",
+        "bytes",
+        "fetched",
+        "model_files",
+        "text_files",
+        "match_of_the_controls",
+    }  # the names in these are layers, files, resources, arms
 
     def names(value) -> set[str]:
         if isinstance(value, list):
             return set().union(*map(names, value))
-        return set(value).union(*(names(v) for k, v in value.items() if k not in by_data)) if isinstance(value, dict) else set()
+        return (
+            set(value).union(*(names(v) for k, v in value.items() if k not in by_data))
+            if isinstance(value, dict)
+            else set()
+        )
 
     assert not {name for answer in answers for name in names(answer) if not re.fullmatch(r"[a-z][a-z0-9_]*", name)}
 
@@ -415,24 +550,38 @@ def test_the_figures_of_the_paper(tiny, tmp_path, monkeypatch):
     def study(model, tokenizer, folder, settings, **_):
         runs.append((model.config.model_type, settings.recurrence_texts))
         (Path(folder) / "tables").mkdir(parents=True, exist_ok=True)
-        invented_study()["preservation"].to_csv(Path(folder) / "tables" / "preservation.csv", index=False)  # of the others the command says that they are missing
+        invented_study()["preservation"].to_csv(
+            Path(folder) / "tables" / "preservation.csv", index=False
+        )  # of the others the command says that they are missing
 
-    monkeypatch.setattr("llmfact_nb.whole_study.whole_study", study)
+    monkeypatch.setattr("llmfact_nb.study.whole.whole_study", study)
     out = tmp_path / "paper"
     answer = json.loads(llmfact(f"figures --model {tiny / 'model'} --quick --out {out} --json")[0])
-    assert str(out / "figures" / "fig-3-preservation.png") in answer["files"] and "samples" in answer["missing"]["fig-4-5-generations.png"]
+    assert (
+        str(out / "figures" / "fig-3-preservation.png") in answer["files"]
+        and "samples" in answer["missing"]["fig-4-5-generations.png"]
+    )
     drawn = (out / "figures" / "fig-3-preservation.png").read_bytes()
     shutil.rmtree(out / "figures")
     llmfact(f"figures {out}")
     assert (out / "figures" / "fig-3-preservation.png").read_bytes() == drawn and runs == [("llama", 1)]
-    assert "--quick: True there, False now" in llmfact(f"figures --model {tiny / 'model'} --out {out}", 1)[1] and "studies of the paper" in llmfact(f"info {out}")[0]
+    assert (
+        "--quick: True there, False now" in llmfact(f"figures --model {tiny / 'model'} --out {out}", 1)[1]
+        and "studies of the paper" in llmfact(f"info {out}")[0]
+    )
 
 
 def test_a_dry_run_of_the_paper_keeps_its_word(tiny, tmp_path, monkeypatch, capsys):
     "What the studies count when they begin, with the model and the texts at hand, is no more than was said without them."
     wiki = [json.loads(line)["text"] for line in (tiny / "texts.jsonl").read_text().splitlines()]
     kinds = ("wiki", "speeches", "reviews", "code")
-    texts = StudyTexts({k: wiki[:20] for k in kinds}, {k: [f"w{i} {t}" for t in wiki[20:]] for i, k in enumerate(kinds)}, [(t, i % 2) for i, t in enumerate(wiki[:10])], "{text}", ["w1", "w2"])
+    texts = StudyTexts(
+        {k: wiki[:20] for k in kinds},
+        {k: [f"w{i} {t}" for t in wiki[20:]] for i, k in enumerate(kinds)},
+        [(t, i % 2) for i, t in enumerate(wiki[:10])],
+        "{text}",
+        ["w1", "w2"],
+    )
     bill = json.loads(llmfact(f"figures --model {tiny / 'model'} --quick --dry-run --out {tmp_path / 'no'} --json")[0])
     assert not (tmp_path / "no").exists()
     model, tokenizer = load_model(tiny / "model")
@@ -440,9 +589,15 @@ def test_a_dry_run_of_the_paper_keeps_its_word(tiny, tmp_path, monkeypatch, caps
         warnings.simplefilter("ignore")
         whole_study(model, tokenizer, tmp_path / "paper", QUICK, texts)
     said = capsys.readouterr().err
-    counted = [tuple(int(n.replace(",", "")) for n in found) for found in re.findall(r": ([\d,]+) measurements, ([\d,]+) tokens", said)]
+    counted = [
+        tuple(int(n.replace(",", "")) for n in found)
+        for found in re.findall(r": ([\d,]+) measurements, ([\d,]+) tokens", said)
+    ]
     arms, tokens = map(sum, zip(*counted))
-    assert f"the rest for {arms} measurements" in bill["passes"] and 0.5 * arms < len(list((tmp_path / "paper" / "scores").glob("*.safetensors"))) <= arms
+    assert (
+        f"the rest for {arms} measurements" in bill["passes"]
+        and 0.5 * arms < len(list((tmp_path / "paper" / "scores").glob("*.safetensors"))) <= arms
+    )
     assert 0.3 * bill["tokens"] < tokens <= bill["tokens"]
     assert sum(p.stat().st_size for p in (tmp_path / "paper").rglob("*") if p.is_file()) <= bill["disk"]
 
@@ -477,7 +632,11 @@ def test_incomplete_notes_are_named(tiny, whole, tmp_path):
     runs, tuned = (f"networks --out {out}", run_line(tiny, out)), tmp_path / "tuned"
     llmfact(f"finetune --run {whole[0]} --texts {tiny / 'texts.jsonl'} --steps 1 --out {tuned}")
     tunings = (f"finetune --run {whole[0]} --texts {tiny / 'texts.jsonl'} --steps 1 --out {tuned}", f"info {tuned}")
-    cases = [(out / "parts" / "facts.json", "{}", runs, "tokens used"), (out / "settings.json", '{"conditions": []}', (f"info {out}",), "control_seeds"), (tuned / "tuned.json", "{}", tunings, "loss before")]
+    cases = [
+        (out / "parts" / "facts.json", "{}", runs, "tokens used"),
+        (out / "settings.json", '{"conditions": []}', (f"info {out}",), "control_seeds"),
+        (tuned / "tuned.json", "{}", tunings, "loss before"),
+    ]
     for path, content, lines, lacks in cases:
         before = path.read_text()
         path.write_text(content)
@@ -498,4 +657,6 @@ for name in ("run", "networks", "mask", "finetune", "figures", "verify", "fetch"
     assert name in ("figures", "fetch", "info") or "default" in text
 print([m for m in ("torch", "transformers", "pandas", "matplotlib", "rich") if m in sys.modules])
 """
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+    )

@@ -27,7 +27,16 @@ def matrix(T=90, seed=0):
 def activations(values, sinks=None, site="mlp_hidden"):
     T = len(values)
     sinks = torch.zeros(T, dtype=torch.bool) if sinks is None else sinks
-    return Activations(values, torch.zeros(T, dtype=torch.long), torch.arange(T), torch.zeros(T, dtype=torch.long), sinks, WIDTHS, DEPTHS, site)
+    return Activations(
+        values,
+        torch.zeros(T, dtype=torch.long),
+        torch.arange(T),
+        torch.zeros(T, dtype=torch.long),
+        sinks,
+        WIDTHS,
+        DEPTHS,
+        site,
+    )
 
 
 def by_loop(X, found, rows=None, standardize=False):
@@ -52,11 +61,15 @@ def test_equal_to_a_loop(kind, standardize, block):
         "bfloat16": torch.tensor(X).bfloat16(),
         "activations": activations(torch.tensor(X)),
     }[kind]
-    before = given.values.clone() if kind == "activations" else given.clone() if torch.is_tensor(given) else given.copy()
+    before = (
+        given.values.clone() if kind == "activations" else given.clone() if torch.is_tensor(given) else given.copy()
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         courses = network_time_courses(given, masks(), standardize=standardize, block=block)
-    expected = by_loop(torch.tensor(X).bfloat16().float() if kind == "bfloat16" else X, masks(), standardize=standardize)
+    expected = by_loop(
+        torch.tensor(X).bfloat16().float() if kind == "bfloat16" else X, masks(), standardize=standardize
+    )
     assert isinstance(courses, np.ndarray) == isinstance(given, np.ndarray) and courses.shape == (90, 4)
     assert str(courses.dtype).endswith("float32") and np.allclose(np.asarray(courses), expected, rtol=1e-4, atol=1e-4)
     assert (given.values if kind == "activations" else given).tolist() == before.tolist()
@@ -75,7 +88,9 @@ def test_scale_comes_from_tokens_that_are_no_sinks():
     courses = network_time_courses(activations(X, sinks), masks(), standardize=True)
     assert np.allclose(courses, by_loop(X, masks(), (~sinks).numpy(), True), rtol=1e-4, atol=1e-4)
     assert courses[~sinks].abs().max() < 3 < courses[sinks].abs().max()
-    everything = network_time_courses(activations(X, torch.ones(90, dtype=torch.bool)), masks(), standardize=True)  # nothing but sinks: all tokens count
+    everything = network_time_courses(
+        activations(X, torch.ones(90, dtype=torch.bool)), masks(), standardize=True
+    )  # nothing but sinks: all tokens count
     assert np.allclose(everything, by_loop(X, masks(), None, True), rtol=1e-4, atol=1e-4)
 
 
@@ -123,7 +138,9 @@ def test_memory_mapped_bfloat16(tmp_path):
     loaded = Activations.load(tmp_path / "a.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.allclose(network_time_courses(loaded, masks(), True), by_loop(X.float(), masks(), None, True), rtol=1e-3, atol=1e-3)
+        assert np.allclose(
+            network_time_courses(loaded, masks(), True), by_loop(X.float(), masks(), None, True), rtol=1e-3, atol=1e-3
+        )
 
 
 def test_bad_numbers_elsewhere_do_no_harm():
@@ -149,8 +166,16 @@ def test_empty_masks():
 @pytest.mark.parametrize(
     "call, error, says",
     [
-        (lambda: network_time_courses(activations(torch.tensor(matrix())), masks(site="mlp_out")), ValueError, "mlp_out"),
-        (lambda: network_time_courses(activations(torch.tensor(matrix())), masks(depths=(0, 1, 2))), ValueError, "layers 0-2"),
+        (
+            lambda: network_time_courses(activations(torch.tensor(matrix())), masks(site="mlp_out")),
+            ValueError,
+            "mlp_out",
+        ),
+        (
+            lambda: network_time_courses(activations(torch.tensor(matrix())), masks(depths=(0, 1, 2))),
+            ValueError,
+            "layers 0-2",
+        ),
         (lambda: network_time_courses(matrix()[:, 1:], masks()), ValueError, "(90, 119)"),
         (lambda: network_time_courses(matrix()[:0], masks()), ValueError, "(0, 120)"),
         (lambda: network_time_courses(matrix().tolist(), masks()), ValueError, "list"),
@@ -227,7 +252,11 @@ def test_size_and_sign_do_not_matter():
     C = functional_connectivity(X)
     assert np.allclose(functional_connectivity(X * [1e200, -1e-200]), C * [[1, -1], [-1, 1]])
     assert np.isclose(functional_connectivity(np.c_[X[:, 0], -X[:, 0]])[0, 1], -1)
-    assert functional_connectivity(X[:, :1]).tolist() == [[1.0]] == functional_connectivity(X[:, :1], "partial correlation").tolist()
+    assert (
+        functional_connectivity(X[:, :1]).tolist()
+        == [[1.0]]
+        == functional_connectivity(X[:, :1], "partial correlation").tolist()
+    )
     before = X.copy()
     functional_connectivity(X, "partial correlation")
     assert np.array_equal(X, before)

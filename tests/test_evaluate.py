@@ -9,12 +9,26 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from llmfact_nb.evaluate import EvalSet, Perplexity, cloze_accuracy, label_accuracy, paired_difference, perplexity
 
 WORDS = "a b c d e f g h i j k l m n o p good bad is the capital of X Y : Review Sentiment".split()
-SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64)
+SMALL = dict(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=64,
+)
 FAMILIES = {
     "gpt2": dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "llama": SMALL | dict(num_key_value_heads=2),
@@ -23,7 +37,14 @@ FAMILIES = {
     "opt": SMALL | dict(ffn_dim=48, word_embed_proj_dim=32),
     "gemma3_text": SMALL | dict(num_key_value_heads=2, head_dim=8, sliding_window=8),
 }
-TEXTS = ["a b c d e", "f g", "h i j k l m n o p a b c d e f g h i j", "good bad good", "the capital of X is Y", "a a a a b b b b"]
+TEXTS = [
+    "a b c d e",
+    "f g",
+    "h i j k l m n o p a b c d e f g h i j",
+    "good bad good",
+    "the capital of X is Y",
+    "a a a a b b b b",
+]
 
 
 @pytest.fixture
@@ -61,33 +82,52 @@ def test_equal_to_a_loop_for_every_batching(family, tokenizer):
         for side in ("left", "right"):
             tokenizer.padding_side = side
             result = perplexity(model, tokenizer, TEXTS, batch_size=batch_size, progress=False)
-            assert result.token_nats.dtype == torch.float32 and torch.allclose(result.token_nats.double(), expected, atol=2e-5, rtol=1e-5)
-            assert math.isclose(result.nats, float(expected.mean()), abs_tol=1e-5) and math.isclose(result.value, math.exp(result.nats))
+            assert result.token_nats.dtype == torch.float32 and torch.allclose(
+                result.token_nats.double(), expected, atol=2e-5, rtol=1e-5
+            )
+            assert math.isclose(result.nats, float(expected.mean()), abs_tol=1e-5) and math.isclose(
+                result.value, math.exp(result.nats)
+            )
             assert result.text_ids.tolist() == [i for i, t in enumerate(TEXTS) for _ in t.split()[1:]]
-            assert (result.n_tokens, result.n_texts, result.n_cut, result.n_dropped) == (len(expected), len(TEXTS), 0, 0)
+            assert (result.n_tokens, result.n_texts, result.n_cut, result.n_dropped) == (
+                len(expected),
+                len(TEXTS),
+                0,
+                0,
+            )
 
 
 def test_padding_is_on_the_right_and_masked(tokenizer):
     "Masks that spare the first real token of a row find it by the attention mask."
     model, fed = build(), []
-    hook = model.model.register_forward_pre_hook(lambda m, a, k: fed.append((k["input_ids"], k["attention_mask"])), with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(
+        lambda m, a, k: fed.append((k["input_ids"], k["attention_mask"])), with_kwargs=True
+    )
     perplexity(model, tokenizer, TEXTS, batch_size=3, progress=False)
     hook.remove()
     lengths = [len(t.split()) - 1 for t in TEXTS]
     assert sorted(n for _, mask in fed for n in mask.sum(1).tolist()) == sorted(lengths)
     for ids, mask in fed:
-        assert torch.equal(mask, (torch.arange(ids.shape[1]) < mask.sum(1, keepdim=True)).long()) and ids.shape[1] == mask.sum(1).max() and not ids[mask == 0].any()
+        assert (
+            torch.equal(mask, (torch.arange(ids.shape[1]) < mask.sum(1, keepdim=True)).long())
+            and ids.shape[1] == mask.sum(1).max()
+            and not ids[mask == 0].any()
+        )
 
 
 def test_special_tokens_are_kept_and_a_chat_template_brings_its_own(tokenizer):
     tokenizer.add_special_tokens({"bos_token": "<s>"})
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
     model = build()
     result = perplexity(model, tokenizer, ["a b", "c"], progress=False)
     assert result.n_tokens == 3 and result.n_dropped == 0  # after <s> the first word is scored too
     assert torch.allclose(result.token_nats.double(), torch.cat(by_loop(model, tokenizer, ["a b", "c"])), atol=2e-5)
     fed = []
-    hook = model.model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"][0].tolist()), with_kwargs=True)
+    hook = model.model.register_forward_pre_hook(
+        lambda m, a, k: fed.append(k["input_ids"][0].tolist()), with_kwargs=True
+    )
     cloze_accuracy(model, tokenizer, [("", "b")], progress=False)  # <s> stands before the answer
     tokenizer.chat_template = "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}Sentiment : "
     asked = cloze_accuracy(model, tokenizer, [("a", "b")], chat=True, progress=False)
@@ -112,9 +152,14 @@ def test_a_tokenizer_with_settings_of_its_own(tokenizer):
 
 def test_texts_as_list_data_set_or_eval_set(tokenizer):
     model = build()
-    results = [perplexity(model, tokenizer, texts, progress=False) for texts in (TEXTS, Dataset.from_dict({"text": TEXTS}), EvalSet(tokenizer, TEXTS))]
+    results = [
+        perplexity(model, tokenizer, texts, progress=False)
+        for texts in (TEXTS, Dataset.from_dict({"text": TEXTS}), EvalSet(tokenizer, TEXTS))
+    ]
     results.append(perplexity(model, None, EvalSet(tokenizer, TEXTS), progress=False))
-    assert all(torch.equal(r.token_nats, results[0].token_nats) and r.fingerprint == results[0].fingerprint for r in results)
+    assert all(
+        torch.equal(r.token_nats, results[0].token_nats) and r.fingerprint == results[0].fingerprint for r in results
+    )
 
 
 def test_long_texts_are_cut_and_empty_ones_dropped_and_both_counted(tokenizer):
@@ -131,7 +176,9 @@ def test_bfloat16_model_is_scored_in_float32(tokenizer):
     model = build().bfloat16()
     result = perplexity(model, tokenizer, TEXTS[:1], progress=False)
     assert result.token_nats.dtype == torch.float32
-    assert torch.allclose(result.token_nats.double(), by_loop(model, tokenizer, TEXTS[:1])[0], atol=1e-5)  # the loop takes the same bfloat16 logits to float64
+    assert torch.allclose(
+        result.token_nats.double(), by_loop(model, tokenizer, TEXTS[:1])[0], atol=1e-5
+    )  # the loop takes the same bfloat16 logits to float64
 
 
 def test_the_model_comes_back_as_it_was(tokenizer):
@@ -140,11 +187,17 @@ def test_the_model_comes_back_as_it_was(tokenizer):
     model.model.layers[1].eval()
     modes = [m.training for m in model.modules()]
     seen = []
-    hook = model.model.layers[0].mlp.register_forward_hook(lambda m, a, o: seen.append((m.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled())))
+    hook = model.model.layers[0].mlp.register_forward_hook(
+        lambda m, a, o: seen.append((m.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+    )
     random_state = torch.get_rng_state()
     first, second = (perplexity(model, tokenizer, TEXTS, progress=False) for _ in range(2))
     assert torch.equal(first.token_nats, second.token_nats)  # no dropout
-    assert set(seen) == {(False, False, False)} and torch.equal(random_state, torch.get_rng_state()) and torch.is_grad_enabled()
+    assert (
+        set(seen) == {(False, False, False)}
+        and torch.equal(random_state, torch.get_rng_state())
+        and torch.is_grad_enabled()
+    )
     assert [m.training for m in model.modules()] == modes
     hook.remove()
 
@@ -164,7 +217,9 @@ def test_logits_stay_small(tokenizer):
     model = build(vocab_size=40_000)
     shapes = []
     hook = model.register_forward_hook(lambda m, a, o: shapes.append(tuple(o.logits.shape[:2])))
-    perplexity(model, tokenizer, [" ".join(["a", "b", "c"] * (1 + i % 20)) for i in range(120)], progress=False, n_boot=0)
+    perplexity(
+        model, tokenizer, [" ".join(["a", "b", "c"] * (1 + i % 20)) for i in range(120)], progress=False, n_boot=0
+    )
     hook.remove()
     assert max(rows * length for rows, length in shapes) <= 1677 and len(shapes) < 6
     assert [length for _, length in shapes] == sorted((length for _, length in shapes), reverse=True)
@@ -188,7 +243,19 @@ def test_broken_is_said(tokenizer):
 
 def fake(token_nats, text_ids, fingerprint="f"):
     token_nats = torch.as_tensor(token_nats, dtype=torch.float32)
-    return Perplexity(0.0, float(token_nats.mean()), (0, 0), len(token_nats), len(set(text_ids)), 0, 0, False, token_nats, torch.tensor(text_ids), fingerprint)
+    return Perplexity(
+        0.0,
+        float(token_nats.mean()),
+        (0, 0),
+        len(token_nats),
+        len(set(text_ids)),
+        0,
+        0,
+        False,
+        token_nats,
+        torch.tensor(text_ids),
+        fingerprint,
+    )
 
 
 def test_paired_difference_by_hand():
@@ -198,7 +265,9 @@ def test_paired_difference_by_hand():
     assert result.ci == (0.0, 1.5)  # two documents: means 1.5 and 0, drawn twice each in a quarter of the draws
     assert paired_difference(b, a).nats == -0.75
     assert all(math.isnan(x) for x in paired_difference(fake([1, 2], [3, 3]), fake([1, 1], [3, 3])).ci)
-    ids = [i for i in range(40) for _ in range(1 if i % 2 else 99)]  # every second document is long, and a does worse on the long ones only
+    ids = [
+        i for i in range(40) for _ in range(1 if i % 2 else 99)
+    ]  # every second document is long, and a does worse on the long ones only
     low, high = paired_difference(fake([4.0 - i % 2 for i in ids], ids), fake([3.0] * len(ids), ids)).ci
     assert 0.97 < low < 0.99 < high < 1  # tokens count, not documents
     with pytest.raises(ValueError, match="different tokens"):
@@ -230,7 +299,9 @@ def reference_log_likelihood(model, tokenizer, prompt, answer):
     ids, n = tokenizer(f"{prompt} {answer}")["input_ids"], len(tokenizer(prompt)["input_ids"])
     with torch.no_grad():
         log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    return sum(float(log_p[i - 1, ids[i]]) for i in range(n, len(ids))), all(int(log_p[i - 1].argmax()) == ids[i] for i in range(n, len(ids)))
+    return sum(float(log_p[i - 1, ids[i]]) for i in range(n, len(ids))), all(
+        int(log_p[i - 1].argmax()) == ids[i] for i in range(n, len(ids))
+    )
 
 
 @pytest.mark.parametrize("words", [["good", "bad"], ["good", "bad bad"], ["good a", "good b", "bad"]])
@@ -240,11 +311,24 @@ def test_label_accuracy_against_single_forwards(tokenizer, words, batch_size):
     texts = [t for t in TEXTS for _ in range(2)]
     labels = [i % len(words) for i in range(12)]
     template = "Review : {text} Sentiment :"
-    result = label_accuracy(model, tokenizer, list(zip(texts, labels)), template, words, batch_size=batch_size, progress=False)
-    expected = torch.tensor([[reference_log_likelihood(model, tokenizer, template.replace("{text}", t), w)[0] for w in words] for t in texts])
+    result = label_accuracy(
+        model, tokenizer, list(zip(texts, labels)), template, words, batch_size=batch_size, progress=False
+    )
+    expected = torch.tensor(
+        [
+            [reference_log_likelihood(model, tokenizer, template.replace("{text}", t), w)[0] for w in words]
+            for t in texts
+        ]
+    )
     assert torch.allclose(result.log_likelihoods, expected, atol=2e-5, rtol=1e-5)
-    assert torch.equal(result.predictions, expected.argmax(1)) and result.accuracy == float((expected.argmax(1) == torch.tensor(labels)).double().mean())
-    assert result.chance == 1 / len(words) and result.majority == max(labels.count(i) for i in range(len(words))) / 12 and result.n == 12
+    assert torch.equal(result.predictions, expected.argmax(1)) and result.accuracy == float(
+        (expected.argmax(1) == torch.tensor(labels)).double().mean()
+    )
+    assert (
+        result.chance == 1 / len(words)
+        and result.majority == max(labels.count(i) for i in range(len(words))) / 12
+        and result.n == 12
+    )
     assert result.ci[0] < result.accuracy < result.ci[1] or result.accuracy in (0, 1)
     for word in words:
         assert word in repr(result)
@@ -265,8 +349,14 @@ def test_class_names_and_their_words(tokenizer):
     by_names = label_accuracy(model, tokenizer, data, progress=False)
     by_list = label_accuracy(model, tokenizer, data, label_words=["good", "bad"], progress=False)
     swapped = label_accuracy(model, tokenizer, data, label_words={"bad": "good", "good": "bad"}, progress=False)
-    assert by_names.label_words == ("good", "bad") and torch.equal(by_names.log_likelihoods, by_list.log_likelihoods) and by_names.majority == 2 / 3
-    assert swapped.label_words == ("bad", "good") and torch.equal(swapped.log_likelihoods, by_list.log_likelihoods.flip(1))
+    assert (
+        by_names.label_words == ("good", "bad")
+        and torch.equal(by_names.log_likelihoods, by_list.log_likelihoods)
+        and by_names.majority == 2 / 3
+    )
+    assert swapped.label_words == ("bad", "good") and torch.equal(
+        swapped.log_likelihoods, by_list.log_likelihoods.flip(1)
+    )
 
 
 @pytest.mark.parametrize("batch_size", ["auto", 1, 2])
@@ -285,7 +375,11 @@ def test_cloze_against_single_forwards(tokenizer, batch_size):
         _, first = reference_log_likelihood(model, tokenizer, prompt, answer.split()[0])
         assert math.isclose(float(result.log_likelihoods[i]), log_likelihood, abs_tol=1e-4)
         assert bool(result.correct_full[i]) == greedy and bool(result.correct[i]) == first
-    assert result.accuracy == float(result.correct.double().mean()) and result.full == float(result.correct_full.double().mean()) and result.full <= result.accuracy
+    assert (
+        result.accuracy == float(result.correct.double().mean())
+        and result.full == float(result.correct_full.double().mean())
+        and result.full <= result.accuracy
+    )
     first_words = [answer.split()[0] for _, answer in data]
     assert result.majority == max(first_words.count(w) for w in first_words) / 6
     assert result.chance == 1 / 64
@@ -295,7 +389,11 @@ def test_cloze_against_single_forwards(tokenizer, batch_size):
 
 def test_answers_that_merge_with_the_prompt():
     "With a tokenizer that joins across the boundary, the answer begins at the first token that differs."
-    core = Tokenizer(models.BPE({"?": 0, "i": 1, "s": 2, " ": 3, "P": 4, "s ": 5, "s P": 6}, [("s", " "), ("s ", "P")], unk_token="?"))
+    core = Tokenizer(
+        models.BPE(
+            {"?": 0, "i": 1, "s": 2, " ": 3, "P": 4, "s ": 5, "s P": 6}, [("s", " "), ("s ", "P")], unk_token="?"
+        )
+    )
     merging = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?")
     assert merging("is")["input_ids"] == [1, 2] and merging("is P")["input_ids"] == [1, 6]
     model = build()
@@ -321,29 +419,72 @@ def test_chat_template(tokenizer):
 
 def test_words_are_compared_as_asked(tokenizer):
     "Sum, mean and calibration, each against single forwards; an equal shift of the log-likelihoods of one word changes nothing when calibrated."
-    model, data, words, template = build(), list(zip(TEXTS, [0, 1, 0, 1, 0, 1])), ["good", "bad bad bad"], "Review : {text} Sentiment :"
-    results = {c: label_accuracy(model, tokenizer, data, template, words, compare=c, no_content="X", progress=False) for c in ("sum", "mean", "calibrated")}
-    sums = torch.tensor([[reference_log_likelihood(model, tokenizer, template.replace("{text}", t), w)[0] for w in words] for t in [*TEXTS, "X"]])
+    model, data, words, template = (
+        build(),
+        list(zip(TEXTS, [0, 1, 0, 1, 0, 1])),
+        ["good", "bad bad bad"],
+        "Review : {text} Sentiment :",
+    )
+    results = {
+        c: label_accuracy(model, tokenizer, data, template, words, compare=c, no_content="X", progress=False)
+        for c in ("sum", "mean", "calibrated")
+    }
+    sums = torch.tensor(
+        [
+            [reference_log_likelihood(model, tokenizer, template.replace("{text}", t), w)[0] for w in words]
+            for t in [*TEXTS, "X"]
+        ]
+    )
     expected = {"sum": sums[:-1], "mean": sums[:-1] / torch.tensor([1, 3]), "calibrated": sums[:-1] - sums[-1]}
     for compare, result in results.items():
-        assert torch.allclose(result.scores, expected[compare], atol=1e-4) and torch.allclose(result.log_likelihoods, sums[:-1], atol=1e-4)
+        assert torch.allclose(result.scores, expected[compare], atol=1e-4) and torch.allclose(
+            result.log_likelihoods, sums[:-1], atol=1e-4
+        )
         assert torch.equal(result.predictions, expected[compare].argmax(1)) and f"by {compare}" in repr(result)
     assert len({r.fingerprint for r in results.values()}) == 3
 
 
 def test_too_long_prompts_are_left_out_and_counted(tokenizer):
     model, long = build(), "a " * 60
-    with pytest.warns(UserWarning, match=r"1 of 4 prompts are longer than the model's 64 positions \(first: number 1, 67 tokens\)"):
-        some = label_accuracy(model, tokenizer, [("a", 0), (long, 1), ("b", 1), ("c", 0)], "the capital of {text} is X Y :", ["good", "bad"], progress=False)
-    fitting = label_accuracy(model, tokenizer, [("a", 0), ("b", 1), ("c", 0)], "the capital of {text} is X Y :", ["good", "bad"], progress=False)
+    with pytest.warns(
+        UserWarning, match=r"1 of 4 prompts are longer than the model's 64 positions \(first: number 1, 67 tokens\)"
+    ):
+        some = label_accuracy(
+            model,
+            tokenizer,
+            [("a", 0), (long, 1), ("b", 1), ("c", 0)],
+            "the capital of {text} is X Y :",
+            ["good", "bad"],
+            progress=False,
+        )
+    fitting = label_accuracy(
+        model,
+        tokenizer,
+        [("a", 0), ("b", 1), ("c", 0)],
+        "the capital of {text} is X Y :",
+        ["good", "bad"],
+        progress=False,
+    )
     assert (some.n, some.n_too_long, some.items) == (3, 1, (0, 2, 3)) and "1 too long" in repr(some)
-    assert torch.equal(some.log_likelihoods, fitting.log_likelihoods) and some.majority == 2 / 3 and some.fingerprint == fitting.fingerprint
+    assert (
+        torch.equal(some.log_likelihoods, fitting.log_likelihoods)
+        and some.majority == 2 / 3
+        and some.fingerprint == fitting.fingerprint
+    )
     just = "a " * 58  # 58 + 6 words: all the positions there are
-    assert label_accuracy(model, tokenizer, [(just, 0), ("b", 1)], "the capital of {text} is X :", ["good", "bad"], progress=False).n_too_long == 0
+    assert (
+        label_accuracy(
+            model, tokenizer, [(just, 0), ("b", 1)], "the capital of {text} is X :", ["good", "bad"], progress=False
+        ).n_too_long
+        == 0
+    )
     with pytest.warns(UserWarning, match="2 of 3 prompts"):
         cloze = cloze_accuracy(model, tokenizer, [("a " * 65, "b"), ("a", "b"), ("a", "b " * 70)], progress=False)
     assert (cloze.n, cloze.n_too_long, cloze.items) == (1, 2, (1,))
-    for call in (lambda: cloze_accuracy(model, tokenizer, [("a " * 65, "b")]), lambda: label_accuracy(model, tokenizer, [(long, 0), (long, 1)], "{text} is X Y Z Y", ["b", "c"])):
+    for call in (
+        lambda: cloze_accuracy(model, tokenizer, [("a " * 65, "b")]),
+        lambda: label_accuracy(model, tokenizer, [(long, 0), (long, 1)], "{text} is X Y Z Y", ["b", "c"]),
+    ):
         with pytest.raises(ValueError, match="nothing is left"):
             call()
 
@@ -356,23 +497,46 @@ def test_undecided_answers_are_wrong(tokenizer):
             model.lm_head.weight.fill_(weight)
         with pytest.warns(UserWarning, match=r"label 1 \('bad'\) does not occur"):
             result = label_accuracy(model, tokenizer, data, label_words=["good", "bad"], progress=False)
-        assert result.accuracy == 0 and result.majority == 1 and (result.predictions == -1).all() and "undecided 6" in repr(result) and not result.correct.any()
+        assert (
+            result.accuracy == 0
+            and result.majority == 1
+            and (result.predictions == -1).all()
+            and "undecided 6" in repr(result)
+            and not result.correct.any()
+        )
 
 
 def test_a_masked_model_is_evaluated_like_any_other(tokenizer):
-    from llmfact_nb.accuracy import paired_accuracy
+    from llmfact_nb.scores.accuracy import paired_accuracy
     from llmfact_nb.masked_model import MaskedModel
     from llmfact_nb.masks import NeuronMask
 
     model = build()
-    mask = NeuronMask.from_layers([torch.rand(48, generator=torch.Generator().manual_seed(i)) < 0.5 for i in range(2)], "mlp_hidden")
+    mask = NeuronMask.from_layers(
+        [torch.rand(48, generator=torch.Generator().manual_seed(i)) < 0.5 for i in range(2)], "mlp_hidden"
+    )
     baked, questions = MaskedModel(model).bake(mask), [("a b", "c"), ("d e f g", "h"), ("good", "X Y")]
     reviews = [("a", 0), ("b c d", 1), ("e f", 0), ("the capital", 1)]
     with MaskedModel(model).ablate(mask):
-        masked = cloze_accuracy(model, tokenizer, questions, progress=False), label_accuracy(model, tokenizer, reviews, label_words=["good", "bad"], progress=False)
-    plain = cloze_accuracy(model, tokenizer, questions, progress=False), label_accuracy(model, tokenizer, reviews, label_words=["good", "bad"], progress=False)
-    for m, p, b in zip(masked, plain, (cloze_accuracy(baked, tokenizer, questions, progress=False), label_accuracy(baked, tokenizer, reviews, label_words=["good", "bad"], progress=False))):
-        assert torch.allclose(m.log_likelihoods, b.log_likelihoods, atol=1e-5) and not torch.allclose(m.log_likelihoods, p.log_likelihoods, atol=1e-3)
+        masked = (
+            cloze_accuracy(model, tokenizer, questions, progress=False),
+            label_accuracy(model, tokenizer, reviews, label_words=["good", "bad"], progress=False),
+        )
+    plain = (
+        cloze_accuracy(model, tokenizer, questions, progress=False),
+        label_accuracy(model, tokenizer, reviews, label_words=["good", "bad"], progress=False),
+    )
+    for m, p, b in zip(
+        masked,
+        plain,
+        (
+            cloze_accuracy(baked, tokenizer, questions, progress=False),
+            label_accuracy(baked, tokenizer, reviews, label_words=["good", "bad"], progress=False),
+        ),
+    ):
+        assert torch.allclose(m.log_likelihoods, b.log_likelihoods, atol=1e-5) and not torch.allclose(
+            m.log_likelihoods, p.log_likelihoods, atol=1e-3
+        )
         assert m.fingerprint == p.fingerprint and paired_accuracy(m, p).n == m.n
     assert masked[1].correct.tolist() == (masked[1].labels == masked[1].predictions).tolist()
 
@@ -388,7 +552,10 @@ def encoder(auto, **kwargs):
         (lambda: encoder(AutoModelForCausalLM), "is_decoder"),
         (lambda: encoder(AutoModelForSequenceClassification), "BertForSequenceClassification"),
         (lambda: AutoModel.from_config(AutoConfig.for_model("llama", **FAMILIES["llama"])), "task='causal-lm'"),
-        (lambda: AutoModelForSequenceClassification.from_config(AutoConfig.for_model("gpt2", **FAMILIES["gpt2"])), "GPT2ForSequenceClassification"),
+        (
+            lambda: AutoModelForSequenceClassification.from_config(AutoConfig.for_model("gpt2", **FAMILIES["gpt2"])),
+            "GPT2ForSequenceClassification",
+        ),
         (lambda: torch.nn.Linear(2, 2), "Linear"),
     ],
 )
@@ -410,7 +577,10 @@ def test_wrapped_and_decoder_models_are_accepted(tokenizer):
     plain = perplexity(model, tokenizer, TEXTS, progress=False)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["down_proj"]))
     assert torch.allclose(perplexity(wrapped, tokenizer, TEXTS, progress=False).token_nats, plain.token_nats, atol=1e-5)
-    assert perplexity(encoder(AutoModelForCausalLM, is_decoder=True), tokenizer, TEXTS, progress=False).n_tokens == plain.n_tokens
+    assert (
+        perplexity(encoder(AutoModelForCausalLM, is_decoder=True), tokenizer, TEXTS, progress=False).n_tokens
+        == plain.n_tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -435,10 +605,26 @@ def test_wrapped_and_decoder_models_are_accepted(tokenizer):
         (lambda m, t: label_accuracy(m, t, [("a", 0)], label_words={"good": "b"}), ValueError, "one entry"),
         (lambda m, t: label_accuracy(m, t, [("a", 0)], "say", ["b", "c"]), ValueError, "{text}"),
         (lambda m, t: label_accuracy(m, t, [("a", 0), ("a", 1)], label_words=["b", "b "]), ValueError, "all different"),
-        (lambda m, t: label_accuracy(m, t, [("a", 0), ("a", 1)], label_words=["unheard", "unseen"]), ValueError, "words that the tokenizer knows"),
-        (lambda m, t: label_accuracy(m, t, [("", 0), ("a", 1)], "{text}", label_words=["b", "c"]), ValueError, "token of its own"),
-        (lambda m, t: label_accuracy(m, t, [("a", 0), ("a", 1)], label_words=["b", "c"], compare="max"), ValueError, "compare='max'"),
-        (lambda m, t: label_accuracy(m, t, [("a", 0), ("a", 1)], label_words=["b", "c"], chat="yes"), ValueError, "chat='yes'"),
+        (
+            lambda m, t: label_accuracy(m, t, [("a", 0), ("a", 1)], label_words=["unheard", "unseen"]),
+            ValueError,
+            "words that the tokenizer knows",
+        ),
+        (
+            lambda m, t: label_accuracy(m, t, [("", 0), ("a", 1)], "{text}", label_words=["b", "c"]),
+            ValueError,
+            "token of its own",
+        ),
+        (
+            lambda m, t: label_accuracy(m, t, [("a", 0), ("a", 1)], label_words=["b", "c"], compare="max"),
+            ValueError,
+            "compare='max'",
+        ),
+        (
+            lambda m, t: label_accuracy(m, t, [("a", 0), ("a", 1)], label_words=["b", "c"], chat="yes"),
+            ValueError,
+            "chat='yes'",
+        ),
         (lambda m, t: label_accuracy(m, t, [], label_words=["b", "c"]), ValueError, "empty"),
         (lambda m, t: cloze_accuracy(m, t, []), ValueError, "empty"),
         (lambda m, t: cloze_accuracy(m, t, [("a", "")]), ValueError, "token of its own"),

@@ -13,15 +13,30 @@ import torch
 
 from llmfact_nb.activations import Activations, capture
 from llmfact_nb.evaluate import EvalSet, perplexity
-from llmfact_nb.experiments import (
+from llmfact_nb.ablation import (
     PRESETS, Arm, Settings, ablation_study, claim_folder, condition_name, enough_texts, file_marks, find_networks, first_texts, key_arms, match_facts, run_experiment,
 )  # fmt: skip
-from llmfact_nb.files import read_json
+from llmfact_nb.base.files import read_json
 from llmfact_nb.masks import NeuronMask, score_match
 from llmfact_nb.networks import FunctionalNetworks
 
 pytestmark = pytest.mark.filterwarnings("ignore:FastICA has not converged")
-COLUMNS = ["condition", "replace", "positions", "arm", "seed", "units", "share", "nats", "damage", "ci_low", "ci_high", "perplexity", "broken", "counts"]
+COLUMNS = [
+    "condition",
+    "replace",
+    "positions",
+    "arm",
+    "seed",
+    "units",
+    "share",
+    "nats",
+    "damage",
+    "ci_low",
+    "ci_high",
+    "perplexity",
+    "broken",
+    "counts",
+]
 
 
 # settings
@@ -51,7 +66,9 @@ def test_exactly_one_of_alpha_and_fraction(both):
         Settings(fraction=both[0], alpha=both[1])
 
 
-@pytest.mark.parametrize("conditions", [(), (("median", "all"),), (("zero", "first"),), (("mean",),), ("zero", "all")], ids=str)
+@pytest.mark.parametrize(
+    "conditions", [(), (("median", "all"),), (("zero", "first"),), (("mean",),), ("zero", "all")], ids=str
+)
 def test_bad_conditions_are_refused_before_the_fit(conditions):
     with pytest.raises(ValueError, match="conditions="):
         Settings(conditions=conditions)
@@ -63,20 +80,35 @@ def test_infinite_alpha_is_refused_before_the_fit():
 
 
 def test_settings_at_the_edge():
-    Settings(ica_seed=0, control_seeds=1, eval_length=2, fraction=1, n_components=7, fit_tokens=7, exclude=None, n_init=1)
+    Settings(
+        ica_seed=0, control_seeds=1, eval_length=2, fraction=1, n_components=7, fit_tokens=7, exclude=None, n_init=1
+    )
     assert Settings(alpha=3.6, fraction=None, tail="raw").key_rule == {"alpha": 3.6, "tail": "raw", "fraction": None}
 
 
 def test_presets_are_those_of_the_design():
     common = {"kind": "temporal", "model": "smollm2-135m", "texts": "wiki"}
-    recommended = common | dict(site="mlp_hidden", n_components=32, n_init=10, standardize=True, exclude="sinks", fraction=0.01, alpha=None)
-    paper = common | dict(site="mlp_out", n_components=10, standardize=False, exclude=None, fraction=None, tail="raw", conditions=(("zero", "all"),))
+    recommended = common | dict(
+        site="mlp_hidden", n_components=32, n_init=10, standardize=True, exclude="sinks", fraction=0.01, alpha=None
+    )
+    paper = common | dict(
+        site="mlp_out",
+        n_components=10,
+        standardize=False,
+        exclude=None,
+        fraction=None,
+        tail="raw",
+        conditions=(("zero", "all"),),
+    )
     for name, wanted in (("recommended", recommended), ("paper", paper)):
         assert {k: getattr(PRESETS[name], k) for k in wanted} == wanted
     assert PRESETS["recommended"] == Settings() and Settings().fit_tokens >= 4096
     assert Settings().conditions == (("mean", "after-first"), ("zero", "after-first"), ("zero", "all"))
     assert PRESETS["paper"].alpha in (1.96, 3.6) and set(PRESETS) == {"recommended", "paper"}
-    assert condition_name("mean", "after-first") == "mean, after the first token" and condition_name("zero", "all") == "zero, all tokens"
+    assert (
+        condition_name("mean", "after-first") == "mean, after the first token"
+        and condition_name("zero", "all") == "zero, all tokens"
+    )
 
 
 # arms
@@ -90,9 +122,13 @@ def found():
     rng = np.random.RandomState(0)
     N = sum(WIDTHS)
     maps = (rng.rand(4, N) < 0.08) * (1 + rng.exponential(size=(4, N)))
-    values = torch.tensor((rng.laplace(size=(500, 4)) @ maps + rng.randn(500, N)) * rng.lognormal(size=N), dtype=torch.float32)  # loud and quiet members alike
+    values = torch.tensor(
+        (rng.laplace(size=(500, 4)) @ maps + rng.randn(500, N)) * rng.lognormal(size=N), dtype=torch.float32
+    )  # loud and quiet members alike
     positions = torch.arange(500) % 100
-    acts = Activations(values, torch.arange(500) // 100, positions, positions, positions == 0, WIDTHS, DEPTHS, "mlp_hidden")
+    acts = Activations(
+        values, torch.arange(500) // 100, positions, positions, positions == 0, WIDTHS, DEPTHS, "mlp_hidden"
+    )
     nets = FunctionalNetworks(4, standardize=True, exclude="sinks").fit(acts)
     return nets, acts.moments(nets.rows_)[1]
 
@@ -101,7 +137,11 @@ def named(arms, name):
     return [a for a in arms if a.name == name]
 
 
-@pytest.mark.parametrize("rule", [dict(fraction=0.06), dict(fraction=None, alpha=1.96, tail="raw"), dict(fraction=None, alpha=2.5, tail="both")], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [dict(fraction=0.06), dict(fraction=None, alpha=1.96, tail="raw"), dict(fraction=None, alpha=2.5, tail="both")],
+    ids=str,
+)
 def test_arms_and_their_controls(found, rule):
     nets, variance = found
     settings = Settings(control_seeds=3, **rule)
@@ -137,19 +177,30 @@ def test_arms_and_their_controls(found, rule):
 def test_variance_matched_controls_are_closer_than_random_ones(found):
     nets, variance = found
     arms = key_arms(nets, variance, Settings(fraction=0.1, control_seeds=5))
-    off = lambda name: np.mean([abs(score_match(arms[0].mask, a.mask, variance)["log_ratio"]) for a in named(arms, name)])
+    off = lambda name: np.mean(
+        [abs(score_match(arms[0].mask, a.mask, variance)["log_ratio"]) for a in named(arms, name)]
+    )
     assert off("matched shuffle") < 0.5 * off("random") and off("matched random") < 0.8 * off("random")
 
 
 def test_controls_of_narrow_layers_are_still_draws(found):
     "Layers of 64 units: with more bins than units, every bin's only candidate is the key neuron itself, and a shuffle would be no control but the key neurons again."
     rng = np.random.RandomState(0)
-    acts = Activations(torch.tensor(rng.laplace(size=(300, 128)), dtype=torch.float32), *(torch.arange(300),) * 3, torch.zeros(300, dtype=torch.bool), (64, 64), (0, 1), "mlp_hidden")
+    acts = Activations(
+        torch.tensor(rng.laplace(size=(300, 128)), dtype=torch.float32),
+        *(torch.arange(300),) * 3,
+        torch.zeros(300, dtype=torch.bool),
+        (64, 64),
+        (0, 1),
+        "mlp_hidden",
+    )
     nets = FunctionalNetworks(4).fit(acts)
     arms = key_arms(nets, acts.moments()[1], Settings(fraction=0.1, control_seeds=3))
     for name in ("matched random", "matched shuffle"):
         masks = {a.mask for a in named(arms, name)}
-        assert arms[0].mask not in masks and len(masks) > 1, f"{name}: {len(masks)} different masks in 3 seeds, overlap {[(m & arms[0].mask).n for m in masks]} of {arms[0].mask.n}"
+        assert arms[0].mask not in masks and len(masks) > 1, (
+            f"{name}: {len(masks)} different masks in 3 seeds, overlap {[(m & arms[0].mask).n for m in masks]} of {arms[0].mask.n}"
+        )
 
 
 def test_arms_are_reproducible_and_their_match_is_no_warning(found):
@@ -180,7 +231,9 @@ def test_match_facts(found):
     v, key = variance.double().numpy(), arms[0].mask.flat.numpy()
     for name, values in facts.items():
         controls = [a.mask.flat.numpy() for a in named(arms, name)]
-        assert values["log_ratio"] == pytest.approx(np.mean([np.log(v[c]).mean() - np.log(v[key]).mean() for c in controls]), abs=1e-6)
+        assert values["log_ratio"] == pytest.approx(
+            np.mean([np.log(v[c]).mean() - np.log(v[key]).mean() for c in controls]), abs=1e-6
+        )
         assert values["sum_ratio"] == pytest.approx(np.mean([v[c].sum() / v[key].sum() for c in controls]), rel=1e-6)
         assert values["overlap"] == pytest.approx(np.mean([(c & key).sum() / key.sum() for c in controls]))
     dead = variance.clone()
@@ -210,7 +263,13 @@ def drawn(seed, share=0.3, site="mlp_hidden"):
     return NeuronMask.from_flat(np.random.default_rng(seed).random(sum(widths)) < share, widths, site)
 
 
-ARMS = [Arm("key", drawn(1)), Arm("random", drawn(2), 0), Arm("random", drawn(3), 1), Arm("keep key", drawn(1), keep=True), Arm("all off", NeuronMask.full(LLAMA, "mlp_hidden"))]
+ARMS = [
+    Arm("key", drawn(1)),
+    Arm("random", drawn(2), 0),
+    Arm("random", drawn(3), 1),
+    Arm("keep key", drawn(1), keep=True),
+    Arm("all off", NeuronMask.full(LLAMA, "mlp_hidden")),
+]
 MEANS = torch.randn(72, generator=torch.Generator().manual_seed(5))
 CONDITIONS = (("mean", "after-first"), ("zero", "all"))
 N_PARTS = 1 + len(ARMS) * len(CONDITIONS)
@@ -245,7 +304,9 @@ def by_hand(model, texts, flat, site, values, after_first, length=24):
     with torch.no_grad():
         for text in texts:
             ids = torch.tensor([[int(w[1:]) for w in text.split()][:length]])
-            total += float(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+            total += float(
+                torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].double(), ids[0, 1:], reduction="sum")
+            )
             n += ids.shape[1] - 1
     for h in handles:
         h.remove()
@@ -255,7 +316,12 @@ def by_hand(model, texts, flat, site, values, after_first, length=24):
 @pytest.mark.parametrize("site", ["mlp_hidden", "mlp_out"])
 def test_the_numbers_are_those_of_hooks_by_hand(model, texts, site):
     full = NeuronMask.full((24 if site == "mlp_hidden" else 16,) * 3, site)
-    arms = [Arm("key", drawn(1, site=site)), Arm("random", drawn(2, site=site), 1), Arm("keep key", drawn(1, site=site), keep=True), Arm("all off", full)]
+    arms = [
+        Arm("key", drawn(1, site=site)),
+        Arm("random", drawn(2, site=site), 1),
+        Arm("keep key", drawn(1, site=site), keep=True),
+        Arm("all off", full),
+    ]
     means = MEANS[: full.n]
     state = families.state(model)
     conditions = [(how, positions) for how in ("mean", "zero") for positions in ("after-first", "all")]
@@ -264,21 +330,39 @@ def test_the_numbers_are_those_of_hooks_by_hand(model, texts, site):
     assert list(table.columns) == COLUMNS and len(table) == 1 + 4 * 4
     base = by_hand(model, TEXTS, torch.zeros(full.n, dtype=torch.bool), site, means, False)
     first = table.iloc[0]
-    assert (first.arm, first.units, first.share, first.damage, first.condition, first.counts) == ("unmasked", 0, 0, 0, "", "") and first.nats == pytest.approx(base, abs=1e-5)
+    assert (first.arm, first.units, first.share, first.damage, first.condition, first.counts) == (
+        "unmasked",
+        0,
+        0,
+        0,
+        "",
+        "",
+    ) and first.nats == pytest.approx(base, abs=1e-5)
     rows = iter(table.iloc[1:].itertuples())
     nats = []
     for how, positions in conditions:
         for arm in arms:
             row, flat = next(rows), ~arm.mask.flat if arm.keep else arm.mask.flat
-            expected = by_hand(model, TEXTS, flat, site, means if how == "mean" else torch.zeros(full.n), positions == "after-first")
-            assert (row.arm, row.replace, row.positions, row.condition) == (arm.name, how, positions, condition_name(how, positions))
+            expected = by_hand(
+                model, TEXTS, flat, site, means if how == "mean" else torch.zeros(full.n), positions == "after-first"
+            )
+            assert (row.arm, row.replace, row.positions, row.condition) == (
+                arm.name,
+                how,
+                positions,
+                condition_name(how, positions),
+            )
             assert pd.isna(row.seed) if arm.seed is None else row.seed == arm.seed
-            assert row.nats == pytest.approx(expected, abs=2e-5) and row.damage == pytest.approx(expected - base, abs=4e-5)
+            assert row.nats == pytest.approx(expected, abs=2e-5) and row.damage == pytest.approx(
+                expected - base, abs=4e-5
+            )
             assert row.perplexity == pytest.approx(np.exp(expected), rel=1e-4) and row.ci_low < row.damage < row.ci_high
             assert row.units == int(flat.sum()) and row.share == pytest.approx(float(flat.float().mean()))
             assert row.counts == " ".join(str(int(r.sum())) for r in flat.split([full.n // 3] * 3))
             nats.append(expected)
-    assert len({round(x, 4) for x in nats}) == 16, "every arm and condition has a number of its own, so none can be mistaken for another"
+    assert len({round(x, 4) for x in nats}) == 16, (
+        "every arm and condition has a number of its own, so none can be mistaken for another"
+    )
 
 
 def test_the_whole_table_comes_back_without_a_forward(model, texts, tmp_path):
@@ -286,7 +370,9 @@ def test_the_whole_table_comes_back_without_a_forward(model, texts, tmp_path):
     table = study(model, texts, folder=tmp_path)
     assert len(seen) == N_PARTS
     pd.testing.assert_frame_equal(study(model, texts, folder=tmp_path), table, check_exact=True)
-    pd.testing.assert_frame_equal(study(lambda: pytest.fail("loaded"), None, folder=tmp_path, identity=texts.fingerprint), table, check_exact=True)
+    pd.testing.assert_frame_equal(
+        study(lambda: pytest.fail("loaded"), None, folder=tmp_path, identity=texts.fingerprint), table, check_exact=True
+    )
     assert len(seen) == N_PARTS
     pd.testing.assert_frame_equal(study(model, texts), table, check_exact=True)
     assert len(seen) == 2 * N_PARTS, "without a folder nothing is kept"
@@ -310,7 +396,9 @@ def test_stale_parts_are_measured_again_and_finished_ones_are_not(model, texts, 
     table = study(model, texts, folder=tmp_path, **change)
     assert len(seen) == measured
     pd.testing.assert_frame_equal(table, study(model, texts, **change), check_exact=False, atol=1e-6)
-    assert len(study(model, texts, folder=tmp_path, **change)) == len(table) and len(seen) == measured + 1 + (len(table) - 1), "now they are finished"
+    assert len(study(model, texts, folder=tmp_path, **change)) == len(table) and len(seen) == measured + 1 + (
+        len(table) - 1
+    ), "now they are finished"
 
 
 def test_other_texts_are_measured_again(model, texts, tmp_path):
@@ -318,12 +406,16 @@ def test_other_texts_are_measured_again(model, texts, tmp_path):
     seen = counting(model)
     other = EvalSet(families.tokenizer(), TEXTS[:3], max_length=24)
     table = study(model, other, folder=tmp_path)
-    assert len(seen) == N_PARTS and table.nats[0] == pytest.approx(perplexity(model, None, other, progress=False).nats, abs=1e-6)
+    assert len(seen) == N_PARTS and table.nats[0] == pytest.approx(
+        perplexity(model, None, other, progress=False).nats, abs=1e-6
+    )
 
 
 def test_another_site_of_the_same_bits_is_measured_again(tmp_path, texts):
     model = families.build("llama", intermediate_size=16)
-    masks = {site: NeuronMask.from_flat(np.arange(48) % 3 == 0, (16, 16, 16), site) for site in ("mlp_hidden", "mlp_out")}
+    masks = {
+        site: NeuronMask.from_flat(np.arange(48) % 3 == 0, (16, 16, 16), site) for site in ("mlp_hidden", "mlp_out")
+    }
     tables = [study(model, texts, [Arm("key", m)], (("zero", "all"),), folder=tmp_path) for m in masks.values()]
     assert abs(tables[0].damage[1] - tables[1].damage[1]) > 1e-4
 
@@ -364,7 +456,9 @@ def test_training_mode_is_given_back(model, texts):
 
 
 def test_broken_arms_are_flagged_and_kept(model, tmp_path):
-    with torch.no_grad():  # a model that is sure of itself: its own continuations cost it next to nothing, until its MLPs are gone
+    with (
+        torch.no_grad()
+    ):  # a model that is sure of itself: its own continuations cost it next to nothing, until its MLPs are gone
         model.lm_head.weight *= 20
         ids = [[i] for i in (5, 9, 30)]
         for x in ids:
@@ -374,9 +468,22 @@ def test_broken_arms_are_flagged_and_kept(model, tmp_path):
     arms = [Arm("one", NeuronMask.from_flat(np.arange(72) == 0, LLAMA, "mlp_hidden")), ARMS[-1]]
     table = study(model, texts, arms, (("zero", "all"),), folder=tmp_path)
     assert table.broken.tolist() == (table.perplexity > 48).tolist() and not table.broken[0] and table.broken[2]
-    nan = study(model, texts, arms[1:], (("mean", "all"),), torch.full((72,), 3e38), folder=tmp_path)  # finite, but their sum is not
+    nan = study(
+        model, texts, arms[1:], (("mean", "all"),), torch.full((72,), 3e38), folder=tmp_path
+    )  # finite, but their sum is not
     assert not np.isfinite(nan.nats[1]) and nan.broken[1] and not nan.broken[0]
-    pd.testing.assert_frame_equal(study(lambda: pytest.fail("loaded"), None, arms[1:], (("mean", "all"),), torch.full((72,), 3e38), folder=tmp_path, identity=texts.fingerprint), nan)
+    pd.testing.assert_frame_equal(
+        study(
+            lambda: pytest.fail("loaded"),
+            None,
+            arms[1:],
+            (("mean", "all"),),
+            torch.full((72,), 3e38),
+            folder=tmp_path,
+            identity=texts.fingerprint,
+        ),
+        nan,
+    )
 
 
 def test_one_document_has_no_interval(model, tmp_path):
@@ -403,7 +510,12 @@ def test_the_study_refuses(model, texts, tmp_path):
     assert not seen and not list(tmp_path.iterdir()), "before anything was measured"
     study(model, texts, means=None, conditions=(("zero", "all"),))  # zeros need no means
     state = families.state(model)
-    for change in (dict(conditions=(("median", "all"),)), dict(conditions=(("zero", "first"),)), dict(means=MEANS[:-1]), dict(arms=[Arm("key", NeuronMask.full((24, 24, 23)))])):
+    for change in (
+        dict(conditions=(("median", "all"),)),
+        dict(conditions=(("zero", "first"),)),
+        dict(means=MEANS[:-1]),
+        dict(arms=[Arm("key", NeuronMask.full((24, 24, 23)))]),
+    ):
         with pytest.raises(ValueError):
             study(model, texts, **change)
     assert families.state(model) == state
@@ -424,7 +536,9 @@ def test_first_texts():
 def test_enough_texts(wanted, n):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert enough_texts(families.tokenizer(), TEXTS, wanted, max_length=24) == TEXTS[:n]  # 20, 24 (of 33), 7, 15 tokens
+        assert (
+            enough_texts(families.tokenizer(), TEXTS, wanted, max_length=24) == TEXTS[:n]
+        )  # 20, 24 (of 33), 7, 15 tokens
 
 
 def test_too_few_texts_are_taken_with_a_warning():
@@ -444,8 +558,12 @@ def test_a_model_with_few_positions_gets_its_tokens_or_a_warning(model):
     settings = Settings(n_components=3, n_init=1, fit_tokens=300, fit_length=200, fraction=0.1)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        facts = find_networks(model, families.tokenizer(), [families.words(100, s) for s in range(10)], settings, progress=False).facts
-    assert facts["tokens"] >= 300 or any("300 were asked for" in str(w.message) for w in said), f"{facts['tokens']} tokens of 300, and not a word"
+        facts = find_networks(
+            model, families.tokenizer(), [families.words(100, s) for s in range(10)], settings, progress=False
+        ).facts
+    assert facts["tokens"] >= 300 or any("300 were asked for" in str(w.message) for w in said), (
+        f"{facts['tokens']} tokens of 300, and not a word"
+    )
 
 
 # folders
@@ -464,7 +582,10 @@ def test_the_same_run_resumes(tmp_path):
         folder = start(tmp_path / name, preset, {"device": "cpu", "revision": None})
         before = (folder / "settings.json").read_bytes()
         assert claim_folder(folder, replace(preset), {"device": "cpu", "revision": None}) == folder
-        assert claim_folder(str(folder), preset, {"revision": None, "device": "cpu"}) == folder and (folder / "settings.json").read_bytes() == before
+        assert (
+            claim_folder(str(folder), preset, {"revision": None, "device": "cpu"}) == folder
+            and (folder / "settings.json").read_bytes() == before
+        )
 
 
 OTHER = dict(
@@ -480,7 +601,9 @@ def test_another_setting_is_refused_with_both_values(name, tmp_path):
     shown = lambda v: repr(list(map(list, v)) if name == "conditions" else v)
     with pytest.raises(ValueError) as e:
         claim_folder(tmp_path / "run", Settings(**{name: OTHER[name]}))
-    assert f"({name}: {shown(getattr(Settings(), name))} there, {shown(OTHER[name])} now)" in str(e.value) and str(tmp_path / "run") in str(e.value)
+    assert f"({name}: {shown(getattr(Settings(), name))} there, {shown(OTHER[name])} now)" in str(e.value) and str(
+        tmp_path / "run"
+    ) in str(e.value)
     assert (tmp_path / "run" / "settings.json").read_bytes() == before
 
 
@@ -488,7 +611,9 @@ def test_every_setting_is_compared():
     assert set(OTHER) | {"alpha"} == set(asdict(Settings()))
 
 
-@pytest.mark.parametrize("there, now", [({"device": "cpu"}, {"device": "cuda"}), ({"revision": "a"}, {}), ({}, {"revision": "a"})], ids=str)
+@pytest.mark.parametrize(
+    "there, now", [({"device": "cpu"}, {"device": "cuda"}), ({"revision": "a"}, {}), ({}, {"revision": "a"})], ids=str
+)
 def test_another_device_or_revision_is_refused(there, now, tmp_path):
     start(tmp_path, Settings(), there)
     with pytest.raises(ValueError, match="(device|revision): .* there, .* now"):
@@ -497,7 +622,7 @@ def test_another_device_or_revision_is_refused(there, now, tmp_path):
 
 def test_another_release_is_refused(tmp_path, monkeypatch):
     start(tmp_path, Settings())
-    monkeypatch.setattr("llmfact_nb.experiments.__version__", "99.0")
+    monkeypatch.setattr("llmfact_nb.ablation.__version__", "99.0")
     with pytest.raises(ValueError, match="llmfact_nb: .* there, '99.0' now"):
         claim_folder(tmp_path, Settings())
 
@@ -580,30 +705,52 @@ def done(tmp_path_factory):
 def test_a_run_fits_on_one_split_and_scores_the_other(done):
     _, sources, found, table = done
     assert sources.asked == ["fit", "model", "model", "eval"] and len(table) == N_ARMS
-    acts = capture(sources.model, families.tokenizer(), SPLITS["fit"][:7], "mlp_hidden", max_length=48, progress=False)  # 7 * 48 = 336 tokens
+    acts = capture(
+        sources.model, families.tokenizer(), SPLITS["fit"][:7], "mlp_hidden", max_length=48, progress=False
+    )  # 7 * 48 = 336 tokens
     nets = FunctionalNetworks(4, "temporal", True, "sinks", n_init=2, random_state=0).fit(acts)
     torch.testing.assert_close(found.networks.maps_, nets.maps_, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.mean, acts.values[~acts.sinks].mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.variance, acts.values[~acts.sinks].var(0, correction=0), rtol=1e-4, atol=1e-5)
     facts = found.facts
-    assert (facts["texts"], facts["tokens"], facts["tokens used"], facts["texts cut"], facts["neurons"]) == (7, 336, int((~acts.sinks).sum()), 7, 72)
-    assert facts["key neurons"] == 7 == sum(facts["key neurons per layer"]) and facts["implied alpha"] == pytest.approx(nets.implied_alpha(0.1), abs=1e-3)
+    assert (facts["texts"], facts["tokens"], facts["tokens used"], facts["texts cut"], facts["neurons"]) == (
+        7,
+        336,
+        int((~acts.sinks).sum()),
+        7,
+        72,
+    )
+    assert facts["key neurons"] == 7 == sum(facts["key neurons per layer"]) and facts["implied alpha"] == pytest.approx(
+        nets.implied_alpha(0.1), abs=1e-3
+    )
     scored = EvalSet(families.tokenizer(), SPLITS["eval"][:3], max_length=30)
     assert table.nats[0] == pytest.approx(perplexity(sources.model, None, scored, progress=False).nats, abs=1e-6)
     key = table[(table.arm == "key") & (table["replace"] == "zero")].iloc[0]
     flat = found.networks.key_neurons(fraction=0.1).flat
-    hand = lambda rows: by_hand(sources.model, SPLITS["eval"][:3], rows, "mlp_hidden", torch.zeros(72), False, length=30)
+    hand = lambda rows: by_hand(
+        sources.model, SPLITS["eval"][:3], rows, "mlp_hidden", torch.zeros(72), False, length=30
+    )
     assert key.damage == pytest.approx(hand(flat) - hand(torch.zeros(72, dtype=torch.bool)), abs=5e-5)
-    assert found.facts["match of the controls"] == match_facts(key_arms(found.networks, found.variance, SMALL), found.variance)
+    assert found.facts["match of the controls"] == match_facts(
+        key_arms(found.networks, found.variance, SMALL), found.variance
+    )
 
 
 def test_the_second_time_nothing_is_loaded(done):
     folder, sources, found, table = done
-    asked, forwards, files = list(sources.asked), len(sources.forwards), {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    asked, forwards, files = (
+        list(sources.asked),
+        len(sources.forwards),
+        {p: p.stat().st_mtime_ns for p in folder.rglob("*")},
+    )
     again, results = run(folder, sources)
     assert sources.asked == asked and len(sources.forwards) == forwards
     pd.testing.assert_frame_equal(results, table, check_exact=True)
-    assert again.facts == found.facts and torch.equal(again.mean, found.mean) and torch.equal(again.variance, found.variance)
+    assert (
+        again.facts == found.facts
+        and torch.equal(again.mean, found.mean)
+        and torch.equal(again.variance, found.variance)
+    )
     assert torch.equal(again.networks.maps_, found.networks.maps_)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == files, "and nothing is written"
 
@@ -628,7 +775,11 @@ def test_an_interrupted_run_keeps_its_fit_and_its_arms(done, tmp_path):
     fitted = (tmp_path / "networks.safetensors").stat().st_mtime_ns
     sources.asked.clear(), sources.forwards.clear()
     _, table = run(tmp_path, sources)
-    assert sources.asked == ["model", "eval"] and len(sources.forwards) == N_ARMS - 4 and (tmp_path / "networks.safetensors").stat().st_mtime_ns == fitted
+    assert (
+        sources.asked == ["model", "eval"]
+        and len(sources.forwards) == N_ARMS - 4
+        and (tmp_path / "networks.safetensors").stat().st_mtime_ns == fitted
+    )
     pd.testing.assert_frame_equal(table, whole, check_exact=False, rtol=1e-5, atol=1e-6)
 
 

@@ -26,16 +26,26 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llmfact_nb import resources
-from llmfact_nb import run as run_module
-from llmfact_nb.experiments import Settings
-from llmfact_nb.files import digest, load_tensors, save_tensors, sole_use, write_json, write_text
+from llmfact_nb.base import resources
+from llmfact_nb.command import run as run_module
+from llmfact_nb.ablation import Settings
+from llmfact_nb.base.files import digest, load_tensors, save_tensors, sole_use, write_json, write_text
 from llmfact_nb.networks import FunctionalNetworks
-from llmfact_nb.resources import RESOURCES, Resource, fetch, is_whole, seal
-from llmfact_nb.run import Sources, find_into, has_networks, read_run, run_settings
+from llmfact_nb.base.resources import RESOURCES, Resource, fetch, is_whole, seal
+from llmfact_nb.command.run import Sources, find_into, has_networks, read_run, run_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:FastICA has not converged")
-SMALL = dict(n_components=3, n_init=2, fit_tokens=300, fit_length=48, eval_texts=3, eval_length=30, control_seeds=1, fraction=0.1, conditions=(("mean", "after-first"), ("zero", "all")))
+SMALL = dict(
+    n_components=3,
+    n_init=2,
+    fit_tokens=300,
+    fit_length=48,
+    eval_texts=3,
+    eval_length=30,
+    control_seeds=1,
+    fraction=0.1,
+    conditions=(("mean", "after-first"), ("zero", "all")),
+)
 N_ARMS = 1 + 2 * 9  # unmasked, and nine arms under two conditions
 
 
@@ -45,18 +55,27 @@ def small_world(folder: Path) -> Path:
     vocabulary = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, families.VOCAB)}}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder / "model")
-    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"title": f"t{i}", "text": families.words(60, i)}) for i in range(30)))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(
+        folder / "model"
+    )
+    (folder / "texts.jsonl").write_text(
+        "\n".join(json.dumps({"title": f"t{i}", "text": families.words(60, i)}) for i in range(30))
+    )
     return folder
 
 
 def small_run(world: Path, out: Path, **changes):
-    return run_settings(Settings(model=str(world / "model"), texts=str(world / "texts.jsonl"), **SMALL | changes), out, progress=False)
+    return run_settings(
+        Settings(model=str(world / "model"), texts=str(world / "texts.jsonl"), **SMALL | changes), out, progress=False
+    )
 
 
 def tables(out: Path) -> dict[str, str]:
     "What a run says, file by file: checksums of the bytes."
-    return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in ("results.csv", "networks.csv", "manifest.json", "networks.safetensors", "networks.html")}
+    return {
+        name: hashlib.sha256((out / name).read_bytes()).hexdigest()
+        for name in ("results.csv", "networks.csv", "manifest.json", "networks.safetensors", "networks.html")
+    }
 
 
 def broken_files(folder: Path) -> list[str]:
@@ -124,7 +143,8 @@ class AtCall:
 
 def throw_in(place: str, at: AtCall, model, m: pytest.MonkeyPatch) -> None:
     "Let a place of a run fail at the n-th time that it is passed."
-    from llmfact_nb import experiments, masked_model
+    from llmfact_nb import masked_model
+    from llmfact_nb import ablation as experiments
 
     Module = torch.nn.Module
     if place == "forward":  # the first thing in every pass
@@ -136,7 +156,9 @@ def throw_in(place: str, at: AtCall, model, m: pytest.MonkeyPatch) -> None:
     elif place == "hook":
         for name in ("register_forward_hook", "register_forward_pre_hook"):
             register = getattr(Module, name)
-            m.setattr(Module, name, lambda self, hook, *a, register=register, **kw: register(self, at.around(hook), *a, **kw))
+            m.setattr(
+                Module, name, lambda self, hook, *a, register=register, **kw: register(self, at.around(hook), *a, **kw)
+            )
     elif place == "attaching":
         for name in ("register_forward_hook", "register_forward_pre_hook"):
             m.setattr(Module, name, at.around(getattr(Module, name)))
@@ -189,8 +211,12 @@ def thrown(place, n, model, world, out, undisturbed, error=None) -> None:
         throw_in(place, at, model, m)
         with pytest.raises(type(at.error)) as e:
             small_run(world, out)
-    assert e.value is at.error or isinstance(e.value.__cause__, type(at.error)), "the fault is not swallowed, nor taken for another"
-    assert families.state(model) == before and digest(*model.parameters()) == weights, f"{place} {n}: the model has changed"
+    assert e.value is at.error or isinstance(e.value.__cause__, type(at.error)), (
+        "the fault is not swallowed, nor taken for another"
+    )
+    assert families.state(model) == before and digest(*model.parameters()) == weights, (
+        f"{place} {n}: the model has changed"
+    )
     assert not list(out.rglob("*.partial")) and not broken_files(out), f"{place} {n}"
     assert not (out / "manifest.json").exists()
     small_run(world, out)
@@ -226,7 +252,9 @@ def test_a_fault_at_every_passage(place, in_memory, world, undisturbed, tmp_path
         thrown(place, i, in_memory, world, tmp_path / str(i), undisturbed)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("thrown by the test")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), torch.OutOfMemoryError("thrown by the test")], ids=lambda e: type(e).__name__
+)
 def test_other_faults_in_the_middle_of_an_arm(error, in_memory, world, undisturbed, tmp_path):
     thrown("layer", 12, in_memory, world, tmp_path, undisturbed, error)
 
@@ -258,7 +286,9 @@ def test_networks_found_again_leave_nothing_of_the_old_ones(world, another_order
     for name in ("run", "fresh"):
         small_run(world, tmp_path / name)
     assert tables(tmp_path / "run") == tables(tmp_path / "fresh")
-    assert {name for name, of in tables(tmp_path / "run").items() if of == old[name]} == {"results.csv"}, "they are others indeed, whose key neurons are the same all together"
+    assert {name for name, of in tables(tmp_path / "run").items() if of == old[name]} == {"results.csv"}, (
+        "they are others indeed, whose key neurons are the same all together"
+    )
 
 
 @pytest.mark.parametrize("place", ["statistics.safetensors", "networks.safetensors", "facts.json"])
@@ -269,9 +299,17 @@ def test_new_networks_and_old_facts_are_no_whole(place, world, another_order, tm
     another_order()
     replace = os.replace
     with monkeypatch.context() as m, pytest.raises(Fault):
-        m.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(Fault()) if Path(target).name == place else replace(source, target))
+        m.setattr(
+            os,
+            "replace",
+            lambda source, target: (
+                (_ for _ in ()).throw(Fault()) if Path(target).name == place else replace(source, target)
+            ),
+        )
         small_run(world, tmp_path / "run")
-    assert not has_networks(tmp_path / "run") and not [name for name in ("results.csv", "manifest.json", "networks.html") if (tmp_path / "run" / name).exists()]
+    assert not has_networks(tmp_path / "run") and not [
+        name for name in ("results.csv", "manifest.json", "networks.html") if (tmp_path / "run" / name).exists()
+    ]
     for name in ("run", "fresh"):
         small_run(world, tmp_path / name)
     assert tables(tmp_path / "run") == tables(tmp_path / "fresh")
@@ -312,7 +350,14 @@ def test_networks_that_another_found_meanwhile_are_not_found_again(in_memory, wo
     def find(k=3):
         monkeypatch.setattr(run_module, "sole_use", hold)
         monkeypatch.setattr(run_module, "find_networks", lambda *a: (asked.append(k), honest(*a))[1])
-        return find_into(Settings(**{**vars(settings), "n_components": k}), out, sources.load, sources.texts, progress=False, beside=sources.beside)
+        return find_into(
+            Settings(**{**vars(settings), "n_components": k}),
+            out,
+            sources.load,
+            sources.texts,
+            progress=False,
+            beside=sources.beside,
+        )
 
     asked, honest = [], run_module.find_networks
     for k, out in ((3, tmp_path / "same"), (4, tmp_path / "other")):
@@ -337,7 +382,9 @@ def test_a_full_disk_names_the_file_and_keeps_the_old_one(place, tmp_path, monke
     with pytest.raises(OSError, match="table.csv.*could not be written whole: No space left on device. Make room") as e:
         write_text(old, "new\n")
     assert e.value.errno == errno.ENOSPC and old.read_text() == "old\n"
-    assert load_tensors(tmp_path / "maps.safetensors", "maps")[0]["x"].tolist() == [1, 1, 1] and not list(tmp_path.glob(".*"))
+    assert load_tensors(tmp_path / "maps.safetensors", "maps")[0]["x"].tolist() == [1, 1, 1] and not list(
+        tmp_path.glob(".*")
+    )
 
 
 # the cache
@@ -347,7 +394,9 @@ NO_WRITING = OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def toy() -> Resource:
-    return Resource("toy", "texts", "toy", "1.0", "", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), 1, "none", "bytes")
+    return Resource(
+        "toy", "texts", "toy", "1.0", "", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), 1, "none", "bytes"
+    )
 
 
 def downloaded(package, version, folder: Path) -> Path:
@@ -410,7 +459,19 @@ def test_a_cache_that_cannot_be_written(cache, monkeypatch):
         write_json(cache / "x.json", {})
 
 
-@pytest.mark.parametrize("list_", ["{}", "[]", "7", '{"a": 3}', '{"a": {"size": 1}}', '{"../../etc/passwd": {"size": 0, "changed": 0, "sha256": ""}}', "[" * 9999, '{"a\\u0000b": {"size": 0, "changed": 0, "sha256": 0}}'])
+@pytest.mark.parametrize(
+    "list_",
+    [
+        "{}",
+        "[]",
+        "7",
+        '{"a": 3}',
+        '{"a": {"size": 1}}',
+        '{"../../etc/passwd": {"size": 0, "changed": 0, "sha256": ""}}',
+        "[" * 9999,
+        '{"a\\u0000b": {"size": 0, "changed": 0, "sha256": 0}}',
+    ],
+)
 def test_a_converted_model_with_a_damaged_list_is_not_whole(tmp_path, list_):
     (tmp_path / "a").write_text("abc")
     seal(tmp_path)
@@ -478,7 +539,10 @@ def test_a_folder_that_stayed_empty_goes_again(tmp_path):
         (folder / "a").touch()
     assert (tmp_path / "new" / "a").exists()
     for name in ("new/a", "new/a/b"):
-        with pytest.raises(NotADirectoryError, match=f"{name}' cannot be made: there is a file"), sole_use(tmp_path / name):
+        with (
+            pytest.raises(NotADirectoryError, match=f"{name}' cannot be made: there is a file"),
+            sole_use(tmp_path / name),
+        ):
             pass
 
 
@@ -655,7 +719,7 @@ def kill_chain(job, result, folder: Path, kills: int, seed: int, writes: int) ->
 
 def study_texts():
     import planted
-    from llmfact_nb.whole_study import StudyTexts
+    from llmfact_nb.study.whole import StudyTexts
 
     return StudyTexts(
         {"topics": planted.texts(30, 80), "others": planted.texts(20, 80, seed=7)},
@@ -670,9 +734,18 @@ def study_job(out: Path, model=None) -> None:
     "A whole study on the planted model, as small as it can be."
     import planted
     import test_studies as t
-    from llmfact_nb.whole_study import whole_study
+    from llmfact_nb.study.whole import whole_study
 
-    whole_study(model or planted.model(), t.TOKENIZER, out, t.replace(t.WHOLE, more_seeds=(), more_texts=0, ks=(4,), recurrence_texts=1, draws=1, fractions=(0.05,), gains=(2.0,)), study_texts(), progress=False)
+    whole_study(
+        model or planted.model(),
+        t.TOKENIZER,
+        out,
+        t.replace(
+            t.WHOLE, more_seeds=(), more_texts=0, ks=(4,), recurrence_texts=1, draws=1, fractions=(0.05,), gains=(2.0,)
+        ),
+        study_texts(),
+        progress=False,
+    )
 
 
 def study_result(out: Path) -> dict:
@@ -714,17 +787,36 @@ def nursery(world: str, folder: str, what: str, kills: int, seed: int) -> None:
             out = folder / f"full {n_bytes}"
             code, words = heard(lambda out=out, n_bytes=n_bytes: (limited(n_bytes), run(out)))
             broken, again = broken_files(out), ended(forked(lambda out=out: run(out)))
-            answer["full"].append({"limit": n_bytes, "code": code, "said": words, "broken": broken, "again": again == 0 and tables(out) == expected})
+            answer["full"].append(
+                {
+                    "limit": n_bytes,
+                    "code": code,
+                    "said": words,
+                    "broken": broken,
+                    "again": again == 0 and tables(out) == expected,
+                }
+            )
         answer["two"] = []
         for i in range(1 if kills < 30 else 8):
             out = folder / f"two {i}"
             work = lambda out=out: run(out)
             first = forked(work)
-            wait_until(lambda out=out, n=2 * i: (out / "settings.json").exists() and sum(1 for _ in out.rglob("*.safetensors")) >= n)
+            wait_until(
+                lambda out=out, n=2 * i: (
+                    (out / "settings.json").exists() and sum(1 for _ in out.rglob("*.safetensors")) >= n
+                )
+            )
             os.kill(first, signal.SIGSTOP)  # however fast it is, the second comes while it is at work
             refused, said = heard(work)
             os.kill(first, signal.SIGCONT)
-            answer["two"].append({"codes": [refused, ended(first), ended(forked(work))], "said": said, "broken": broken_files(out), "same": tables(out) == expected})
+            answer["two"].append(
+                {
+                    "codes": [refused, ended(first), ended(forked(work))],
+                    "said": said,
+                    "broken": broken_files(out),
+                    "same": tables(out) == expected,
+                }
+            )
         os.environ["LLMFACT_CACHE"] = str(folder / "cache")
         RESOURCES["toy"] = toy()
 
@@ -734,7 +826,11 @@ def nursery(world: str, folder: str, what: str, kills: int, seed: int) -> None:
 
         codes = [ended(p) for p in [forked(lambda: fetch("toy", download=slowly)) for _ in range(4)]]
         left = sorted(str(p.relative_to(folder / "cache")) for p in (folder / "cache").rglob("*") if p.is_file())
-        answer["fetch"] = {"codes": codes, "whole": fetch("toy", download=unreachable).read_bytes() == CONTENT, "left": left}
+        answer["fetch"] = {
+            "codes": codes,
+            "whole": fetch("toy", download=unreachable).read_bytes() == CONTENT,
+            "left": left,
+        }
         pid = forked(lambda: hold(folder / "held"))
         wait_until((folder / "held" / "ready").exists)
         answer["held"] = [ended(forked(lambda: hold(folder / "held", 0)))]
@@ -752,7 +848,14 @@ def hold(folder: Path, seconds: float = 60) -> None:
 
 def in_a_nursery(world, folder, what, kills, seed=0) -> dict:
     code = f"import test_faults as t; t.nursery({str(world)!r}, {str(folder)!r}, {what!r}, {kills}, {seed})"
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg", "PYTHONWARNINGS": "ignore"}
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "Agg",
+        "PYTHONWARNINGS": "ignore",
+    }
     settings["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # the other one keeps a thread
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | settings)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -778,7 +881,9 @@ def wrote_whole_or_not_at_all(trials):
     for trial in trials["full"]:
         assert trial["again"] and not trial["broken"], trial
         if trial["code"]:
-            assert trial["code"] == 3 and "path='" in trial["said"][0] and "could not be written whole" in trial["said"][0], trial
+            assert (
+                trial["code"] == 3 and "path='" in trial["said"][0] and "could not be written whole" in trial["said"][0]
+            ), trial
     assert {t["code"] for t in trials["full"] if t["limit"] < 10_000} == {3}, "the limit was felt"
 
 
@@ -789,7 +894,10 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(trials):
 def test_two_processes_in_one_folder(trials):
     "The second is refused while the first is at work, who never notices; afterwards the folder takes another."
     for trial in trials["two"]:
-        assert trial["codes"] == [3, 0, 0] and "is in use: another process works there" in trial["said"][0], (trial, trials["stderr"])
+        assert trial["codes"] == [3, 0, 0] and "is in use: another process works there" in trial["said"][0], (
+            trial,
+            trials["stderr"],
+        )
         assert trial["same"] and not trial["broken"], trial
 
 

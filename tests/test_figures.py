@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 import torch
 
-from llmfact_nb import figures
-from llmfact_nb.files import write_text
+from llmfact_nb.show import figures
+from llmfact_nb.base.files import write_text
 
 WIDTHS = [40, 40, 24]
 N = sum(WIDTHS)
@@ -40,14 +40,18 @@ def lab(colours, seen) -> np.ndarray:
     "CIE L*a*b*, (n, 3), in which equal distances look about equal; 2 is just visible."
     rgb = np.array([matplotlib.colors.to_rgb(c) for c in colours])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ np.transpose(seen)
-    xyz = linear.clip(0, 1) @ np.transpose([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) / [0.95047, 1, 1.08883]
+    xyz = (
+        linear.clip(0, 1)
+        @ np.transpose([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        / [0.95047, 1, 1.08883]
+    )
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
 
 @pytest.mark.parametrize("seen", SEEN.values(), ids=SEEN)
 def test_every_arm_has_a_colour_that_all_can_tell_apart(seen):
-    from llmfact_nb.selections import CONTROLS
+    from llmfact_nb.study.selections import CONTROLS
 
     assert {"key", "PCA", "rotation", "gradient x activation", "Wanda score", *CONTROLS} <= figures.ARM_COLOURS.keys()
     places = lab(figures.ARM_COLOURS.values(), seen)
@@ -61,7 +65,19 @@ def results(**changes):
         for arm, seeds, damage in (("unmasked", 1, 0.0), ("key", 2, 1.1), ("random", 3, 0.02), ("all off", 1, 11.0)):
             for seed in range(seeds):
                 d = damage * (1 + 0.1 * seed)
-                rows.append({"condition": condition, "arm": arm, "seed": seed if seeds > 1 else None, "units": 7, "damage": d, "ci_low": 0.9 * d, "ci_high": 1.2 * d, "broken": d > 10, **changes})
+                rows.append(
+                    {
+                        "condition": condition,
+                        "arm": arm,
+                        "seed": seed if seeds > 1 else None,
+                        "units": 7,
+                        "damage": d,
+                        "ci_low": 0.9 * d,
+                        "ci_high": 1.2 * d,
+                        "broken": d > 10,
+                        **changes,
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -79,8 +95,12 @@ FIGURES = {
     "tokens": lambda **where: figures.plot_time_courses(maps().T, tokens=["a"] * N, **where),
     "connectivity": lambda **where: figures.plot_connectivity(np.corrcoef(maps()), **where),
     "stability": lambda **where: figures.plot_stability([0.9, 0.4, -0.1], n_init=10, **where),
-    "convergence": lambda **where: figures.plot_convergence(np.geomspace(1, 1e-7, 12)[:, None] * [0.1, 0.4, 0.7, 1], **where),
-    "variance": lambda **where: figures.plot_variance_share({"mlp_out": [0.5, 0.9, 1.0], "mlp_hidden": [0.3, 0.6, 1.0]}, **where),
+    "convergence": lambda **where: figures.plot_convergence(
+        np.geomspace(1, 1e-7, 12)[:, None] * [0.1, 0.4, 0.7, 1], **where
+    ),
+    "variance": lambda **where: figures.plot_variance_share(
+        {"mlp_out": [0.5, 0.9, 1.0], "mlp_hidden": [0.3, 0.6, 1.0]}, **where
+    ),
 }
 MANY_PANELS = {"maps", "damage"}
 
@@ -103,7 +123,10 @@ def png(drawn) -> bytes:
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_users_settings_neither_change_nor_matter(name):
     plain = png(FIGURES[name]())
-    with plt.style.context("dark_background"), plt.rc_context({"font.size": 21, "xtick.labelsize": 21, "lines.linewidth": 9, "figure.autolayout": True}):
+    with (
+        plt.style.context("dark_background"),
+        plt.rc_context({"font.size": 21, "xtick.labelsize": 21, "lines.linewidth": 9, "figure.autolayout": True}),
+    ):
         before = dict(plt.rcParams)
         drawn = FIGURES[name]()
         assert dict(plt.rcParams) == before
@@ -128,7 +151,9 @@ def test_axes_have_names(name):
     drawn = FIGURES[name]()
     fig = drawn.figure
     assert fig.get_supxlabel() or drawn.get_xlabel()
-    assert name == "damage" or fig.get_supylabel() or drawn.get_ylabel() or "time" in name or name == "tokens"  # there the rows carry names
+    assert (
+        name == "damage" or fig.get_supylabel() or drawn.get_ylabel() or "time" in name or name == "tokens"
+    )  # there the rows carry names
     assert all(ax.get_title(loc="left") for ax in fig.axes if not hasattr(ax, "_colorbar"))
 
 
@@ -161,7 +186,11 @@ def test_maps_show_every_selected_unit_at_its_layer_and_place():
     for row, j in enumerate([2, 0]):
         ax = fig.axes[2 * row + 1]
         dots = ax.collections[-1].get_offsets()
-        expected = [(unit, layer) for layer, part in enumerate(np.split(chosen[j], np.cumsum(WIDTHS)[:-1])) for unit in np.flatnonzero(part)]
+        expected = [
+            (unit, layer)
+            for layer, part in enumerate(np.split(chosen[j], np.cumsum(WIDTHS)[:-1]))
+            for unit in np.flatnonzero(part)
+        ]
         assert sorted(map(tuple, np.asarray(dots).astype(int))) == sorted(expected)
         assert f"network {j}: {chosen[j].sum()} units" in ax.get_title(loc="left")
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["5", "7", "9"]
@@ -190,11 +219,17 @@ def test_damage_draws_every_seed_its_interval_and_what_is_broken():
         here = table[(table.condition == condition) & (table.arm != "unmasked")]
         points = np.concatenate([np.asarray(c.get_offsets())[:, 0] for c in ax.collections if hasattr(c, "get_sizes")])
         assert np.allclose(sorted(points), sorted(here.damage))
-        ends = {tuple(np.round(s[:, 0], 6)) for c in ax.collections if hasattr(c, "get_segments") for s in c.get_segments()}
+        ends = {
+            tuple(np.round(s[:, 0], 6)) for c in ax.collections if hasattr(c, "get_segments") for s in c.get_segments()
+        }
         assert {tuple(np.round(r, 6)) for r in here[["ci_low", "ci_high"]].to_numpy()} <= ends
         assert [t.get_text() for t in ax.texts] == ["broken"]
         assert ax.get_xscale() == "symlog"  # 0.02 to 11
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["key\n7 units, 2 seeds", "random\n7 units, 3 seeds", "all off\n7 units"]
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == [
+        "key\n7 units, 2 seeds",
+        "random\n7 units, 3 seeds",
+        "all off\n7 units",
+    ]
 
 
 def test_damage_reads_a_table_back_from_csv(tmp_path):
@@ -216,7 +251,9 @@ def test_a_connectivity_matrix_in_the_callers_order():
     C = np.corrcoef(maps(5))
     C[1, 2] = C[2, 1] = np.nan
     ax = figures.plot_connectivity(C, order=[4, 2, 0, 1, 3])
-    assert np.allclose(np.ma.filled(ax.images[0].get_array(), np.nan), C[np.ix_([4, 2, 0, 1, 3], [4, 2, 0, 1, 3])], equal_nan=True)
+    assert np.allclose(
+        np.ma.filled(ax.images[0].get_array(), np.nan), C[np.ix_([4, 2, 0, 1, 3], [4, 2, 0, 1, 3])], equal_nan=True
+    )
     assert ax.images[0].get_clim() == (-1, 1)
     assert len(ax.texts) == 25 - 2  # numbers in the cells, none where there is no correlation
 
@@ -226,7 +263,12 @@ def test_text_from_data_cannot_break_a_figure(text, recwarn):
     with plt.rc_context({"text.parse_math": True}):
         fig, ax = plt.subplots()
         figures.plot_time_courses(np.eye(4), tokens=[text] * 4, ax=ax)
-        drawn = [ax, figures.plot_connectivity(np.eye(2), labels=[text, "b"]), figures.plot_units_per_layer({text: [1, 1, 1]}, WIDTHS), figures.plot_damage(results(condition=text).replace("key", text))]
+        drawn = [
+            ax,
+            figures.plot_connectivity(np.eye(2), labels=[text, "b"]),
+            figures.plot_units_per_layer({text: [1, 1, 1]}, WIDTHS),
+            figures.plot_damage(results(condition=text).replace("key", text)),
+        ]
         for d in drawn:
             d.figure.draw_without_rendering()
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
@@ -282,5 +324,5 @@ def test_saving_is_whole_or_nothing_and_closes_the_figure(tmp_path):
 
 
 def test_importing_the_room_loads_neither_torch_nor_matplotlib():
-    code = "import sys, llmfact_nb.figures, llmfact_nb.report; sys.exit(bool({'torch', 'matplotlib', 'pandas'} & set(sys.modules)))"
+    code = "import sys, llmfact_nb.show.figures, llmfact_nb.show.report; sys.exit(bool({'torch', 'matplotlib', 'pandas'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

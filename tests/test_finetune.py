@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from llmfact_nb.activations import capture
-from llmfact_nb.finetune import NeuronTuningConfig, get_neuron_model, merge_and_unload, neuron_parameters, neuron_training
+from llmfact_nb.finetune import (
+    NeuronTuningConfig,
+    get_neuron_model,
+    merge_and_unload,
+    neuron_parameters,
+    neuron_training,
+)
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.sites import neuron_sites
@@ -62,7 +68,9 @@ def test_frozen_weights_do_not_move_by_a_bit(family, optimizer, mode):
     mask, before = draw(model), weights(model)
     entries = inside(model, mask)
     get_neuron_model(model, NeuronTuningConfig(mode, mask), verbose=False)
-    train(model, OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad]), 50 if family == "llama" else 8)
+    train(
+        model, OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad]), 50 if family == "llama" else 8
+    )
     merge_and_unload(model)
     for n, p in model.named_parameters():
         frozen = ~entries[n] if mode == "selected" else entries[n]
@@ -91,9 +99,14 @@ def dense_reference(model, mask, make, steps):
 @pytest.mark.parametrize("family", TUNABLE)
 @pytest.mark.parametrize("optimizer", ["AdamW foreach", "SGD momentum"])
 def test_selected_trains_as_a_dense_model_would(family, optimizer):
-    make = lambda p: {"AdamW foreach": torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1), "SGD momentum": torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=0.1)}[optimizer]
+    make = lambda p: {
+        "AdamW foreach": torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+        "SGD momentum": torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=0.1),
+    }[optimizer]
     expected = dense_reference(families.build(family), draw(families.build(family)), make, 10)
-    model = get_neuron_model(families.build(family), NeuronTuningConfig("selected", draw(families.build(family))), verbose=False)
+    model = get_neuron_model(
+        families.build(family), NeuronTuningConfig("selected", draw(families.build(family))), verbose=False
+    )
     train(model, make([p for p in model.parameters() if p.requires_grad]), 10)
     merge_and_unload(model)
     for (n, p), (_, q) in zip(model.named_parameters(), expected.named_parameters()):
@@ -161,7 +174,11 @@ def test_gradients_of_the_frozen_part_are_gone_before_anybody_clips():
     model, mask = families.build("gpt2"), draw(families.build("gpt2"))
     entries, ids = inside(model, mask), tokens()
     model(input_ids=ids, labels=ids).loss.backward()
-    expected = torch.stack([p.grad.masked_fill(entries[n], 0).square().sum() for n, p in model.named_parameters()]).sum().sqrt()
+    expected = (
+        torch.stack([p.grad.masked_fill(entries[n], 0).square().sum() for n, p in model.named_parameters()])
+        .sum()
+        .sqrt()
+    )
     model.zero_grad()
     with neuron_training(model, mask, "rest", verbose=False):
         for _ in range(2):  # accumulated over two backward passes
@@ -211,7 +228,10 @@ def test_scaled_gradients_under_adam_are_called_what_they_are():
 def test_two_optimizers_may_share_the_work():
     model = families.build("llama", "classification")
     with neuron_training(model, draw(model), also=["score"], verbose=False) as tuning:
-        head, slices = torch.optim.SGD(model.score.parameters(), lr=0.1), torch.optim.AdamW(list(tuning.parameters_of("neurons")))
+        head, slices = (
+            torch.optim.SGD(model.score.parameters(), lr=0.1),
+            torch.optim.AdamW(list(tuning.parameters_of("neurons"))),
+        )
         model(tokens()).logits.square().sum().backward()
         head.step()
         slices.step()
@@ -236,7 +256,9 @@ def test_an_optimizer_from_before_is_refused():
 
 
 def test_biases_are_called_biases_and_nothing_is_shared():
-    model = get_neuron_model(families.build("gpt2"), NeuronTuningConfig(masks=draw(families.build("gpt2"))), verbose=False)
+    model = get_neuron_model(
+        families.build("gpt2"), NeuronTuningConfig(masks=draw(families.build("gpt2"))), verbose=False
+    )
     slices = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert slices and all(n.endswith("bias") == (p.dim() == 1) for n, p in slices.items())
     buffers = [b.data_ptr() for n, b in model.named_buffers() if n.endswith(".index")]
@@ -256,7 +278,9 @@ def test_slices_of_other_neurons_are_not_loaded():
 
 
 def test_a_model_that_changes_its_dtype_keeps_its_slices_fine():
-    model = get_neuron_model(families.build("llama"), NeuronTuningConfig(masks=draw(families.build("llama"))), verbose=False)
+    model = get_neuron_model(
+        families.build("llama"), NeuronTuningConfig(masks=draw(families.build("llama"))), verbose=False
+    )
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     model.to(torch.bfloat16)
     for n, p in model.named_parameters():
@@ -269,11 +293,17 @@ def test_a_model_that_changes_its_dtype_keeps_its_slices_fine():
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "LBFGS"])
 def test_a_silent_network_stays_still_in_a_step_with_a_closure(optimizer):
     model = families.build("llama")
-    get_neuron_model(model, NeuronTuningConfig(masks={"a": draw(model, seed=1), "b": draw(model, seed=2) - draw(model, seed=1)}), verbose=False)
-    tuning = model.neuron_tuning
-    made = {"AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1), "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1), "LBFGS": lambda p: torch.optim.LBFGS(p, lr=1e-2, max_iter=3)}[optimizer](
-        [p for p in model.parameters() if p.requires_grad]
+    get_neuron_model(
+        model,
+        NeuronTuningConfig(masks={"a": draw(model, seed=1), "b": draw(model, seed=2) - draw(model, seed=1)}),
+        verbose=False,
     )
+    tuning = model.neuron_tuning
+    made = {
+        "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+        "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
+        "LBFGS": lambda p: torch.optim.LBFGS(p, lr=1e-2, max_iter=3),
+    }[optimizer]([p for p in model.parameters() if p.requires_grad])
 
     def closure():
         made.zero_grad()
@@ -292,7 +322,11 @@ def test_a_silent_network_stays_still_in_a_step_with_a_closure(optimizer):
 
 def test_a_network_that_never_learned_has_no_state_after_closures():
     model = families.build("llama")
-    get_neuron_model(model, NeuronTuningConfig(masks={"a": draw(model, seed=1), "b": draw(model, seed=2) - draw(model, seed=1)}), verbose=False)
+    get_neuron_model(
+        model,
+        NeuronTuningConfig(masks={"a": draw(model, seed=1), "b": draw(model, seed=2) - draw(model, seed=1)}),
+        verbose=False,
+    )
     model.neuron_tuning.set_active(["a"])
     optimizer = torch.optim.AdamW(model.neuron_tuning.param_groups(lr=1e-2))
 
@@ -313,7 +347,9 @@ def test_gradients_from_before_move_nothing(mode):
     before = weights(model)
     entries = inside(model, draw(model))
     get_neuron_model(model, NeuronTuningConfig(mode, draw(model)), verbose=False)
-    train(model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), 2)  # of all parameters, also the frozen ones
+    train(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), 2
+    )  # of all parameters, also the frozen ones
     merge_and_unload(model)
     for n, p in model.named_parameters():
         frozen = ~entries[n] if mode == "selected" else entries[n]
@@ -321,7 +357,9 @@ def test_gradients_from_before_move_nothing(mode):
 
 
 def test_what_is_left_of_a_tuning_disturbs_nobody():
-    model = get_neuron_model(families.build("llama"), NeuronTuningConfig(masks=draw(families.build("llama"))), verbose=False)
+    model = get_neuron_model(
+        families.build("llama"), NeuronTuningConfig(masks=draw(families.build("llama"))), verbose=False
+    )
     kept = model.neuron_tuning
     del model
     gc.collect()
@@ -358,11 +396,15 @@ def test_no_gradient_below_the_lowest_trained_layer():
     model, ids = families.build("llama"), tokens()
     get_neuron_model(model, NeuronTuningConfig(masks=draw(model, layers={2})), verbose=False)
     seen = []
-    handle = model.model.layers[1].register_forward_hook(lambda m, args, out: seen.append((out[0] if isinstance(out, tuple) else out).requires_grad))
+    handle = model.model.layers[1].register_forward_hook(
+        lambda m, args, out: seen.append((out[0] if isinstance(out, tuple) else out).requires_grad)
+    )
     model(input_ids=ids, labels=ids).loss.backward()
     handle.remove()
     assert seen == [False]
-    assert "lowest trained layer: 2" in str(model.neuron_tuning) and f"0 0 {model.neuron_tuning.networks['neurons'].n}" in str(model.neuron_tuning)
+    assert "lowest trained layer: 2" in str(
+        model.neuron_tuning
+    ) and f"0 0 {model.neuron_tuning.networks['neurons'].n}" in str(model.neuron_tuning)
 
 
 def test_it_says_what_trains(capsys):
@@ -386,7 +428,10 @@ def test_slices_of_a_coarse_base_are_fine_and_merging_says_what_it_loses(dtype):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert torch.equal(model(ids).logits, before) and before.dtype == dtype
     train(model, torch.optim.SGD(model.neuron_tuning.param_groups(lr=1e-5)), 1)
-    moved = [float((s.joined("weight").detach() - s.rows(o.weight, s.index)).abs().max()) for o, s in model.neuron_tuning.slices()]
+    moved = [
+        float((s.joined("weight").detach() - s.rows(o.weight, s.index)).abs().max())
+        for o, s in model.neuron_tuning.slices()
+    ]
     assert min(moved) > 0  # steps far below the base's rounding are kept
     with pytest.warns(UserWarning, match="lost in the rounding"):
         merge_and_unload(model)
@@ -419,7 +464,9 @@ def test_other_rooms_see_the_tuned_model(tiny_tokenizer):
         ablated = model(tokens()).logits
     generated = model.generate(tokens(), max_new_tokens=4, do_sample=False)
     merge_and_unload(model)
-    torch.testing.assert_close(values, capture(model, tiny_tokenizer(), texts, "mlp_hidden", progress=False).values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        values, capture(model, tiny_tokenizer(), texts, "mlp_hidden", progress=False).values, rtol=1e-4, atol=1e-5
+    )
     with torch.no_grad(), MaskedModel(model).ablate(mask):
         torch.testing.assert_close(ablated, model(tokens()).logits, rtol=1e-4, atol=1e-5)
     assert torch.equal(generated, model.generate(tokens(), max_new_tokens=4, do_sample=False))
@@ -441,7 +488,9 @@ def test_a_loop_ends_merged_or_as_before_also_after_an_error(mode, then):
 def test_an_abandoned_model_is_not_kept_alive():
     from torch.optim import optimizer
 
-    model = get_neuron_model(families.build("llama"), NeuronTuningConfig(masks=draw(families.build("llama"))), verbose=False)
+    model = get_neuron_model(
+        families.build("llama"), NeuronTuningConfig(masks=draw(families.build("llama"))), verbose=False
+    )
     assert optimizer._global_optimizer_post_hooks
     gone = weakref.ref(model)
     del model
@@ -492,7 +541,9 @@ def test_what_cannot_be_tuned_is_refused_by_name():
     wrong = {
         "select no neuron": NeuronMask.empty((families.HIDDEN,) * 3, site="mlp_hidden"),
         "masks select every neuron": ~NeuronMask.empty((families.HIDDEN,) * 3, site="mlp_hidden"),
-        "find networks at site='mlp_hidden'": NeuronMask.from_layers([torch.arange(families.D) < 3] * 3, site="mlp_out"),
+        "find networks at site='mlp_hidden'": NeuronMask.from_layers(
+            [torch.arange(families.D) < 3] * 3, site="mlp_out"
+        ),
         "units in layer 0, the model 24": NeuronMask.from_layers([torch.arange(7) < 3] * 3, site="mlp_hidden"),
         "layers": NeuronMask.from_layers([torch.arange(families.HIDDEN) < 3] * 5, site="mlp_hidden"),
     }
@@ -503,7 +554,12 @@ def test_what_cannot_be_tuned_is_refused_by_name():
     for masks, error in (("network 0", TypeError), ([1, 2], TypeError), (None, TypeError), ([], ValueError)):
         with pytest.raises(error, match="masks"):
             NeuronTuningConfig(masks=masks)
-    for arguments in (dict(mode="freeze"), dict(mode="selected", grad_scale=0.5), dict(mode="rest", grad_scale=0), dict(mode="rest", grad_scale=-1.0)):
+    for arguments in (
+        dict(mode="freeze"),
+        dict(mode="selected", grad_scale=0.5),
+        dict(mode="rest", grad_scale=0),
+        dict(mode="rest", grad_scale=-1.0),
+    ):
         with pytest.raises(ValueError, match="mode=|grad_scale="):
             NeuronTuningConfig(masks=draw(model), **arguments)
     with pytest.raises(TypeError, match="expected NeuronTuningConfig"):
@@ -541,7 +597,10 @@ def test_models_that_cannot_be_tuned_are_refused_by_name():
         refused(families.build("bert"))
     peft = pytest.importorskip("peft")
     with pytest.raises(NotImplementedError, match="merge the adapter first"):
-        refused(peft.get_peft_model(families.build("llama"), peft.LoraConfig(target_modules=["up_proj"])), draw(families.build("llama")))
+        refused(
+            peft.get_peft_model(families.build("llama"), peft.LoraConfig(target_modules=["up_proj"])),
+            draw(families.build("llama")),
+        )
 
 
 def test_a_refusal_leaves_the_model_alone():
@@ -597,7 +656,10 @@ def test_a_new_head_can_train_along():
     merge_and_unload(model)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert "score.weight" in moved and all(".mlp." in n for n in moved - {"score.weight"})
-    for also, message in ((["head"], "no module or parameter 'head'"), (["model.layers.0.mlp"], "base of chosen neurons")):
+    for also, message in (
+        (["head"], "no module or parameter 'head'"),
+        (["model.layers.0.mlp"], "base of chosen neurons"),
+    ):
         with pytest.raises(ValueError, match=message):
             get_neuron_model(model, NeuronTuningConfig(masks=draw(model), also=also))
     assert not hasattr(model, "neuron_tuning")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import D, FAMILIES, LAYERS
 
-from llmfact_nb.gates import NeuronGate
+from llmfact_nb.tuning.gates import NeuronGate
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
 
@@ -87,7 +87,9 @@ def test_gates_of_0_and_1_are_keep_and_ablate(name, site, values):
 
 
 def test_straight_through_is_exact_in_these_brackets_only():
-    gate = NeuronGate(every(), start=torch.rand(every().n, generator=torch.Generator().manual_seed(0)).clamp(0.01, 0.99))
+    gate = NeuronGate(
+        every(), start=torch.rand(every().n, generator=torch.Generator().manual_seed(0)).clamp(0.01, 0.99)
+    )
     x = torch.ones(1, FAMILIES["llama"].hidden)
     seen = torch.cat([gate(i, x)[0] for i in range(LAYERS)])
     p = gate.probabilities()
@@ -102,7 +104,10 @@ def test_straight_through_is_exact_in_these_brackets_only():
 def test_values_and_gradients_through_a_frozen_model(name, site, kind):
     model = families.build(name).requires_grad_(False)
     generator = torch.Generator().manual_seed(2)
-    start, values = torch.rand(every(name, site).n, generator=generator) * 0.9 + 0.05, torch.randn(every(name, site).n, generator=generator)
+    start, values = (
+        torch.rand(every(name, site).n, generator=generator) * 0.9 + 0.05,
+        torch.randn(every(name, site).n, generator=generator),
+    )
     gate = NeuronGate(every(name, site), kind=kind, start=start, replace=values, temperature=0.7)
     assert torch.allclose(gate.probabilities(), start, atol=1e-6)
     with gate.attached(model):
@@ -113,11 +118,17 @@ def test_values_and_gradients_through_a_frozen_model(name, site, kind):
     p = torch.sigmoid(theirs / 0.7)
     g = p if kind == "sigmoid" else (p > 0.5).float() + p - p.detach()
     handles = []
-    for (_, module), row, value in zip(families.down_projections(name, model), g.split(gate.gated.widths), values.split(gate.gated.widths)):
+    for (_, module), row, value in zip(
+        families.down_projections(name, model), g.split(gate.gated.widths), values.split(gate.gated.widths)
+    ):
         if site == "mlp_out":
-            handles.append(module.register_forward_hook(lambda m, a, y, row=row, value=value: y * row + value * (1 - row)))
+            handles.append(
+                module.register_forward_hook(lambda m, a, y, row=row, value=value: y * row + value * (1 - row))
+            )
         else:
-            handles.append(module.register_forward_pre_hook(lambda m, a, row=row, value=value: (a[0] * row + value * (1 - row),)))
+            handles.append(
+                module.register_forward_pre_hook(lambda m, a, row=row, value=value: (a[0] * row + value * (1 - row),))
+            )
     expected = model(IDS, labels=IDS).loss
     expected.backward()
     for h in handles:
@@ -208,7 +219,9 @@ def test_an_overflowing_neuron_behind_a_closed_gate():
         model.model.layers[1].mlp.up_proj.weight[3] = 1e25  # up and gate are finite, their product is not
         model.model.layers[1].mlp.gate_proj.weight[3] = 1e25
     assert not torch.isfinite(logits(model)).all()
-    one = NeuronMask.from_layers([torch.arange(24) == (3 if layer == 1 else -1) for layer in range(LAYERS)], site="mlp_hidden")
+    one = NeuronMask.from_layers(
+        [torch.arange(24) == (3 if layer == 1 else -1) for layer in range(LAYERS)], site="mlp_hidden"
+    )
     with MaskedModel(model).ablate(one):
         expected = logits(model)
     gate = NeuronGate(every(), start=chances(~one))
@@ -321,8 +334,15 @@ def test_half_is_closed_in_the_mask_and_in_the_model():
 
 
 def test_layers_without_gates_have_no_hook():
-    model, one = families.build("llama"), NeuronMask.from_layers([torch.arange(24) == (3 if layer == 1 else -1) for layer in range(LAYERS)], site="mlp_hidden")
-    hooked = lambda: [layer for layer, (_, m) in enumerate(families.down_projections("llama", model)) if m._forward_pre_hooks]
+    model, one = (
+        families.build("llama"),
+        NeuronMask.from_layers(
+            [torch.arange(24) == (3 if layer == 1 else -1) for layer in range(LAYERS)], site="mlp_hidden"
+        ),
+    )
+    hooked = lambda: [
+        layer for layer, (_, m) in enumerate(families.down_projections("llama", model)) if m._forward_pre_hooks
+    ]
     with NeuronGate(one).attached(model):
         assert hooked() == [1]
     with NeuronGate(one, others="closed").attached(model):
@@ -342,7 +362,9 @@ def test_temperature_limits():
         assert torch.isfinite(gate.bias.grad).all()
     gate.temperature = 1e9
     torch.testing.assert_close(gate.penalty(), torch.tensor(0.5))
-    assert NeuronGate(every(), temperature=5.0, start=0.8).penalty().item() == pytest.approx(0.8)  # a start is a chance at any temperature
+    assert NeuronGate(every(), temperature=5.0, start=0.8).penalty().item() == pytest.approx(
+        0.8
+    )  # a start is a chance at any temperature
     for bad in (0, -1.0, 1e-9, math.inf, math.nan, True, "low", None):
         with pytest.raises(ValueError, match="temperature"):
             gate.temperature = bad
@@ -402,7 +424,9 @@ def test_peft_models():
     adapted.train()
     with_penalty = adapted(input_ids=IDS, labels=IDS).loss
     gate.penalty_weight = 0.0
-    assert (with_penalty - adapted(input_ids=IDS, labels=IDS).loss).item() == pytest.approx(gate.penalty().item(), rel=1e-3)
+    assert (with_penalty - adapted(input_ids=IDS, labels=IDS).loss).item() == pytest.approx(
+        gate.penalty().item(), rel=1e-3
+    )
     gate.detach()
 
 
@@ -417,7 +441,9 @@ def test_beside_neuron_tuning():
     with gate.attached(model):
         assert torch.equal(logits(model), expected)
         model(IDS, labels=IDS).loss.backward()
-    assert gate.bias.grad.abs().max() > 0 and all(p.grad is not None for p in model.neuron_tuning.parameters_of("neurons"))
+    assert gate.bias.grad.abs().max() > 0 and all(
+        p.grad is not None for p in model.neuron_tuning.parameters_of("neurons")
+    )
     merge_and_unload(model)
 
 
@@ -430,7 +456,12 @@ def test_attach_makes_a_child_and_detach_leaves_nothing():
     assert set(model.state_dict()) - set(names) == {"neuron_gate.bias"}
     assert not torch.equal(logits(model), plain)
     gate.detach()
-    assert families.state(model) == before and list(model.state_dict()) == names and torch.equal(logits(model), plain) and not hasattr(model, "neuron_gate")
+    assert (
+        families.state(model) == before
+        and list(model.state_dict()) == names
+        and torch.equal(logits(model), plain)
+        and not hasattr(model, "neuron_gate")
+    )
     with pytest.raises(ValueError, match="not attached"):
         gate.detach()
     gate.attach(model).detach()  # and again
@@ -452,7 +483,12 @@ def test_attached_keeps_its_parameters_to_itself_and_goes_with_an_exception():
 
 @pytest.mark.parametrize("way", ["attach", "attached"])
 def test_a_second_gate_is_refused(way):
-    model, other, gate, second = families.build("llama"), families.build("llama", "base"), NeuronGate(every()), NeuronGate(drawn(), start=0.2)
+    model, other, gate, second = (
+        families.build("llama"),
+        families.build("llama", "base"),
+        NeuronGate(every()),
+        NeuronGate(drawn(), start=0.2),
+    )
     plain = logits(model)
     put = (lambda g, m: g.attach(m)) if way == "attach" else (lambda g, m: g.attached(m).__enter__())
     gate.attach(model)
@@ -485,7 +521,11 @@ def test_models_that_do_not_fit():
     model = families.build("llama")
     gate, before = NeuronGate(every()), families.state(model)
     narrow, short = NeuronMask.full([8] * 3, site="mlp_hidden"), NeuronMask.full([24] * 2, site="mlp_hidden")
-    for bad, message in ((narrow, "8 units"), (short, "2 layers"), (NeuronMask.full([24] * 3, site="mlp_out"), "mlp_out")):
+    for bad, message in (
+        (narrow, "8 units"),
+        (short, "2 layers"),
+        (NeuronMask.full([24] * 3, site="mlp_out"), "mlp_out"),
+    ):
         with pytest.raises(ValueError, match=message):
             NeuronGate(bad).attach(model)
     compiled = families.build("llama")
@@ -556,7 +596,9 @@ def test_the_loss_carries_the_penalty_in_training_only():
     assert out.loss.item() == pytest.approx(plain + 2.4, rel=1e-5) and out["loss"] is out.loss is out[0]
     as_tuple = model(IDS, labels=IDS, return_dict=False)
     assert as_tuple[0].item() == out.loss.item() and torch.equal(as_tuple[1], out.logits)
-    assert torch.equal(model(IDS, return_dict=False)[0], out.logits) and model(IDS).loss is None  # no loss, nothing to add to
+    assert (
+        torch.equal(model(IDS, return_dict=False)[0], out.logits) and model(IDS).loss is None
+    )  # no loss, nothing to add to
     gate.penalty_weight = 1.0
     assert model(IDS, labels=IDS).loss.item() == pytest.approx(plain + 0.8, rel=1e-5)
     gate.detach()
@@ -598,8 +640,20 @@ class Rows(torch.utils.data.Dataset):
 def trained(model, folder, data=None, resume=None, **options):
     from transformers import Trainer, TrainingArguments
 
-    options = {"max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 0.1, "lr_scheduler_type": "constant", "save_strategy": "no", "logging_steps": 1, **options}
-    trainer = Trainer(model, TrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **options), train_dataset=data or Rows())
+    options = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        **options,
+    }
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **options),
+        train_dataset=data or Rows(),
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -614,7 +668,9 @@ def test_trainer_trains_the_gates_and_nothing_else(tmp_path):
         return torch.cat([ids[:, :1], answers[:, :-1]], 1)
 
     gate = NeuronGate(every()).attach(model, penalty=0.05)
-    trainer = trained(model, tmp_path, Rows(best, 256, whole=True), max_steps=60, per_device_train_batch_size=32, weight_decay=0.1)
+    trainer = trained(
+        model, tmp_path, Rows(best, 256, whole=True), max_steps=60, per_device_train_batch_size=32, weight_decay=0.1
+    )
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.1
     evaluated = trainer.evaluate(Rows(best, 64, whole=True))["eval_loss"]
@@ -622,7 +678,11 @@ def test_trainer_trains_the_gates_and_nothing_else(tmp_path):
     assert trainer.evaluate(Rows(best, 64, whole=True))["eval_loss"] == evaluated  # no penalty in evaluation
     gate.detach()
     model.eval()
-    assert iou(gate.gated - gate.mask(), lost) > 0.6 > max(iou(lost, lost.matched_random(seed, disjoint=False)) for seed in range(20))
+    assert (
+        iou(gate.gated - gate.mask(), lost)
+        > 0.6
+        > max(iou(lost, lost.matched_random(seed, disjoint=False)) for seed in range(20))
+    )
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters()) and families.state(model) == before
 
 
@@ -644,11 +704,22 @@ def test_accumulation_counts_the_penalty_once(name, options, tmp_path):
     for batch, steps in ((8, 1), (2, 4)):
         model = families.build(name, **options).requires_grad_(False)
         gate = NeuronGate(every(name), kind="sigmoid", start=0.6).attach(model, penalty=50.0)
-        trained(model, tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=steps, optim="sgd", learning_rate=1.0, max_steps=2, max_grad_norm=0.0)
+        trained(
+            model,
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            learning_rate=1.0,
+            max_steps=2,
+            max_grad_norm=0.0,
+        )
         gate.detach()
         ends.append(gate.bias.detach())
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-4)
-    assert (NeuronGate(every(name), start=0.6).bias - ends[0]).min() > 0.2  # all of it from the penalty, about 50 / 72 * p * (1 - p) a step
+    assert (
+        NeuronGate(every(name), start=0.6).bias - ends[0]
+    ).min() > 0.2  # all of it from the penalty, about 50 / 72 * p * (1 - p) a step
 
 
 def test_trainer_saves_and_resumes_the_gates(tmp_path):
@@ -667,4 +738,7 @@ def test_trainer_saves_and_resumes_the_gates(tmp_path):
 
 def test_representation():
     gate = NeuronGate([drawn(share=0.4)], per="network", kind="sigmoid", start=0.2)
-    assert repr(gate) == f"NeuronGate(1 gates on {drawn(share=0.4).n} of 72 neurons, one per network, sigmoid, temperature 1, 0 open; neurons without a gate are open)"
+    assert (
+        repr(gate)
+        == f"NeuronGate(1 gates on {drawn(share=0.4).n} of 72 neurons, one per network, sigmoid, temperature 1, 0 open; neurons without a gate are open)"
+    )

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import llmfact_nb.group as group_module
+import llmfact_nb.across.group as group_module
 from llmfact_nb.activations import Activations, capture
-from llmfact_nb.group import GroupICA, dual_regression, leading_rows, memory_bound, my_share, text_shards
+from llmfact_nb.across.group import GroupICA, dual_regression, leading_rows, memory_bound, my_share, text_shards
 from llmfact_nb.ica import ICA, CentredX
 
 KINDS = ["temporal", "spatial"]
@@ -29,8 +29,22 @@ def planted(n_texts=6, n_tokens=120, n_neurons=600, noise=0.3, offset=1.0, seed=
     T = n_texts * n_tokens
     sources = torch.randn(T, 4, generator=g) * torch.randn(T, 4, generator=g)
     ids, positions = torch.arange(n_texts).repeat_interleave(n_tokens), torch.arange(n_tokens).repeat(n_texts)
-    X = sources @ maps + noise * torch.randn(T, n_neurons, generator=g) + offset * torch.randn(n_texts, n_neurons, generator=g)[ids]
-    return Activations(X, ids, positions, torch.arange(T) % 97, positions == 0, (n_neurons // 2, n_neurons - n_neurons // 2), (0, 1), "mlp_out", model), maps
+    X = (
+        sources @ maps
+        + noise * torch.randn(T, n_neurons, generator=g)
+        + offset * torch.randn(n_texts, n_neurons, generator=g)[ids]
+    )
+    return Activations(
+        X,
+        ids,
+        positions,
+        torch.arange(T) % 97,
+        positions == 0,
+        (n_neurons // 2, n_neurons - n_neurons // 2),
+        (0, 1),
+        "mlp_out",
+        model,
+    ), maps
 
 
 def shards(n=3, **how):
@@ -61,7 +75,9 @@ def partners(a, b):
 def same_space(a, b):
     "The two sets of maps span the same directions."
     p, q = (torch.linalg.qr(m.double().T)[0] for m in (a.maps_, b.maps_))
-    torch.testing.assert_close(torch.linalg.svdvals(p.T @ q), torch.ones(len(a.maps_), dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.linalg.svdvals(p.T @ q), torch.ones(len(a.maps_), dtype=torch.float64), rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(a.explained_variance_ratio_.sum(), b.explained_variance_ratio_.sum(), rtol=1e-6, atol=0)
 
 
@@ -69,7 +85,9 @@ def same_result(a, b, atol=1e-3):
     order = partners(a.maps_, b.maps_)
     torch.testing.assert_close(b.maps_[order], a.maps_, rtol=1e-3, atol=atol)
     torch.testing.assert_close(b.time_courses_[:, order], a.time_courses_, rtol=1e-3, atol=atol)
-    torch.testing.assert_close(b.explained_variance_ratio_[order].double(), a.explained_variance_ratio_.double(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        b.explained_variance_ratio_[order].double(), a.explained_variance_ratio_.double(), rtol=1e-3, atol=1e-5
+    )
 
 
 # rows
@@ -85,15 +103,23 @@ def test_rows_have_the_products_of_the_matrix(shape):
     lengths = torch.linalg.vector_norm(rows, dim=1)
     assert (lengths[:-1] >= lengths[1:] - 1e-9).all() and len(rows) == torch.linalg.matrix_rank(centred)
     exact = torch.linalg.svdvals(centred)[:3]
-    torch.testing.assert_close(torch.linalg.vector_norm(leading_rows(CentredX(X, walk=walk, dtype=torch.float64), 3), dim=1), exact[: min(3, len(rows))])
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(leading_rows(CentredX(X, walk=walk, dtype=torch.float64), 3), dim=1),
+        exact[: min(3, len(rows))],
+    )
 
 
 def test_rows_where_both_sides_are_long():
     g = torch.Generator().manual_seed(0)
-    X = torch.randn(900, 20, generator=g) * torch.logspace(1, -1, 20) @ torch.randn(20, 1200, generator=g) + 0.01 * torch.randn(900, 1200, generator=g)
+    X = torch.randn(900, 20, generator=g) * torch.logspace(1, -1, 20) @ torch.randn(
+        20, 1200, generator=g
+    ) + 0.01 * torch.randn(900, 1200, generator=g)
     rows = leading_rows(CentredX(X), 8)
     exact = torch.linalg.svdvals((X - X.mean(0)).double())[:8]
-    assert rows.shape == (8, 1200) and (torch.linalg.vector_norm(rows, dim=1).double().square().sum() / exact.square().sum()) > 0.999
+    assert (
+        rows.shape == (8, 1200)
+        and (torch.linalg.vector_norm(rows, dim=1).double().square().sum() / exact.square().sum()) > 0.999
+    )
 
 
 # equal to plain ICA
@@ -119,13 +145,28 @@ def test_rows_argument_and_exclude_leave_tokens_out(kind):
     loud = replace(acts, values=torch.where(acts.sinks[:, None], 1e3, acts.values))
     how = dict(kind=kind, n_reduced=120, dtype=torch.float64, tol=1e-10, max_iter=2000)
     plain = ICA(4, kind, "gram", dtype=torch.float64, tol=1e-10, max_iter=2000).fit(loud.values, rows=~loud.sinks)
-    for fitted in (GroupICA(4, exclude="sinks", **how).fit(loud), GroupICA(4, exclude="first", **how).fit(loud), GroupICA(4, **how).fit(loud, rows=~loud.sinks)):
+    for fitted in (
+        GroupICA(4, exclude="sinks", **how).fit(loud),
+        GroupICA(4, exclude="first", **how).fit(loud),
+        GroupICA(4, **how).fit(loud, rows=~loud.sinks),
+    ):
         same_result(plain, fitted)
         assert len(fitted.text_index_) == int((~loud.sinks).sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", [{}, {"center_texts": True}, {"standardize": True}, {"center_texts": True, "standardize": "text"}, {"center_texts": True, "unit_rows": True}, {"max_rows": 12}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"center_texts": True},
+        {"standardize": True},
+        {"center_texts": True, "standardize": "text"},
+        {"center_texts": True, "unit_rows": True},
+        {"max_rows": 12},
+    ],
+    ids=str,
+)
 def test_planted_maps_come_back_from_few_rows(kind, how):
     acts, truth = planted(n_tokens=300, offset=0.05)
     group = GroupICA(4, kind, n_reduced=6, n_init=3, **how).fit(acts)
@@ -141,7 +182,9 @@ def test_offsets_of_texts_are_networks_only_if_they_shall_be():
     lift = torch.zeros(acts.n_neurons)
     lift[200:240] = 5
     acts = replace(acts, values=acts.values + (acts.text_ids % 2)[:, None] * lift)
-    follows = {c: correlations(lift[None], GroupICA(5, center_texts=c).fit(acts).maps_).abs().max() for c in (False, True)}
+    follows = {
+        c: correlations(lift[None], GroupICA(5, center_texts=c).fit(acts).maps_).abs().max() for c in (False, True)
+    }
     assert follows[False] > 0.9 and follows[True] < 0.3
 
 
@@ -149,7 +192,11 @@ def test_offsets_of_texts_are_networks_only_if_they_shall_be():
 def test_signs_and_order_are_those_of_ica(kind):
     group = GroupICA(4, kind).fit(planted()[0])
     centred = group.maps_ - group.maps_.mean(1, keepdim=True)
-    assert ((centred**3).sum(1) > 0).all() and (group.negentropy_.diff() <= 0).all() and set(group.sign_.tolist()) <= {-1.0, 1.0}
+    assert (
+        ((centred**3).sum(1) > 0).all()
+        and (group.negentropy_.diff() <= 0).all()
+        and set(group.sign_.tolist()) <= {-1.0, 1.0}
+    )
 
 
 # shards
@@ -186,7 +233,9 @@ def test_text_shards_are_reduced_in_flight(kind, monkeypatch):
     in_flight = text_shards(model, t, TEXTS, n_texts=3, site="mlp_hidden")
     assert [len(s.texts) for s in in_flight] == [3, 3, 1]
     opened, real = [], group_module.capture
-    monkeypatch.setattr(group_module, "capture", lambda m, t, texts, **k: opened.append(len(texts)) or real(m, t, texts, **k))
+    monkeypatch.setattr(
+        group_module, "capture", lambda m, t, texts, **k: opened.append(len(texts)) or real(m, t, texts, **k)
+    )
     how = dict(kind=kind, n_reduced=40, dtype="float64")
     fitted = GroupICA(3, **how).fit(in_flight)
     assert opened == [3, 3, 1] * 2  # one pass to reduce, one to project
@@ -206,9 +255,19 @@ def test_models_that_accelerate_placed(way, tmp_path):
     elif way == "disk_offload":
         accelerate.disk_offload(model, tmp_path / "weights", execution_device="cpu")
     else:
-        places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        places = {
+            "model.embed_tokens": "cpu",
+            "model.layers.0": "cpu",
+            "model.layers.1": "disk",
+            "model.layers.2": "disk",
+            "model.norm": "cpu",
+            "model.rotary_emb": "cpu",
+            "lm_head": "cpu",
+        }
         accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path / "weights", force_hooks=True)
-        assert any(p.device.type == "meta" for p in model.parameters()) and not all(p.device.type == "meta" for p in model.parameters())
+        assert any(p.device.type == "meta" for p in model.parameters()) and not all(
+            p.device.type == "meta" for p in model.parameters()
+        )
     same_space(expected, GroupICA(3, **how).fit(text_shards(model, t, TEXTS, n_texts=4)))
 
 
@@ -226,7 +285,10 @@ def test_one_text_is_no_group():
         GroupICA(2).fit(text_shards(model, t, TEXTS[:1]))
     with pytest.raises(ValueError, match="no shard"):
         GroupICA(2).fit([])
-    with pytest.raises(ValueError, match="leave tokens in 1 texts"), pytest.warns(UserWarning, match="no token left") as said:
+    with (
+        pytest.raises(ValueError, match="leave tokens in 1 texts"),
+        pytest.warns(UserWarning, match="no token left") as said,
+    ):
         GroupICA(2).fit(acts, rows=acts.text_ids == 3)
     assert said[0].filename == __file__  # a warning points at the call
 
@@ -332,7 +394,12 @@ def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
     for name in done:
         monkeypatch.setattr(group_module, name, stop_after(name, 99))
     fitted = GroupICA(4, n_reduced=8).fit(parts, folder=tmp_path)
-    assert done["_reduce"] == [0, 1] and done["_project_shard"] == [0, 1, 2, 3]  # nothing is done twice (2 and 3 were reduced by the second, unwatched run)
+    assert done["_reduce"] == [0, 1] and done["_project_shard"] == [
+        0,
+        1,
+        2,
+        3,
+    ]  # nothing is done twice (2 and 3 were reduced by the second, unwatched run)
     same_result(expected, fitted)
     for other in (GroupICA(4, n_reduced=8, n_init=3), GroupICA(4, n_reduced=8, fun="cube")):
         other.fit(parts, folder=tmp_path)
@@ -348,7 +415,9 @@ def test_a_folder_holds_one_fit(kind, tmp_path):
     with pytest.raises(ValueError, match="exclude was None and is now 'sinks'"):
         GroupICA(4, kind, n_reduced=8, exclude="sinks").fit(parts, folder=tmp_path)
     with pytest.raises(ValueError, match="reduced-00001.safetensors values was"):
-        GroupICA(4, kind, n_reduced=8).fit([parts[0], replace(parts[1], values=parts[1].values + 1), parts[2]], folder=tmp_path)
+        GroupICA(4, kind, n_reduced=8).fit(
+            [parts[0], replace(parts[1], values=parts[1].values + 1), parts[2]], folder=tmp_path
+        )
     middle = parts[1].values.clone()
     middle[1::2] += 1  # the first and the last token are as they were
     with pytest.raises(ValueError, match="reduced-00001.safetensors values was"):
@@ -381,8 +450,8 @@ import os
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 torch.set_num_threads(1)
 from datetime import timedelta
-from llmfact_nb import group
-from llmfact_nb.group import GroupICA, my_share
+from llmfact_nb.across import group
+from llmfact_nb.across.group import GroupICA, my_share
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
 from test_group import shards, planted
@@ -398,7 +467,7 @@ def attempt(name, work):
 
 def fit(name, mine, **how):
     g = GroupICA(4, **{{"n_reduced": 8, "dtype": "float64", "tol": 1e-10, "max_iter": 2000, **how}}).fit(mine, distributed=True, folder=folder / "kept" if "folder" in name else None)
-    from llmfact_nb.files import save_tensors
+    from llmfact_nb.base.files import save_tensors
     save_tensors(folder / f"{{name}}-{{rank}}.safetensors", {{k: getattr(g, k) for k in ("maps_", "time_courses_", "explained_variance_ratio_", "text_index_")}}, "result")
     return "ok"
 
@@ -445,7 +514,16 @@ def two_processes(tmp_path_factory):
     here = Path(__file__).parent
     script = folder / "worker.py"
     script.write_text(WORKER.format(paths=[str(here), str(here.parent)], folder=str(folder)))
-    running = [subprocess.Popen([sys.executable, script, str(r)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) for r in range(2)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, script, str(r)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for r in range(2)
+    ]
     try:
         said = [p.communicate(timeout=120)[0] for p in running]
     finally:
@@ -459,7 +537,7 @@ def two_processes(tmp_path_factory):
 def test_two_processes_equal_one(two_processes, case):
     from types import SimpleNamespace
 
-    from llmfact_nb.files import load_tensors
+    from llmfact_nb.base.files import load_tensors
 
     folder, reports = two_processes
     assert [r[case] for r in reports] == ["ok", "ok"]
@@ -474,7 +552,9 @@ def test_two_processes_equal_one(two_processes, case):
 
 def test_two_processes_do_nothing_twice(two_processes):
     for report in two_processes[1]:
-        assert report["written"] == 9 and report["written again"] == []  # of each of 4 shards its rows and its projection, and the directions
+        assert (
+            report["written"] == 9 and report["written again"] == []
+        )  # of each of 4 shards its rows and its projection, and the directions
 
 
 @pytest.mark.parametrize(
@@ -483,8 +563,16 @@ def test_two_processes_do_nothing_twice(two_processes):
         ("stranger", "rank 1, shard 0 does not belong to rank 0, shard 0: model", "rank 1, shard 0 does not belong"),
         ("nan", "rank 1 stopped with DataError: shard 0, text 0: X holds", "X[5, 5]"),
         ("missing", "rank 1 stopped with FileNotFoundError", "gone.safetensors"),
-        ("settings", "rank 1 has other settings than rank 0: n_reduced is 8 there and 9 here", "rank 1 has other settings"),
-        ("contrast", "rank 1 has other settings than rank 0: fun is 'logcosh' there and 'cube' here", "rank 1 has other settings"),
+        (
+            "settings",
+            "rank 1 has other settings than rank 0: n_reduced is 8 there and 9 here",
+            "rank 1 has other settings",
+        ),
+        (
+            "contrast",
+            "rank 1 has other settings than rank 0: fun is 'logcosh' there and 'cube' here",
+            "rank 1 has other settings",
+        ),
         ("unmixing", "rank 1 stopped with MemoryError: no room", "MemoryError: no room"),
         ("one", "one text only", "one text only"),
         ("none", "no shard", "no shard"),
@@ -509,7 +597,7 @@ sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from llmfact_nb.group import GroupICA
+from llmfact_nb.across.group import GroupICA
 paths = sorted(Path({folder!r}).glob("shard*"))
 
 def anonymous():
@@ -539,9 +627,16 @@ def test_memory_stays_below_the_bound_and_far_below_the_data(tmp_path):
     for i in range(n):
         X = torch.randn(n_tokens, 12, generator=g) ** 3 @ maps + noise
         ids, zeros = torch.arange(n_tokens) // 100, torch.zeros(n_tokens, dtype=torch.long)
-        Activations(X, ids, torch.arange(n_tokens) % 100, zeros, zeros.bool(), (n_neurons,), (0,), "mlp_out").save(tmp_path / f"shard{i}.safetensors")
+        Activations(X, ids, torch.arange(n_tokens) % 100, zeros, zeros.bool(), (n_neurons,), (0,), "mlp_out").save(
+            tmp_path / f"shard{i}.safetensors"
+        )
     code = MEMORY.format(paths=[str(Path(__file__).parent.parent)], folder=str(tmp_path))
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"})
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    )
     assert out.returncode == 0, out.stderr
     used, bound = map(int, out.stdout.split())
     data = n * n_tokens * n_neurons * 4
@@ -552,7 +647,9 @@ def test_memory_stays_below_the_bound_and_far_below_the_data(tmp_path):
 def test_the_bound_adds_up():
     small, large = (memory_bound(1000, 500, 10, 8, 4, in_folder=f) for f in (True, False))
     assert small["reduced rows"] == 0 and large["reduced rows"] == 10 * 9 * 500 * 4
-    assert sum(memory_bound(1000, 500, 10_000, 8, 4, True, max_rows=64).values()) < sum(memory_bound(1000, 500, 10_000, 8, 4, True).values())
+    assert sum(memory_bound(1000, 500, 10_000, 8, 4, True, max_rows=64).values()) < sum(
+        memory_bound(1000, 500, 10_000, 8, 4, True).values()
+    )
 
 
 # dual regression
@@ -621,7 +718,20 @@ def test_canica_preset_agrees_with_nilearn():
     mask = nibabel.Nifti1Image(np.ones(shape, np.uint8), np.eye(4))
     images = [nibabel.Nifti1Image(acts.of_text(i).values.numpy().T.reshape(*shape, -1), np.eye(4)) for i in range(5)]
     masker = MultiNiftiMasker(mask_img=mask, standardize="zscore_sample", smoothing_fwhm=None).fit()
-    theirs = nilearn.CanICA(n_components=4, mask=masker, threshold=None, smoothing_fwhm=None, detrend=False, standardize="zscore_sample", random_state=0, n_init=10).fit(images).components_
+    theirs = (
+        nilearn.CanICA(
+            n_components=4,
+            mask=masker,
+            threshold=None,
+            smoothing_fwhm=None,
+            detrend=False,
+            standardize="zscore_sample",
+            random_state=0,
+            n_init=10,
+        )
+        .fit(images)
+        .components_
+    )
     ours = GroupICA.canica(4).fit(acts)
     r = correlations(torch.from_numpy(theirs).float(), ours.maps_).abs().amax(1)
     assert r.min() > 0.99, r

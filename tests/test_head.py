@@ -5,8 +5,8 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
-from llmfact_nb.accuracy import paired_accuracy
-from llmfact_nb.head import _linear_head, classifier_accuracy, fit_classifier, solve_head
+from llmfact_nb.scores.accuracy import paired_accuracy
+from llmfact_nb.scores.head import _linear_head, classifier_accuracy, fit_classifier, solve_head
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
 
@@ -23,7 +23,11 @@ def test_a_head_is_fitted_and_judged_in_any_batch(family, tiny_model, tiny_token
     assert fit.n == 36 and fit.accuracy > 0.9 and fit.losses == () and families.state(model) == before
     assert all(torch.equal(p, body[n]) for n, p in model.base_model.named_parameters())  # the head alone has changed
     results = [classifier_accuracy(model, tokenizer, DATA, batch_size=b) for b in ("auto", 1, 5)]
-    assert results[0].accuracy == fit.accuracy and results[0].chance == results[0].majority == 1 / 3 and results[0].compare == "head"
+    assert (
+        results[0].accuracy == fit.accuracy
+        and results[0].chance == results[0].majority == 1 / 3
+        and results[0].compare == "head"
+    )
     for i, (text, _) in enumerate(DATA[:6]):  # each text alone, by the model's own forward
         with torch.no_grad():
             expected = model.eval()(torch.tensor([tokenizer(text)["input_ids"]])).logits[0].log_softmax(0)
@@ -34,10 +38,15 @@ def test_a_head_is_fitted_and_judged_in_any_batch(family, tiny_model, tiny_token
 def test_an_encoder_reads_its_first_token(tiny_model, tiny_tokenizer):
     model, tokenizer = tiny_model("bert", "classification"), tiny_tokenizer(special=True)
     fit = fit_classifier(model, tokenizer, DATA, l2=1e-4)
-    assert classifier_accuracy(model, tokenizer, DATA).accuracy == fit.accuracy > 0.6 and _linear_head(model) is model.classifier
+    assert (
+        classifier_accuracy(model, tokenizer, DATA).accuracy == fit.accuracy > 0.6
+        and _linear_head(model) is model.classifier
+    )
     with pytest.raises(NotImplementedError, match="classifier.out_proj.*trains='all'"):
         fit_classifier(tiny_model("roberta", "classification"), tokenizer, DATA)
-    assert len(fit_classifier(tiny_model("roberta", "classification"), tokenizer, DATA, trains="all", steps=2).losses) == 2
+    assert (
+        len(fit_classifier(tiny_model("roberta", "classification"), tokenizer, DATA, trains="all", steps=2).losses) == 2
+    )
 
 
 def test_everything_can_be_trained_and_seeds_decide(tiny_model, tiny_tokenizer):
@@ -46,10 +55,20 @@ def test_everything_can_be_trained_and_seeds_decide(tiny_model, tiny_tokenizer):
     for model, seed in zip(models, (0, 0, 1)):
         torch.rand(3)  # what others draw does not matter
         state = torch.get_rng_state()
-        fits.append(fit_classifier(model, tiny_tokenizer(), DATA, trains="all", steps=12, lr=3e-3, texts_per_step=12, seed=seed))
+        fits.append(
+            fit_classifier(model, tiny_tokenizer(), DATA, trains="all", steps=12, lr=3e-3, texts_per_step=12, seed=seed)
+        )
         weights.append(model.model.layers[0].mlp.down_proj.weight.detach().clone())
-        assert torch.equal(state, torch.get_rng_state()) and not model.training and all(p.grad is None for p in model.parameters())
-    assert fits[0] == fits[1] != fits[2] and torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+        assert (
+            torch.equal(state, torch.get_rng_state())
+            and not model.training
+            and all(p.grad is None for p in model.parameters())
+        )
+    assert (
+        fits[0] == fits[1] != fits[2]
+        and torch.equal(weights[0], weights[1])
+        and not torch.equal(weights[0], weights[2])
+    )
     assert len(fits[0].losses) == 12 and sum(fits[0].losses[-3:]) < sum(fits[0].losses[:3])
 
 
@@ -61,18 +80,25 @@ def test_masks_act_on_fit_and_judgement(tiny_model, tiny_tokenizer):
     with masked.ablate(mask):
         less = classifier_accuracy(model, tokenizer, DATA)
     baked = classifier_accuracy(masked.bake(mask), tokenizer, DATA)
-    assert torch.allclose(less.log_likelihoods, baked.log_likelihoods, atol=1e-5) and not torch.allclose(less.log_likelihoods, whole.log_likelihoods, atol=1e-2)
+    assert torch.allclose(less.log_likelihoods, baked.log_likelihoods, atol=1e-5) and not torch.allclose(
+        less.log_likelihoods, whole.log_likelihoods, atol=1e-2
+    )
     assert paired_accuracy(less, whole).difference == pytest.approx(less.accuracy - whole.accuracy)
 
 
 def test_the_penalised_optimum():
     "At the solution the gradient of mean cross-entropy and of the penalty cancel; with three labels and an intercept too."
-    x, y = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10, 0.1, 1]), [i % 3 for i in range(50)]
+    x, y = (
+        torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10, 0.1, 1]),
+        [i % 3 for i in range(50)],
+    )
     weight, bias = solve_head(x, y, 3, l2=0.05, bias=True)
     logits = (x @ weight.T + bias).requires_grad_()
     pull = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, torch.tensor(y)), logits)[0]
     variance = x.std(0, correction=0) ** 2
-    assert torch.allclose((pull.T @ x + 0.05 * weight * variance) / variance.sqrt(), torch.zeros(3, 4), atol=1e-3) and torch.allclose(pull.sum(0), torch.zeros(3), atol=1e-3)
+    assert torch.allclose(
+        (pull.T @ x + 0.05 * weight * variance) / variance.sqrt(), torch.zeros(3, 4), atol=1e-3
+    ) and torch.allclose(pull.sum(0), torch.zeros(3), atol=1e-3)
 
 
 def test_too_long_texts_are_counted(tiny_model, tiny_tokenizer):
@@ -87,7 +113,11 @@ def test_too_long_texts_are_counted(tiny_model, tiny_tokenizer):
 @pytest.mark.parametrize(
     "call, error, says",
     [
-        (lambda m, t: fit_classifier(m, t, [d for d in DATA if d[1] != 1]), ValueError, "label 1 does not occur among the 24 texts"),
+        (
+            lambda m, t: fit_classifier(m, t, [d for d in DATA if d[1] != 1]),
+            ValueError,
+            "label 1 does not occur among the 24 texts",
+        ),
         (lambda m, t: fit_classifier(m, t, [("w4", 3)]), ValueError, r"labels \[3\].*num_labels=3.*num_labels=4"),
         (lambda m, t: classifier_accuracy(m, t, [("w4", -1)]), ValueError, r"labels \[-1\]"),
         (lambda m, t: classifier_accuracy(m, t, []), ValueError, "empty"),

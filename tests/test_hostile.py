@@ -23,30 +23,37 @@ import torch
 from test_faults import SMALL, small_run, small_world
 
 import llmfact_nb
-from llmfact_nb import run as run_module
+from llmfact_nb.command import run as run_module
 from llmfact_nb.activations import Activations
 from llmfact_nb.evaluate import EvalSet
-from llmfact_nb.experiments import Arm, Settings, ablation_study, claim_folder
-from llmfact_nb.files import file_name, save_tensors
+from llmfact_nb.ablation import Arm, Settings, ablation_study, claim_folder
+from llmfact_nb.base.files import file_name, save_tensors
 from llmfact_nb.finetune import NeuronTuningConfig, get_neuron_model, merge_and_unload
 from llmfact_nb.masks import NeuronMask
-from llmfact_nb.measures import Bench, loss_on
-from llmfact_nb.network_page import write_network_page
+from llmfact_nb.study.measures import Bench, loss_on
+from llmfact_nb.show.network_page import write_network_page
 from llmfact_nb.networks import FunctionalNetworks
-from llmfact_nb.pruning import load_pruned, prune, save_pruned
-from llmfact_nb.report import write_report
-from llmfact_nb.resources import load_model, load_texts
-from llmfact_nb.run import read_run
-from llmfact_nb.selections import Candidates
-from llmfact_nb.sharing import load_neurons, save_neurons
-from llmfact_nb.tasks import TuningTask
-from llmfact_nb.tuning_study import TuningResults, read_tuning
-from llmfact_nb.whole_study import read_study
+from llmfact_nb.tuning.pruning import load_pruned, prune, save_pruned
+from llmfact_nb.show.report import write_report
+from llmfact_nb.base.resources import load_model, load_texts
+from llmfact_nb.command.run import read_run
+from llmfact_nb.study.selections import Candidates
+from llmfact_nb.tuning.sharing import load_neurons, save_neurons
+from llmfact_nb.tuning.tasks import TuningTask
+from llmfact_nb.tuning.comparison import TuningResults, read_tuning
+from llmfact_nb.study.whole import read_study
 
 pytest_plugins = ["browser"]
-pytestmark = [pytest.mark.filterwarnings("ignore:FastICA has not converged"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FastICA has not converged"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
 DEFAULT, SLOW = 125, 390  # cases of each reader, in `make test` and beyond
-DEAR = {"run folder": 40, "study folder": 30, "tuning folder": 30}  # readers of which `make test` has fewer, because pandas takes its time
+DEAR = {
+    "run folder": 40,
+    "study folder": 30,
+    "tuning folder": 30,
+}  # readers of which `make test` has fewer, because pandas takes its time
 WIDTHS = (24, 24, 24)
 
 
@@ -96,12 +103,23 @@ def networks_file(folder):
 def candidates_folder(folder):
     nets = made_networks()
     mean, variance = made_activations().moments()
-    Candidates(nets, mean, variance, {"alpha": None, "tail": "positive", "fraction": 0.1}, {"Wanda score": variance.clone()}, {"tokens": 120}).save(folder / "c")
+    Candidates(
+        nets,
+        mean,
+        variance,
+        {"alpha": None, "tail": "positive", "fraction": 0.1},
+        {"Wanda score": variance.clone()},
+        {"tokens": 120},
+    ).save(folder / "c")
     return lambda: Candidates.load(folder / "c").key
 
 
 def neurons_file(folder):
-    model = get_neuron_model(families.build("llama"), NeuronTuningConfig("selected", NeuronMask.from_flat(np.arange(72) % 9 == 0, WIDTHS, "mlp_hidden")), verbose=False)
+    model = get_neuron_model(
+        families.build("llama"),
+        NeuronTuningConfig("selected", NeuronMask.from_flat(np.arange(72) % 9 == 0, WIDTHS, "mlp_hidden")),
+        verbose=False,
+    )
     save_neurons(model, folder / "t.safetensors")
     base = families.build("llama")
 
@@ -130,7 +148,11 @@ def scores_folder(folder):
 
 
 def losses_folder(folder):
-    model, texts, arms = families.build("llama"), EvalSet(TOKENIZER, TEXTS), [Arm("key", NeuronMask.full(WIDTHS, "mlp_hidden"))]
+    model, texts, arms = (
+        families.build("llama"),
+        EvalSet(TOKENIZER, TEXTS),
+        [Arm("key", NeuronMask.full(WIDTHS, "mlp_hidden"))],
+    )
     ablation_study(model, texts, arms, folder=folder / "arms", progress=False)
     return lambda: ablation_study(model, texts, arms, folder=folder / "arms", progress=False)
 
@@ -150,8 +172,8 @@ def claimed_folder(folder):
 
 
 def study_folder(folder):
-    from llmfact_nb.measures import loss_on
-    from llmfact_nb.studies import measured_table
+    from llmfact_nb.study.measures import loss_on
+    from llmfact_nb.study.studies import measured_table
 
     model = families.build("llama")
     table = measured_table(Bench(model, progress=False), "union", [], [loss_on("words", EvalSet(TOKENIZER, TEXTS))])
@@ -165,7 +187,9 @@ def tuning_folder(folder):
     import test_tuning_study as t
 
     if not _TUNED:
-        _TUNED.append(t.study(arms=("key",), seeds=(0,), steps=4, eval_every=2, sweep_steps=2, lrs={a: (1e-3,) for a in t.ARMS}))
+        _TUNED.append(
+            t.study(arms=("key",), seeds=(0,), steps=4, eval_every=2, sweep_steps=2, lrs={a: (1e-3,) for a in t.ARMS})
+        )
     _TUNED[0].save(folder / "tuned")
     assert isinstance(_TUNED[0], TuningResults)
     return lambda: repr(read_tuning(folder / "tuned"))
@@ -187,12 +211,16 @@ def pruned_folder(folder):
 
 
 def jsonl_file(folder):
-    (folder / "t.jsonl").write_text("\n".join(json.dumps({"title": f"t{i}", "text": "words é " * 5}) for i in range(12)))
+    (folder / "t.jsonl").write_text(
+        "\n".join(json.dumps({"title": f"t{i}", "text": "words é " * 5}) for i in range(12))
+    )
     return lambda: load_texts(folder / "t.jsonl", "fit")["text"]
 
 
 def csv_file(folder):
-    pd.DataFrame({"title": [f"t{i}" for i in range(12)], "text": ["some, words"] * 12}).to_csv(folder / "t.csv", index=False)
+    pd.DataFrame({"title": [f"t{i}" for i in range(12)], "text": ["some, words"] * 12}).to_csv(
+        folder / "t.csv", index=False
+    )
     return lambda: load_texts(folder / "t.csv", "fit")["text"]
 
 
@@ -219,7 +247,32 @@ READERS = {f.__name__.replace("_", " "): f for f in (
 
 # how it is damaged
 
-ODD = [None, True, False, -1, 0, 1, 3.5, 1e308, 2**70, 10**18, "", "x", "../../x", "a\0b", "<b>", "\ud800", "nan", [], {}, [[]], [1, 2], ["x"], {"a": 1}, [None] * 3]
+ODD = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    3.5,
+    1e308,
+    2**70,
+    10**18,
+    "",
+    "x",
+    "../../x",
+    "a\0b",
+    "<b>",
+    "\ud800",
+    "nan",
+    [],
+    {},
+    [[]],
+    [1, 2],
+    ["x"],
+    {"a": 1},
+    [None] * 3,
+]
 
 
 def odd_bytes(rng, data: bytes) -> bytes:
@@ -239,7 +292,9 @@ def odd_bytes(rng, data: bytes) -> bytes:
     elif how == 5:
         data = data[at:] + data[:at]
     elif how == 6:
-        data[:8] = struct.pack("<Q", rng.choice([0, 1, 7, 2**20, 10**8, 2**32, 2**63, 2**64 - 1, len(data), len(data) - 8]))
+        data[:8] = struct.pack(
+            "<Q", rng.choice([0, 1, 7, 2**20, 10**8, 2**32, 2**63, 2**64 - 1, len(data), len(data) - 8])
+        )
     else:
         data[at : at + 1] = rng.choice([b"\0", b'"', b"{", b"[" * 5000, b"\n", b",", b"\xed\xa0\x80"])
     return bytes(data)
@@ -281,11 +336,28 @@ def odd_tensors(rng, data: bytes) -> bytes:
     entries = [k for k in header if k != "__metadata__"]
     name, how = rng.choice(entries), rng.randrange(9)
     if how == 0:
-        header[name]["dtype"] = rng.choice(["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "U64", "X9", ""])
+        header[name]["dtype"] = rng.choice(
+            ["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "U64", "X9", ""]
+        )
     elif how == 1:
-        header[name]["shape"] = rng.choice([[], [0], [-1], [2**40], [2**62, 4], [1, *header[name]["shape"]], header[name]["shape"][::-1], [2**31, 0], "x", [1.5]])
+        header[name]["shape"] = rng.choice(
+            [
+                [],
+                [0],
+                [-1],
+                [2**40],
+                [2**62, 4],
+                [1, *header[name]["shape"]],
+                header[name]["shape"][::-1],
+                [2**31, 0],
+                "x",
+                [1.5],
+            ]
+        )
     elif how == 2:
-        header[name]["data_offsets"] = rng.choice([[0, 0], [0, 2**50], [8, 4], [-8, 8], [2**63, 2**63], [0, len(body)], "x"])
+        header[name]["data_offsets"] = rng.choice(
+            [[0, 0], [0, 2**50], [8, 4], [-8, 8], [2**63, 2**63], [0, len(body)], "x"]
+        )
     elif how == 3:
         other = rng.choice(entries)
         header[name], header[other] = header[other], header[name]
@@ -293,9 +365,13 @@ def odd_tensors(rng, data: bytes) -> bytes:
         header[rng.choice(["x", "../x", "mean", "values"])] = header.pop(name)
     elif how == 5:
         start, end = header[name]["data_offsets"]
-        body = body[:start] + (rng.choice([b"\xff", b"\0", b"\x7f", b"\x01"]) * (end - start)) + body[end:]  # nan, zero, large, odd booleans
+        body = (
+            body[:start] + (rng.choice([b"\xff", b"\0", b"\x7f", b"\x01"]) * (end - start)) + body[end:]
+        )  # nan, zero, large, odd booleans
     elif rng.random() < 0.8 and "llmfact_nb" in header["__metadata__"]:  # a well-formed description that is untrue
-        header["__metadata__"]["llmfact_nb"] = json.dumps(odd_json(rng, json.loads(header["__metadata__"]["llmfact_nb"])))
+        header["__metadata__"]["llmfact_nb"] = json.dumps(
+            odd_json(rng, json.loads(header["__metadata__"]["llmfact_nb"]))
+        )
     else:
         header["__metadata__"] = odd_json(rng, header["__metadata__"])
     text = json.dumps(header).encode()
@@ -307,7 +383,9 @@ def odd_table(rng, text: str) -> str:
     row, how = rng.randrange(len(lines)), rng.randrange(6)
     column = rng.randrange(len(lines[row]))
     if how == 0:
-        lines[row][column] = str(rng.choice(["", "x", "nan", "1e999", "-1", "9" * 400, '"', "\0", "<b>", "é", "0x10", "True"]))
+        lines[row][column] = str(
+            rng.choice(["", "x", "nan", "1e999", "-1", "9" * 400, '"', "\0", "<b>", "é", "0x10", "True"])
+        )
     elif how == 1:
         for line in lines:
             del line[column : column + 1]
@@ -396,7 +474,9 @@ def fuzz(make, folder: Path, n: int, seed: str, accepted=(ValueError, OSError)) 
                 if not p.exists() or p.read_bytes() != data:
                     p.write_bytes(data)
     assert not wrong, "\n".join([f"{len(wrong)} of {n}", *wrong[:12]])
-    assert sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_mode & 0o200) == files, "nothing else was written"
+    assert sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_mode & 0o200) == files, (
+        "nothing else was written"
+    )
     return counts
 
 
@@ -420,7 +500,15 @@ def test_fuzzed_model_folders(finished_run, tmp_path):
     assert fuzz(model_folder, tmp_path, 300, "model folder")["refused"] > 100
 
 
-CHECKED = ["mask file", "networks file", "candidates folder", "neurons file", "scores folder", "losses folder", "whitened file"]  # what save_tensors writes
+CHECKED = [
+    "mask file",
+    "networks file",
+    "candidates folder",
+    "neurons file",
+    "scores folder",
+    "losses folder",
+    "whitened file",
+]  # what save_tensors writes
 
 
 def tensor_parts(folder: Path) -> dict[Path, tuple[bytes, int]]:
@@ -497,8 +585,31 @@ def test_absurd_sizes_take_no_memory(entry, tmp_path):
 
 def test_widths_that_promise_terabytes_take_no_memory(tmp_path):
     nets = made_networks()
-    tensors = {k: getattr(nets, k) for k in ("mixing_", "rotation_", "sign_", "mean_", "scale_", "stability_", "time_courses_", "rows_", "convergence_", "explained_variance_ratio_")}
-    learned = {"method_": "ica", "converged_": True, "n_iter_": 1, "whiten_solver_": "x", "widths": [10**13, 72 - 10**13], "depths": [0, 1], "site": "mlp_hidden", "model": ""}
+    tensors = {
+        k: getattr(nets, k)
+        for k in (
+            "mixing_",
+            "rotation_",
+            "sign_",
+            "mean_",
+            "scale_",
+            "stability_",
+            "time_courses_",
+            "rows_",
+            "convergence_",
+            "explained_variance_ratio_",
+        )
+    }
+    learned = {
+        "method_": "ica",
+        "converged_": True,
+        "n_iter_": 1,
+        "whiten_solver_": "x",
+        "widths": [10**13, 72 - 10**13],
+        "depths": [0, 1],
+        "site": "mlp_hidden",
+        "model": "",
+    }
     save_tensors(tmp_path / "n.safetensors", tensors, "networks", {"settings": {"n_components": 3}, "learned": learned})
     with little_memory(10**9), pytest.raises(ValueError, match="n.safetensors.*widths"):
         FunctionalNetworks.load(tmp_path / "n.safetensors")
@@ -516,8 +627,25 @@ def test_networks_with_nan_are_refused(tmp_path):
 def test_a_file_cannot_exchange_methods(tmp_path):
     "What stands beside the learned numbers is not taken over into the object."
     nets = made_networks()
-    learned = {k: getattr(nets, k) for k in ("method_", "converged_", "n_iter_", "whiten_solver_", "widths", "depths", "site", "model")} | {"masks": "gone", "__class__": "x"}
-    tensors = {k: getattr(nets, k) for k in ("mixing_", "rotation_", "sign_", "mean_", "scale_", "stability_", "time_courses_", "rows_", "convergence_", "explained_variance_ratio_")} | {"fit": torch.ones(1)}
+    learned = {
+        k: getattr(nets, k)
+        for k in ("method_", "converged_", "n_iter_", "whiten_solver_", "widths", "depths", "site", "model")
+    } | {"masks": "gone", "__class__": "x"}
+    tensors = {
+        k: getattr(nets, k)
+        for k in (
+            "mixing_",
+            "rotation_",
+            "sign_",
+            "mean_",
+            "scale_",
+            "stability_",
+            "time_courses_",
+            "rows_",
+            "convergence_",
+            "explained_variance_ratio_",
+        )
+    } | {"fit": torch.ones(1)}
     save_tensors(tmp_path / "n.safetensors", tensors, "networks", {"settings": {"n_components": 3}, "learned": learned})
     found = FunctionalNetworks.load(tmp_path / "n.safetensors")
     assert len(found.masks(2.0)) == 3 and callable(found.fit)
@@ -525,11 +653,32 @@ def test_a_file_cannot_exchange_methods(tmp_path):
 
 # names
 
-NAMES = ["../outside", "../../outside", "a/../../outside", "/outside", "..", ".", "a/b", "y" * 400, "a\0b", "~/x", "C:\\x", "con", "", "\u202e", "-rf", "*"]
+NAMES = [
+    "../outside",
+    "../../outside",
+    "a/../../outside",
+    "/outside",
+    "..",
+    ".",
+    "a/b",
+    "y" * 400,
+    "a\0b",
+    "~/x",
+    "C:\\x",
+    "con",
+    "",
+    "\u202e",
+    "-rf",
+    "*",
+]
 
 
 def outside(folder: Path, inside: Path) -> list[str]:
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p != inside and inside not in p.parents and p not in inside.parents]
+    return [
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if p != inside and inside not in p.parents and p not in inside.parents
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -598,7 +747,11 @@ class Tags(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.seen.append((tag, sorted(name for name, _ in attributes)))
         for name, value in attributes:
-            assert not name.startswith("on") and not (value or "").strip().lower().startswith("javascript:"), (tag, name, value)
+            assert not name.startswith("on") and not (value or "").strip().lower().startswith("javascript:"), (
+                tag,
+                name,
+                value,
+            )
 
 
 def evil_report(path: Path, words) -> Path:
@@ -607,14 +760,30 @@ def evil_report(path: Path, words) -> Path:
         for w in words
     ]  # fmt: skip
     networks = pd.DataFrame({"network": range(len(words)), words[0]: words})
-    return write_report(path, f"Networks of {words[0]}", words, rows, facts={w: {w: [w, {w: w}]} for w in words}, networks=networks, samples=[(w, w) for w in words])
+    return write_report(
+        path,
+        f"Networks of {words[0]}",
+        words,
+        rows,
+        facts={w: {w: [w, {w: w}]} for w in words},
+        networks=networks,
+        samples=[(w, w) for w in words],
+    )
 
 
 def evil_page(path: Path, words) -> Path:
     g = torch.Generator().manual_seed(0)
     maps = torch.randn(3, 72, generator=g) ** 3
     tokens = [words[i % len(words)] for i in range(60)]
-    return write_network_page(path, maps / maps.std(), WIDTHS, courses=torch.randn(60, 3, generator=g), tokens=tokens, title=words[1], facts={w: w for w in words})
+    return write_network_page(
+        path,
+        maps / maps.std(),
+        WIDTHS,
+        courses=torch.randn(60, 3, generator=g),
+        tokens=tokens,
+        title=words[1],
+        facts={w: w for w in words},
+    )
 
 
 @pytest.mark.parametrize("write", [evil_report, evil_page])
@@ -623,7 +792,9 @@ def test_text_never_becomes_markup(write, tmp_path):
     harmless = [f"word{chr(97 + i)}" for i in range(len(EVIL))]
     theirs, ours = (Tags(write(tmp_path / f"{i}.html", w).read_text()) for i, w in enumerate((EVIL, harmless)))
     assert theirs.seen == ours.seen and len(ours.seen) > 50
-    assert len([t for t, _ in theirs.seen if t == "script"]) == (0 if write is evil_report else len([t for t, _ in ours.seen if t == "script"]))
+    assert len([t for t, _ in theirs.seen if t == "script"]) == (
+        0 if write is evil_report else len([t for t, _ in ours.seen if t == "script"])
+    )
 
 
 @pytest.mark.parametrize("write", [evil_report, evil_page])
@@ -633,18 +804,34 @@ def test_hostile_pages_in_the_browser(write, tmp_path, browser_page):
     for thing in page.locator("summary, button:visible").all()[:30]:
         thing.click(timeout=2000)
     assert page.evaluate("window.pwned") is None
-    assert page.evaluate("[...document.querySelectorAll('*')].flatMap(e => [...e.attributes]).filter(a => a.name.startsWith('on')).length") == 0
+    assert (
+        page.evaluate(
+            "[...document.querySelectorAll('*')].flatMap(e => [...e.attributes]).filter(a => a.name.startsWith('on')).length"
+        )
+        == 0
+    )
     assert page.evaluate("[...document.images].filter(i => !i.src.startsWith('data:')).length") == 0
 
 
 @pytest.mark.parametrize("word", EVIL)
 def test_what_notebooks_show_is_escaped(word):
-    acts = Activations(*(getattr(made_activations(), k) for k in ("values", "text_ids", "positions", "token_ids", "sinks")), WIDTHS, (0, 1, 2), "mlp_hidden", word, 0)
+    acts = Activations(
+        *(getattr(made_activations(), k) for k in ("values", "text_ids", "positions", "token_ids", "sinks")),
+        WIDTHS,
+        (0, 1, 2),
+        "mlp_hidden",
+        word,
+        0,
+    )
     nets = copy.copy(made_networks())
     nets.model = word
     mask = NeuronMask.from_flat(np.arange(72) == 1, WIDTHS, [word, "b"])
     for thing in (acts, nets, mask):
-        assert not [t for t in Tags(thing._repr_html_()).seen if t[0] in ("script", "img", "iframe", "object") and word.startswith("<")], word
+        assert not [
+            t
+            for t in Tags(thing._repr_html_()).seen
+            if t[0] in ("script", "img", "iframe", "object") and word.startswith("<")
+        ], word
 
 
 # code
@@ -655,13 +842,26 @@ MODULES = sorted(Path(llmfact_nb.__file__).parent.glob("*.py"))
 
 @functools.cache
 def nodes() -> list[tuple[str, ast.AST]]:
-    return [(path.name, node) for path in MODULES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Call, ast.Import, ast.ImportFrom))]
+    return [
+        (path.name, node)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Call, ast.Import, ast.ImportFrom))
+    ]
 
 
 @functools.cache
 def calls() -> list[tuple[str, str, set]]:
     "(module, dotted name, keyword arguments that are literally True) of every call in the package."
-    return [(module, ast.unparse(node.func), {k.arg for k in node.keywords if isinstance(k.value, ast.Constant) and k.value.value is True}) for module, node in nodes() if isinstance(node, ast.Call)]
+    return [
+        (
+            module,
+            ast.unparse(node.func),
+            {k.arg for k in node.keywords if isinstance(k.value, ast.Constant) and k.value.value is True},
+        )
+        for module, node in nodes()
+        if isinstance(node, ast.Call)
+    ]
 
 
 def test_nothing_is_ever_unpickled():
@@ -673,7 +873,20 @@ def test_nothing_is_ever_unpickled():
     found = calls()
     assert len(found) > 3000, "the package was read"
     for module, name, true in found:
-        assert name not in ("torch.load", "torch.save", "np.save", "np.savez", "eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "pd.read_pickle"), (module, name)
+        assert name not in (
+            "torch.load",
+            "torch.save",
+            "np.save",
+            "np.savez",
+            "eval",
+            "exec",
+            "compile",
+            "__import__",
+            "os.system",
+            "os.popen",
+            "yaml.load",
+            "pd.read_pickle",
+        ), (module, name)
         assert not true & {"allow_pickle", "trust_remote_code", "shell"}, (module, name)
         assert not name.endswith(("np.load", "numpy.load", "read_pickle", "to_pickle")), (module, name)
 
@@ -710,7 +923,10 @@ def test_code_beside_a_checkpoint_runs_only_when_the_user_says_so(finished_run, 
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     model_folder(tmp_path)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config |= {"model_type": "of-their-own", "auto_map": {"AutoConfig": "theirs.TheirConfig", "AutoModelForCausalLM": "theirs.TheirModel"}}
+    config |= {
+        "model_type": "of-their-own",
+        "auto_map": {"AutoConfig": "theirs.TheirConfig", "AutoModelForCausalLM": "theirs.TheirModel"},
+    }
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     (tmp_path / "model" / "theirs.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w').close()\n")
     with pytest.raises(ValueError, match="(?s)could not be loaded.*trust_remote_code"):

@@ -10,7 +10,20 @@ from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 
 import llmfact_nb.ica as ica_module
-from llmfact_nb.ica import ICA, CentredX, ConvergenceWarning, _newton_schulz, choose_solver, consensus, decorrelate, fastica, gram, leading_directions, negentropy, there_and_back
+from llmfact_nb.ica import (
+    ICA,
+    CentredX,
+    ConvergenceWarning,
+    _newton_schulz,
+    choose_solver,
+    consensus,
+    decorrelate,
+    fastica,
+    gram,
+    leading_directions,
+    negentropy,
+    there_and_back,
+)
 
 SHAPES = {"wide": (500, 1600), "tall": (1800, 240)}
 
@@ -63,11 +76,21 @@ def test_planted_components_are_recovered(kind, fun, shape):
 @pytest.mark.parametrize("kind", ["temporal", "spatial"])
 @pytest.mark.parametrize("shape", [(240, 1000), (1000, 240)], ids=["wide", "tall"])
 @pytest.mark.parametrize("solver", ["gram", "covariance", "randomized", "auto", "exact"])
-@pytest.mark.filterwarnings("ignore::llmfact_nb.ica.ConvergenceWarning")  # Gaussian directions: there is a subspace to find, but no components
+@pytest.mark.filterwarnings(
+    "ignore::llmfact_nb.ica.ConvergenceWarning"
+)  # Gaussian directions: there is a subspace to find, but no components
 def test_every_solver_finds_the_subspace_of_a_float64_svd(solver, shape, kind):
     X, k = steep(*shape), 16
-    ica = ICA(k, kind=kind, max_iter=20, whiten_solver="gram" if solver == "exact" else solver, dtype="float64" if solver == "exact" else "float32").fit(X)
-    assert ica.whiten_solver_ in ("gram", "covariance", "randomized") and ica.whitening_report_.startswith(ica.whiten_solver_)
+    ica = ICA(
+        k,
+        kind=kind,
+        max_iter=20,
+        whiten_solver="gram" if solver == "exact" else solver,
+        dtype="float64" if solver == "exact" else "float32",
+    ).fit(X)
+    assert ica.whiten_solver_ in ("gram", "covariance", "randomized") and ica.whitening_report_.startswith(
+        ica.whiten_solver_
+    )
     C = X.astype(float) - X.mean(0, dtype=float)
     if kind == "spatial":
         C -= C.mean(1, keepdims=True)
@@ -109,12 +132,17 @@ def test_rows_fit_as_if_the_other_tokens_did_not_exist(kind, shape, solver):
     X, _ = planted(*SHAPES[shape], kind=kind)
     rows = np.random.RandomState(1).rand(len(X)) < 0.6
     X[~rows] = np.nan  # tokens that are left out may hold anything
-    a, b = ICA(5, kind=kind, whiten_solver=solver).fit(X, rows=rows), ICA(5, kind=kind, whiten_solver=solver).fit(X[rows])
+    a, b = (
+        ICA(5, kind=kind, whiten_solver=solver).fit(X, rows=rows),
+        ICA(5, kind=kind, whiten_solver=solver).fit(X[rows]),
+    )
     assert a.time_courses_.shape == (rows.sum(), 5)
     np.testing.assert_allclose(a.maps_, b.maps_, atol=1e-3)
     np.testing.assert_allclose(a.time_courses_, b.time_courses_, atol=1e-3)
     everyone = torch.ones(int(rows.sum()), dtype=torch.bool)
-    np.testing.assert_allclose(ICA(5, kind=kind, whiten_solver=solver).fit(X[rows], rows=everyone).maps_, b.maps_, atol=1e-5)
+    np.testing.assert_allclose(
+        ICA(5, kind=kind, whiten_solver=solver).fit(X[rows], rows=everyone).maps_, b.maps_, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["temporal", "spatial"])
@@ -124,7 +152,10 @@ def test_standardize_equals_z_scored_input(kind, shape, solver):
     X, _ = planted(*SHAPES[shape], kind=kind)
     X *= np.linspace(0.1, 30, X.shape[1], dtype=np.float32)
     Z = (X - X.mean(0)) / X.std(0)
-    a, b = ICA(5, kind=kind, whiten_solver=solver, standardize=True).fit(X), ICA(5, kind=kind, whiten_solver=solver).fit(Z)
+    a, b = (
+        ICA(5, kind=kind, whiten_solver=solver, standardize=True).fit(X),
+        ICA(5, kind=kind, whiten_solver=solver).fit(Z),
+    )
     assert matched(a.maps_, b.maps_).min() > 0.999
     np.testing.assert_allclose(a.scale_, X.std(0), rtol=1e-3)
     np.testing.assert_allclose(a.transform(X), a.time_courses_, atol=5e-3)
@@ -144,7 +175,9 @@ def test_memory_maps_and_bfloat16_are_read_block_by_block_and_never_written(tmp_
         np.testing.assert_allclose(ICA(5).fit(mapped).maps_, exact, atol=1e-5)
     half = torch.from_numpy(X).bfloat16()
     half.view(torch.int16).numpy().tofile(tmp_path / "x.bf16")
-    mapped = torch.from_file(str(tmp_path / "x.bf16"), shared=True, size=half.numel(), dtype=torch.bfloat16).view(half.shape)
+    mapped = torch.from_file(str(tmp_path / "x.bf16"), shared=True, size=half.numel(), dtype=torch.bfloat16).view(
+        half.shape
+    )
     for data in (half, mapped, torch.from_numpy(X).double()):
         before = data.clone()
         for arguments in ({}, {"standardize": True}, {"kind": "spatial"}):
@@ -170,7 +203,10 @@ def test_order_sign_and_rotation(kind):
     np.testing.assert_allclose(sources @ sources.T / sources.shape[1], np.eye(6), atol=1e-3)
     np.testing.assert_allclose(negentropy(sources), ica.negentropy_, rtol=1e-3, atol=1e-7)
     assert (ica.negentropy_.diff() <= 0).all()
-    assert (((ica.maps_ - ica.maps_.mean(1, keepdim=True)) ** 3).sum(1) >= 0).all() and set(ica.sign_.tolist()) <= {-1.0, 1.0}
+    assert (((ica.maps_ - ica.maps_.mean(1, keepdim=True)) ** 3).sum(1) >= 0).all() and set(ica.sign_.tolist()) <= {
+        -1.0,
+        1.0,
+    }
     np.testing.assert_allclose(ica.rotation_ @ ica.rotation_.T, np.eye(6), atol=1e-5)
     np.testing.assert_allclose(ica.maps_, ica.rotation_ @ ica.principal_maps_, atol=1e-4)
     # the principal maps are those of PCA: orthogonal, by falling variance
@@ -221,7 +257,9 @@ def test_components_that_are_not_there_are_the_unstable_ones():
 def test_consensus_is_orthogonal_and_ignores_order_and_sign():
     g = torch.Generator().manual_seed(0)
     W = decorrelate(torch.randn(6, 6, generator=g))
-    shuffled = torch.stack([W[torch.randperm(6, generator=g)] * torch.randn(6, 1, generator=g).sign() for _ in range(5)])
+    shuffled = torch.stack(
+        [W[torch.randperm(6, generator=g)] * torch.randn(6, 1, generator=g).sign() for _ in range(5)]
+    )
     centre, stability = consensus(shuffled)
     np.testing.assert_allclose((centre @ W.T).abs().amax(1), 1, atol=1e-5)
     np.testing.assert_allclose(stability, 1, atol=1e-5)
@@ -240,7 +278,9 @@ def test_restarts_computed_together_equal_restarts_computed_alone(wide):
             alone, n, _ = fastica(Z, start[None], fun)
             assert abs(int(n_iter[i]) - int(n[0])) <= 1
             np.testing.assert_allclose(together[i], alone[0], atol=2e-3)
-        assert history.shape == (n_iter.max(), 7, 5) and history[n_iter.max() - 1, n_iter.argmin()].isnan().all() == (n_iter.min() < n_iter.max())
+        assert history.shape == (n_iter.max(), 7, 5) and history[n_iter.max() - 1, n_iter.argmin()].isnan().all() == (
+            n_iter.min() < n_iter.max()
+        )
 
 
 def test_newton_schulz_finds_the_same_orthogonal_matrix_as_the_eigenvectors():
@@ -254,9 +294,13 @@ def test_leading_directions_of_a_known_matrix():
     g = torch.Generator().manual_seed(0)
     V = torch.linalg.qr(torch.randn(300, 300, generator=g, dtype=torch.float64))[0]
     values = torch.arange(1, 301, dtype=torch.float64) ** -1.5
-    U, n_iter, change = leading_directions(lambda Q: (V * values) @ (V.T @ Q), torch.randn(300, 20, generator=g, dtype=torch.float64), k=10)
+    U, n_iter, change = leading_directions(
+        lambda Q: (V * values) @ (V.T @ Q), torch.randn(300, 20, generator=g, dtype=torch.float64), k=10
+    )
     assert n_iter <= 6 and change < 0.01 and torch.linalg.svdvals(V[:, :10].T @ U).min() > 0.999
-    U, n_iter, _ = leading_directions(lambda Q: (V * values) @ (V.T @ Q), torch.randn(300, 200, generator=g, dtype=torch.float64), k=10, n_iter=3)
+    U, n_iter, _ = leading_directions(
+        lambda Q: (V * values) @ (V.T @ Q), torch.randn(300, 200, generator=g, dtype=torch.float64), k=10, n_iter=3
+    )
     assert n_iter == 3 and torch.linalg.svdvals(V[:, :10].T @ U).min() > 0.999  # no room for a second block
 
 
@@ -276,7 +320,9 @@ def test_constant_neurons(wide):
         assert (ica.maps_[:, [7, 9]] == 0).all() and (ica.maps_[:, :7] != 0).all()
         with pytest.warns(UserWarning, match="2 of 500 neurons are constant"):
             ica = ICA(4, whiten_solver=walk, standardize=True).fit(X)
-        assert (ica.maps_[:, [7, 9]] == 0).all() and (ica.scale_[[7, 9]] == 1).all() and ica.time_courses_.isfinite().all()
+        assert (
+            (ica.maps_[:, [7, 9]] == 0).all() and (ica.scale_[[7, 9]] == 1).all() and ica.time_courses_.isfinite().all()
+        )
 
 
 def test_the_seed_decides_and_the_global_generators_stay_where_they_are(wide):
@@ -325,10 +371,22 @@ def test_an_interrupted_fit_goes_on_from_the_whitened_data(solver, kind, tmp_pat
             ICA(5, kind=kind, whiten_solver=solver, standardize=True).fit(X, rows, path)
     monkeypatch.setattr(ica_module, "whiten", stop)
     resumed = fit(path)
-    for name in ("maps_", "time_courses_", "rotation_", "sign_", "mean_", "scale_", "singular_values_", "explained_variance_ratio_", "convergence_"):
+    for name in (
+        "maps_",
+        "time_courses_",
+        "rotation_",
+        "sign_",
+        "mean_",
+        "scale_",
+        "singular_values_",
+        "explained_variance_ratio_",
+        "convergence_",
+    ):
         assert torch.equal(getattr(resumed, name), getattr(expected, name)), name
     assert torch.equal(resumed.transform(X), expected.transform(X)) and "read from" in resumed.whitening_report_
-    assert matched(fit(path, n_init=3, fun="cube", max_iter=500).maps_, expected.maps_).min() > 0.95  # FastICA's own settings may change
+    assert (
+        matched(fit(path, n_init=3, fun="cube", max_iter=500).maps_, expected.maps_).min() > 0.95
+    )  # FastICA's own settings may change
     assert [p.name for p in tmp_path.iterdir()] == ["white.safetensors"]
 
 
@@ -368,7 +426,13 @@ def test_whitened_data_of_another_matrix_are_refused(wide, tmp_path):
     used = np.arange(len(wide)) > 3
     ICA(5).fit(wide, used, tmp_path / "part.safetensors")
     ICA(5).fit(unused, used, tmp_path / "part.safetensors")  # what was not used may be anything
-    for X, rows, message in ((other, None, "values was"), (middle, None, "values was"), (hole, None, "values was"), (wide[:-1], None, "shape was"), (wide, np.arange(len(wide)) > 3, "rows was 'all'")):
+    for X, rows, message in (
+        (other, None, "values was"),
+        (middle, None, "values was"),
+        (hole, None, "values was"),
+        (wide[:-1], None, "shape was"),
+        (wide, np.arange(len(wide)) > 3, "rows was 'all'"),
+    ):
         with pytest.raises(ValueError, match=f"white.safetensors.*another fit: .*{message}"):
             ICA(5).fit(X, rows, path)
     with pytest.raises(IsADirectoryError, match="is a folder"):
@@ -382,7 +446,9 @@ def test_estimator_conventions(wide, capsys):
     from sklearn.base import clone
 
     ica = ICA(5, fun="cube", standardize=True)
-    assert clone(ica).get_params() == ica.get_params() and repr(ica) == "ICA(n_components=5, fun='cube', standardize=True)"
+    assert (
+        clone(ica).get_params() == ica.get_params() and repr(ica) == "ICA(n_components=5, fun='cube', standardize=True)"
+    )
     assert ica.set_params(n_components=3).n_components == 3 and ica.fit(wide) is ica
     with pytest.raises(ValueError, match="'n_componets' is no parameter of ICA"):
         ica.set_params(n_componets=3)

@@ -30,7 +30,9 @@ def regenerated(tmp_path_factory):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
 def test_notebooks_are_clean(regenerated, notebook):
-    assert json.loads((regenerated / notebook).read_text()) == json.loads((ROOT / notebook).read_text()), f"run nbdev_clean on {notebook}"
+    assert json.loads((regenerated / notebook).read_text()) == json.loads((ROOT / notebook).read_text()), (
+        f"run nbdev_clean on {notebook}"
+    )
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=str)
@@ -47,7 +49,9 @@ def test_library_is_exported(regenerated):
 def test_every_module_has_its_notebook():
     for module in (ROOT / "llmfact_nb").glob("*.py"):
         source = re.search(r"File to edit: \.\./(nbs/\S+\.ipynb)", module.read_text())
-        assert source is None or (ROOT / source[1]).exists(), f"{module.name} was generated from {source[1]}, which is gone"
+        assert source is None or (ROOT / source[1]).exists(), (
+            f"{module.name} was generated from {source[1]}, which is gone"
+        )
 
 
 def test_notebooks_import_only_lower_numbers():
@@ -78,7 +82,12 @@ def python(code: str) -> str:
 
 
 def test_import_is_light():
-    assert python("import sys, llmfact_nb; print([m for m in ('torch', 'numpy', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])") == "[]"
+    assert (
+        python(
+            "import sys, llmfact_nb; print([m for m in ('torch', 'numpy', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])"
+        )
+        == "[]"
+    )
 
 
 def test_help_needs_no_torch():

@@ -25,7 +25,12 @@ from llmfact_nb.networks import FunctionalNetworks, iou
 from llmfact_nb.sites import blocks
 
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # nothing of it in the working tree
-pytestmark = pytest.mark.filterwarnings("ignore:FastICA has not converged", "ignore:no unit is masked", "ignore:The mask holds more than half", r"ignore:\d+ of \d+ units found no unused")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:FastICA has not converged",
+    "ignore:no unit is masked",
+    "ignore:The mask holds more than half",
+    r"ignore:\d+ of \d+ units found no unused",
+)
 
 
 def holds(few: int, many: int, **strategies):
@@ -33,7 +38,14 @@ def holds(few: int, many: int, **strategies):
 
     def decorate(property_):
         def of(n):  # without shrinking: a failing example is printed whole, and is small enough
-            rules = settings(max_examples=n, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+            rules = settings(
+                max_examples=n,
+                derandomize=True,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+                phases=[Phase.generate],
+            )
             return rules(given(**strategies)(property_))
 
         setattr(sys.modules[property_.__module__], f"{property_.__name__}_often", pytest.mark.slow(of(many)))
@@ -44,8 +56,17 @@ def holds(few: int, many: int, **strategies):
 
 # Texts through a model
 
-LAYOUTS = ("gpt2", "llama", "gemma3_text", "lfm2", "bloom", "bert")  # learned positions, rotary, windows, convolutions, ALiBi, encoder
-texts = st.lists(st.tuples(st.integers(1, 14), st.integers(0, 50)), min_size=1, max_size=6).map(lambda drawn: [families.words(n, seed) for n, seed in drawn])
+LAYOUTS = (
+    "gpt2",
+    "llama",
+    "gemma3_text",
+    "lfm2",
+    "bloom",
+    "bert",
+)  # learned positions, rotary, windows, convolutions, ALiBi, encoder
+texts = st.lists(st.tuples(st.integers(1, 14), st.integers(0, 50)), min_size=1, max_size=6).map(
+    lambda drawn: [families.words(n, seed) for n, seed in drawn]
+)
 sites = st.sampled_from(["mlp_out", "mlp_hidden"])
 batches = st.sampled_from([1, 2, 3, 7, "auto"])
 tokenizers = st.builds(families.tokenizer, pad=st.booleans(), side=st.sampled_from(["left", "right"]))
@@ -67,7 +88,16 @@ def rows_of(acts: Activations, text: int) -> torch.Tensor:
     return acts.values[acts.text_ids == text]
 
 
-@holds(10, 150, family=st.sampled_from(LAYOUTS), texts=texts, site=sites, batch_size=batches, tokenizer=tokenizers, order=orders)
+@holds(
+    10,
+    150,
+    family=st.sampled_from(LAYOUTS),
+    texts=texts,
+    site=sites,
+    batch_size=batches,
+    tokenizer=tokenizers,
+    order=orders,
+)
 def test_a_texts_rows_do_not_depend_on_its_company(family, texts, site, batch_size, tokenizer, order):
     model, places = model_of(family), list(range(len(texts)))
     order.shuffle(places)
@@ -76,25 +106,46 @@ def test_a_texts_rows_do_not_depend_on_its_company(family, texts, site, batch_si
     for place, i in enumerate(places):
         alone = capture(model, families.tokenizer(), [texts[i]], site, batch_size=1, progress=False)
         torch.testing.assert_close(rows_of(together, place), alone.values, rtol=1e-4, atol=1e-4)
-        assert torch.equal(together.token_ids[together.text_ids == place], alone.token_ids) and torch.equal(together.positions[together.text_ids == place], alone.positions)
+        assert torch.equal(together.token_ids[together.text_ids == place], alone.token_ids) and torch.equal(
+            together.positions[together.text_ids == place], alone.positions
+        )
 
 
-@holds(8, 100, family=st.sampled_from(LAYOUTS[:-1]), texts=texts, batch_size=batches, tokenizer=tokenizers, order=orders, positions=st.sampled_from(["all", "after-first"]), share=st.floats(0, 1))
+@holds(
+    8,
+    100,
+    family=st.sampled_from(LAYOUTS[:-1]),
+    texts=texts,
+    batch_size=batches,
+    tokenizer=tokenizers,
+    order=orders,
+    positions=st.sampled_from(["all", "after-first"]),
+    share=st.floats(0, 1),
+)
 def test_a_texts_loss_does_not_depend_on_its_company(family, texts, batch_size, tokenizer, order, positions, share):
     model, places = model_of(family), list(range(len(texts)))
     texts = [f"{t} w5" for t in texts]  # two tokens at least, else there is nothing to score
     order.shuffle(places)
     rng = np.random.default_rng(len(texts))
-    mask = NeuronMask.from_layers([rng.random(families.KNOWN[family].hidden) < share for _ in range(families.LAYERS)], "mlp_hidden")
+    mask = NeuronMask.from_layers(
+        [rng.random(families.KNOWN[family].hidden) < share for _ in range(families.LAYERS)], "mlp_hidden"
+    )
     with MaskedModel(model).ablate(mask, positions=positions):
-        together = perplexity(model, tokenizer, [texts[i] for i in places], batch_size=batch_size, n_boot=2, progress=False)
+        together = perplexity(
+            model, tokenizer, [texts[i] for i in places], batch_size=batch_size, n_boot=2, progress=False
+        )
         for place, i in enumerate(places):
             alone = perplexity(model, families.tokenizer(), [texts[i]], batch_size=1, n_boot=2, progress=False)
-            torch.testing.assert_close(together.token_nats[together.text_ids == place], alone.token_nats, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                together.token_nats[together.text_ids == place], alone.token_nats, rtol=1e-3, atol=1e-3
+            )
 
 
 # Where accelerate may put the weights: each block in memory or on the disk by a map; or all of them fetched module by module, or block by block, from memory or from the disk.
-ways = st.one_of(st.lists(st.sampled_from(["cpu", "disk"]), min_size=families.LAYERS, max_size=families.LAYERS), st.tuples(st.sampled_from(["cpu_offload", "disk_offload"]), st.booleans()))
+ways = st.one_of(
+    st.lists(st.sampled_from(["cpu", "disk"]), min_size=families.LAYERS, max_size=families.LAYERS),
+    st.tuples(st.sampled_from(["cpu_offload", "disk_offload"]), st.booleans()),
+)
 
 
 def placed(family: str, way, folder: str):
@@ -106,22 +157,41 @@ def placed(family: str, way, folder: str):
     if isinstance(way, tuple):
         offload, whole_blocks = way
         preload = [type(layers[0]).__name__] if whole_blocks else None
-        getattr(accelerate, offload)(model, *([folder] if offload == "disk_offload" else []), execution_device="cpu", preload_module_classes=preload)
+        getattr(accelerate, offload)(
+            model,
+            *([folder] if offload == "disk_offload" else []),
+            execution_device="cpu",
+            preload_module_classes=preload,
+        )
         return model
     places, path = {f"{name}.{i}": place for i, place in enumerate(way)}, name.split(".")
     for depth, part in enumerate(path):  # what stands beside the blocks, and beside what they stand in
         parent = ".".join(path[:depth])
-        places |= {f"{parent}.{n}".lstrip("."): "cpu" for n, _ in model.get_submodule(parent).named_children() if n != part}
+        places |= {
+            f"{parent}.{n}".lstrip("."): "cpu" for n, _ in model.get_submodule(parent).named_children() if n != part
+        }
     return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
 
 
-@holds(8, 80, family=st.sampled_from(LAYOUTS), way=ways, texts=texts, site=sites, positions=st.sampled_from(["all", "after-first"]), share=st.floats(0, 1), seed=st.integers(0, 9))
+@holds(
+    8,
+    80,
+    family=st.sampled_from(LAYOUTS),
+    way=ways,
+    texts=texts,
+    site=sites,
+    positions=st.sampled_from(["all", "after-first"]),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 9),
+)
 def test_where_the_weights_lie_does_not_matter(family, way, texts, site, positions, share, seed):
     "Activations, and losses plain and under a mask, are bit for bit those of the model in memory; the encoder has activations only."
     texts, tokenizer, rng = [f"{t} w5" for t in texts], families.tokenizer(), np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         models = placed(family, way, folder), model_of(family)
-        assert any(p.device.type == "meta" for p in models[0].parameters()) == ("cpu" in way and "disk" in way or "cpu" not in way)  # empty places, unless all is in memory
+        assert any(p.device.type == "meta" for p in models[0].parameters()) == (
+            "cpu" in way and "disk" in way or "cpu" not in way
+        )  # empty places, unless all is in memory
         here, there = (capture(m, tokenizer, texts, site, progress=False) for m in models)
         assert torch.equal(here.values, there.values)
         if family == LAYOUTS[-1]:
@@ -145,7 +215,16 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-@holds(8, 80, family=st.sampled_from(LAYOUTS), texts=texts, site=sites, dtype=st.sampled_from(list(TOLERANCES)), share=st.floats(0, 1), seed=st.integers(0, 9))
+@holds(
+    8,
+    80,
+    family=st.sampled_from(LAYOUTS),
+    texts=texts,
+    site=sites,
+    dtype=st.sampled_from(list(TOLERANCES)),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 9),
+)
 def test_coarse_weights_give_nearly_the_same_numbers(family, texts, site, dtype, share, seed):
     "Activations, and answers under a mask; and what is masked is exactly zero in every precision."
     coarse, exact, tokenizer = model_of(family, dtype), rounded(family, dtype), families.tokenizer()
@@ -180,11 +259,18 @@ def test_masks_are_sets(a, b, c):
     assert a - b == a & ~b and a ^ b == (a | b) - (a & b) and a - (b | c) == (a - b) - c
     assert a & (b | c) == (a & b) | (a & c) and a | (b & c) == (a | b) & (a | c) and a | (a & b) == a
     assert a | b == b | a and (a | b) | c == a | (b | c) and a | a == a & a == a
-    assert a | ~a == everything and a & ~a == nothing == a - a and a ^ everything == ~a and a | nothing == a & everything == a
+    assert (
+        a | ~a == everything
+        and a & ~a == nothing == a - a
+        and a ^ everything == ~a
+        and a | nothing == a & everything == a
+    )
     for x in (a, b, a | b, ~a):
         assert x.n == sum(x.counts) == int(x.flat.sum()) and x.counts == tuple(int(r.sum()) for r in x.layers)
         assert all(n + m == w for n, m, w in zip(x.counts, (~x).counts, WIDTHS))
-    assert tuple(map(sum, zip((a | b).counts, (a & b).counts))) == tuple(map(sum, zip(a.counts, b.counts)))  # inclusion and exclusion, layer by layer
+    assert tuple(map(sum, zip((a | b).counts, (a & b).counts))) == tuple(
+        map(sum, zip(a.counts, b.counts))
+    )  # inclusion and exclusion, layer by layer
     assert hash(a | b) == hash(b | a)
     assert iou(a, b) == iou(b, a) and iou(a, a) == 1 and (iou(a, b) == 0) == ((a & b).n == 0 < (a | b).n)
 
@@ -196,19 +282,33 @@ def test_sites_join_or_refuse(a, b):
             with pytest.raises(ValueError, match="site"):
                 operation(b)
     else:
-        assert (a | b).site == (b & a).site == (a - b).site == (a.site if a.site is not None else b.site) and (~a).site == a.site
+        assert (a | b).site == (b & a).site == (a - b).site == (a.site if a.site is not None else b.site) and (
+            ~a
+        ).site == a.site
 
 
-@holds(15, 200, a=masks(), seed=st.integers(0, 2**40), score=st.lists(st.floats(-1e6, 1e6), min_size=N, max_size=N), bins=st.integers(1, 12))
+@holds(
+    15,
+    200,
+    a=masks(),
+    seed=st.integers(0, 2**40),
+    score=st.lists(st.floats(-1e6, 1e6), min_size=N, max_size=N),
+    bins=st.integers(1, 12),
+)
 def test_controls_have_the_same_counts_and_their_seed_decides(a, seed, score, bins):
     for control in (a.matched_random(seed), a.matched_random(seed, score, bins), a.matched_top(score)):
         assert control.counts == a.counts and control.site == a.site and control.widths == a.widths
-    assert a.matched_random(seed) == a.matched_random(seed) and a.matched_random(seed, score, bins) == a.matched_random(seed, score, bins)
+    assert a.matched_random(seed) == a.matched_random(seed) and a.matched_random(seed, score, bins) == a.matched_random(
+        seed, score, bins
+    )
     roomy = [2 * n <= w for n, w in zip(a.counts, WIDTHS)]
     apart = a.matched_random(seed) & a
     assert all(n == 0 for n, room in zip(apart.counts, roomy) if room)
     top, s = a.matched_top(score), np.split(np.array(score), np.cumsum(WIDTHS)[:-1])
-    assert all(not chosen.any() or chosen.all() or row[chosen].min() >= row[~chosen].max() for chosen, row in zip((r.numpy() for r in top.layers), s))
+    assert all(
+        not chosen.any() or chosen.all() or row[chosen].min() >= row[~chosen].max()
+        for chosen, row in zip((r.numpy() for r in top.layers), s)
+    )
 
 
 @holds(15, 200, chosen=st.lists(masks(), min_size=1, max_size=4), seed=st.integers(0, 99), T=st.integers(1, 6))
@@ -216,7 +316,9 @@ def test_reading_through_masks_is_indexing(chosen, seed, T):
     assume(all(m.n for m in chosen))
     X = torch.randn(T, N, generator=torch.Generator().manual_seed(seed))
     expected = torch.stack([X[:, m.flat].mean(1) for m in chosen], 1)
-    torch.testing.assert_close(torch.as_tensor(apply_mask_and_average(chosen, X)).reshape(T, -1), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.as_tensor(apply_mask_and_average(chosen, X)).reshape(T, -1), expected, rtol=1e-5, atol=1e-6
+    )
     either = torch.stack([m.flat for m in chosen]).any(0)
     torch.testing.assert_close(torch.as_tensor(apply_mask_any(chosen, X)), torch.where(either, X, 0))
 
@@ -270,9 +372,17 @@ def planted(seed: int, kind: str = "temporal") -> torch.Tensor:
     g = np.random.RandomState(seed)
     if kind == "temporal":
         drawn = g.laplace(size=(600, 3))
-        courses, maps = np.sign(drawn) * np.abs(drawn) ** [1.0, 1.4, 2.0], np.where(g.rand(3, 60) < 0.3, 1.0 + g.rand(3, 60), 0.05 * g.randn(3, 60))
+        courses, maps = (
+            np.sign(drawn) * np.abs(drawn) ** [1.0, 1.4, 2.0],
+            np.where(g.rand(3, 60) < 0.3, 1.0 + g.rand(3, 60), 0.05 * g.randn(3, 60)),
+        )
     else:
-        courses, maps = g.randn(60, 3), np.where(g.rand(3, 600) < [[0.15], [0.06], [0.02]], 2.0 + g.exponential(size=(3, 600)), 0.1 * g.randn(3, 600))
+        courses, maps = (
+            g.randn(60, 3),
+            np.where(
+                g.rand(3, 600) < [[0.15], [0.06], [0.02]], 2.0 + g.exponential(size=(3, 600)), 0.1 * g.randn(3, 600)
+            ),
+        )
     X = courses / courses.std(0) * [4.0, 2.5, 1.5] @ maps
     return torch.tensor(X + 0.02 * g.randn(*X.shape), dtype=torch.float32)
 
@@ -280,10 +390,28 @@ def planted(seed: int, kind: str = "temporal") -> torch.Tensor:
 def as_activations(X: torch.Tensor) -> Activations:
     T, n = X.shape
     positions = torch.arange(T) % 40
-    return Activations(X, torch.arange(T) // 40, positions, torch.arange(T), positions == 0, (n // 3,) * 3, (0, 1, 2), "mlp_hidden", "by hand")
+    return Activations(
+        X,
+        torch.arange(T) // 40,
+        positions,
+        torch.arange(T),
+        positions == 0,
+        (n // 3,) * 3,
+        (0, 1, 2),
+        "mlp_hidden",
+        "by hand",
+    )
 
 
-@holds(4, 40, seed=st.integers(0, 200), kind=st.sampled_from(["temporal", "spatial"]), exclude=st.sampled_from([None, "first"]), n_init=st.sampled_from([1, 3]), standardize=st.booleans())
+@holds(
+    4,
+    40,
+    seed=st.integers(0, 200),
+    kind=st.sampled_from(["temporal", "spatial"]),
+    exclude=st.sampled_from([None, "first"]),
+    n_init=st.sampled_from([1, 3]),
+    standardize=st.booleans(),
+)
 def test_networks_come_back_from_their_file(seed, kind, exclude, n_init, standardize):
     acts = as_activations(planted(seed, kind))
     a = FunctionalNetworks(3, kind, standardize, exclude, n_init=n_init).fit(acts)
@@ -292,7 +420,11 @@ def test_networks_come_back_from_their_file(seed, kind, exclude, n_init, standar
         b = FunctionalNetworks.load(Path(folder) / "n")
     for name in ("maps_", "mixing_", "time_courses_", "rows_", "sign_", "stability_"):
         assert torch.equal(bits(getattr(a, name)), bits(getattr(b, name))), name
-    assert a.masks() == b.masks() and a.key_neurons(fraction=0.1) == b.key_neurons(fraction=0.1) and torch.equal(a.transform(acts), b.transform(acts))
+    assert (
+        a.masks() == b.masks()
+        and a.key_neurons(fraction=0.1) == b.key_neurons(fraction=0.1)
+        and torch.equal(a.transform(acts), b.transform(acts))
+    )
 
 
 # What ICA promises of order, sign and units
@@ -304,7 +436,9 @@ SAME = 1e-5  # how far a correlation may be from 1
 def fitted(X, kind, **options) -> ICA:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return ICA(3, kind=kind, max_iter=400, tol=1e-8, dtype=torch.float64, **options).fit(X)  # at tol=1e-4 one start in a hundred rests where two components are mixed half and half
+        return ICA(3, kind=kind, max_iter=400, tol=1e-8, dtype=torch.float64, **options).fit(
+            X
+        )  # at tol=1e-4 one start in a hundred rests where two components are mixed half and half
 
 
 def same_parts(a: ICA, maps: torch.Tensor, courses: torch.Tensor) -> None:
@@ -332,7 +466,9 @@ def test_units_and_offsets_of_the_data_do_not_matter(seed, kind, gain, offset):
     X = planted(seed, kind)
     a, b = fitted(X, kind), fitted(gain * (X + offset), kind)
     same_parts(b, a.maps_, a.time_courses_)
-    units = (b.maps_ if kind == "temporal" else b.time_courses_).std() / (a.maps_ if kind == "temporal" else a.time_courses_).std()  # the mixing carries the units
+    units = (b.maps_ if kind == "temporal" else b.time_courses_).std() / (
+        a.maps_ if kind == "temporal" else a.time_courses_
+    ).std()  # the mixing carries the units
     assert abs(float(units) / gain - 1) < 0.01
 
 

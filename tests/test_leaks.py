@@ -40,7 +40,12 @@ def held() -> dict[str, int]:
     gc.collect()
     objects = gc.get_objects()
     tensors = sum(issubclass(type(o), torch.Tensor) for o in objects)
-    return {"tensors": tensors, "objects": len(objects), "bytes": resident(), "optimizer hooks": len(optimizers._global_optimizer_pre_hooks) + len(optimizers._global_optimizer_post_hooks)}
+    return {
+        "tensors": tensors,
+        "objects": len(objects),
+        "bytes": resident(),
+        "optimizer hooks": len(optimizers._global_optimizer_pre_hooks) + len(optimizers._global_optimizer_post_hooks),
+    }
 
 
 def refuse_growth(once, times: int = TIMES) -> None:
@@ -55,9 +60,16 @@ def refuse_growth(once, times: int = TIMES) -> None:
         after = held()
         if after["bytes"] - before["bytes"] < bound:
             break
-    assert after["tensors"] == before["tensors"] and after["optimizer hooks"] == before["optimizer hooks"], (before, after)
-    assert after["objects"] - before["objects"] < times / 2, f"{after['objects'] - before['objects']} objects more after {times} times"
-    assert after["bytes"] - before["bytes"] < bound, f"{(after['bytes'] - before['bytes']) / 2**20:.1f} MiB more after {times} times"
+    assert after["tensors"] == before["tensors"] and after["optimizer hooks"] == before["optimizer hooks"], (
+        before,
+        after,
+    )
+    assert after["objects"] - before["objects"] < times / 2, (
+        f"{after['objects'] - before['objects']} objects more after {times} times"
+    )
+    assert after["bytes"] - before["bytes"] < bound, (
+        f"{(after['bytes'] - before['bytes']) / 2**20:.1f} MiB more after {times} times"
+    )
 
 
 class Stop(Exception):
@@ -66,7 +78,10 @@ class Stop(Exception):
 
 def ways(model) -> dict:
     "What users do over and over, by name."
-    tokenizer, mask = families.tokenizer(), NeuronMask.from_layers([torch.arange(families.HIDDEN) < 5] * families.LAYERS, "mlp_hidden")
+    tokenizer, mask = (
+        families.tokenizer(),
+        NeuronMask.from_layers([torch.arange(families.HIDDEN) < 5] * families.LAYERS, "mlp_hidden"),
+    )
     masked, acts = MaskedModel(model), capture(model, tokenizer, TEXTS, "mlp_hidden", progress=False)
     masked.fit_means(acts)
 
@@ -115,20 +130,39 @@ def test_doing_it_again_and_again_leaves_nothing(way):
 @pytest.mark.parametrize("leak", ["tensor", "object", "bytes"])
 def test_a_leak_is_noticed(leak):
     kept = []
-    leaks = {"tensor": lambda: kept.append(torch.zeros(1)), "object": lambda: kept.append([]), "bytes": lambda: kept.append(bytes(2**18))}
+    leaks = {
+        "tensor": lambda: kept.append(torch.zeros(1)),
+        "object": lambda: kept.append([]),
+        "bytes": lambda: kept.append(bytes(2**18)),
+    }
     with pytest.raises(AssertionError):
         refuse_growth(leaks[leak])
 
 
 SIZES = {  # what of the bound the run is made to use; (configuration, options)
-    "activations": (dict(hidden_size=32, intermediate_size=2048, num_hidden_layers=8), "--fit-tokens 12000 --k 8 --eval-texts 2 --eval-length 64"),
-    "spatial": (dict(hidden_size=32, intermediate_size=2048, num_hidden_layers=8), "--fit-tokens 6000 --k 24 --kind spatial --eval-texts 2 --eval-length 64"),
-    "logits": (dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, vocab_size=150_000), "--fit-tokens 600 --k 4 --eval-texts 2 --eval-length 512"),
-    "parameters": (dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8), "--fit-tokens 600 --k 4 --eval-texts 2 --eval-length 32"),
+    "activations": (
+        dict(hidden_size=32, intermediate_size=2048, num_hidden_layers=8),
+        "--fit-tokens 12000 --k 8 --eval-texts 2 --eval-length 64",
+    ),
+    "spatial": (
+        dict(hidden_size=32, intermediate_size=2048, num_hidden_layers=8),
+        "--fit-tokens 6000 --k 24 --kind spatial --eval-texts 2 --eval-length 64",
+    ),
+    "logits": (
+        dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, vocab_size=150_000),
+        "--fit-tokens 600 --k 4 --eval-texts 2 --eval-length 512",
+    ),
+    "parameters": (
+        dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8),
+        "--fit-tokens 600 --k 4 --eval-texts 2 --eval-length 32",
+    ),
 }
 
 
-NOTHING = (dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2), "--fit-tokens 600 --k 4 --eval-texts 2 --eval-length 32")
+NOTHING = (
+    dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2),
+    "--fit-tokens 600 --k 4 --eval-texts 2 --eval-length 32",
+)
 
 
 def run_and_bill(folder: Path, configuration: dict, options: str) -> tuple[int, int]:
@@ -137,7 +171,12 @@ def run_and_bill(folder: Path, configuration: dict, options: str) -> tuple[int, 
     families.tokenizer().save_pretrained(folder / "model")
     texts = [{"title": f"t{i}", "text": families.words(random.Random(i).randint(500, 600), i)} for i in range(120)]
     (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    line = [Path(sys.executable).with_name("llmfact"), *shlex.split(f"run --out {folder / 'out'} --model {folder / 'model'} --texts {folder / 'texts.jsonl'} --n-init 1 --control-seeds 1 {options}")]
+    line = [
+        Path(sys.executable).with_name("llmfact"),
+        *shlex.split(
+            f"run --out {folder / 'out'} --model {folder / 'model'} --texts {folder / 'texts.jsonl'} --n-init 1 --control-seeds 1 {options}"
+        ),
+    ]
     bill = json.loads(subprocess.run([*line, "--dry-run", "--json"], check=True, capture_output=True, text=True).stdout)
     child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said = child.stdout.read()
@@ -156,7 +195,12 @@ def least(tmp_path_factory):
 @pytest.mark.parametrize("what", SIZES)
 def test_the_memory_that_a_dry_run_announces_is_enough(what, least, tmp_path):
     peak, bound = run_and_bill(tmp_path, *SIZES[what])
-    print(f"{what}: {peak / 1e6:,.0f} MB used, at most {bound / 1e6:,.0f} MB announced; the least run {least[0] / 1e6:,.0f} and {least[1] / 1e6:,.0f} MB")
+    print(
+        f"{what}: {peak / 1e6:,.0f} MB used, at most {bound / 1e6:,.0f} MB announced; the least run {least[0] / 1e6:,.0f} and {least[1] / 1e6:,.0f} MB"
+    )
     assert 0.25 * bound < peak <= bound
-    if what in ("activations", "parameters"):  # their terms are there, and not only hidden in the room that every bound has
+    if what in (
+        "activations",
+        "parameters",
+    ):  # their terms are there, and not only hidden in the room that every bound has
         assert peak - least[0] <= bound - least[1]

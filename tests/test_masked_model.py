@@ -95,7 +95,9 @@ def test_ablate_and_keep(name, site, share):
 def test_values_means_and_amplification(name, site):
     model, mask, n = families.build(name), random_mask(name, site), LAYERS * width(name, site)
     values, gains = torch.randn(n, generator=torch.Generator().manual_seed(1)), torch.linspace(-1, 3, n)
-    mm = MaskedModel(model).fit_means(capture(model, families.tokenizer(), [families.words(20, i) for i in range(3)], site, progress=False))
+    mm = MaskedModel(model).fit_means(
+        capture(model, families.tokenizer(), [families.words(20, i) for i in range(3)], site, progress=False)
+    )
     per_layer = lambda t: t.split(mask.widths)
     arms = [
         (mm.ablate(mask, replace=values), lambda x, i: per_layer(values)[i].expand_as(x)),
@@ -125,7 +127,14 @@ def test_means_are_those_without_sinks():
     model = families.build("gpt2")
     with torch.no_grad():
         model.transformer.wpe.weight[0] *= 100  # the first token stands out
-    a = capture(model, families.tokenizer(), [families.words(20, i) for i in range(3)], "mlp_hidden", layers=[0, 2], progress=False)
+    a = capture(
+        model,
+        families.tokenizer(),
+        [families.words(20, i) for i in range(3)],
+        "mlp_hidden",
+        layers=[0, 2],
+        progress=False,
+    )
     mm = MaskedModel(model, "mlp_hidden").fit_means(a)
     torch.testing.assert_close(mm.means, a.values[~a.sinks].mean(0))
     assert (mm.means - a.values.mean(0)).abs().max() > 0.01
@@ -145,7 +154,12 @@ def test_distinct_rows_reach_distinct_layers(site):
     "The trap of the published code: 1, 2, 3 units asked for are 1, 2, 3 units masked, and the ones asked for."
     model, seen = families.build("gpt2", n_layer=4), {}
     n = width("gpt2", site)
-    rows = [torch.arange(n) == 0, torch.arange(n) < 2, (torch.arange(n) >= 5) & (torch.arange(n) < 8), torch.arange(n) >= n - 4]
+    rows = [
+        torch.arange(n) == 0,
+        torch.arange(n) < 2,
+        (torch.arange(n) >= 5) & (torch.arange(n) < 8),
+        torch.arange(n) >= n - 4,
+    ]
     mask = NeuronMask.from_layers(rows, site)
     with MaskedModel(model).ablate(mask) as counts:
         for i, block in enumerate(model.transformer.h):  # attached after the mask's hooks, so these see what it left
@@ -182,7 +196,9 @@ def test_late_binding_replays_the_published_mistake(way):
 def test_late_binding_with_a_full_last_row_keeps_everything():
     "Why five published scores equal the unmasked one in every digit."
     model = families.build("gpt2")
-    mask = NeuronMask.from_layers([torch.arange(D) < 2, torch.arange(D) < 3, torch.ones(D, dtype=torch.bool)], "mlp_out")
+    mask = NeuronMask.from_layers(
+        [torch.arange(D) < 2, torch.arange(D) < 3, torch.ones(D, dtype=torch.bool)], "mlp_out"
+    )
     plain = answer(model)
     with pytest.warns(UserWarning, match="no unit is masked"):
         with MaskedModel(model, legacy_late_binding=True).keep(mask):
@@ -217,9 +233,15 @@ def test_rows_of_a_padded_batch_are_those_alone(name, positions, side):
         spared = torch.zeros(1, len(ids), dtype=torch.bool)
         spared[:, 0] = positions == "after-first"
         with plain_hooks(name, model, mask.layers, site, spared=spared):
-            alone.append(answer(model, torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0])
+            alone.append(
+                answer(model, torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))[0]
+            )
     ids, attention = padded(LISTS, side)
-    extra = {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)} if side == "left" and "position_ids" in inspect.signature(model.forward).parameters else {}
+    extra = (
+        {"position_ids": (attention.cumsum(1) - 1).clamp(min=0)}
+        if side == "left" and "position_ids" in inspect.signature(model.forward).parameters
+        else {}
+    )
     with MaskedModel(model).ablate(mask, positions=positions):
         batch = answer(model, ids, attention_mask=attention, **extra)
     for row, real, expected in zip(batch, attention.bool(), alone):
@@ -233,7 +255,9 @@ def greedy_by_hand(name, model, mask, site, ids, n_new, positions):
         spared = torch.zeros(1, len(ids), dtype=torch.bool)
         spared[:, 0] = positions == "after-first"
         with plain_hooks(name, model, mask.layers, site, spared=spared):
-            logits = answer(model, torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), use_cache=False)[0, -1]
+            logits = answer(
+                model, torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), use_cache=False
+            )[0, -1]
         ids.append(int(logits.argmax()))
         scores.append(logits)
     return ids, torch.stack(scores)
@@ -256,7 +280,9 @@ def test_generation_with_cache_and_left_padding(name, positions):
     mask = random_mask(name, site)
     ids, attention = padded(LISTS, "left")
     with MaskedModel(model).ablate(mask, positions=positions):
-        out = model.generate(input_ids=ids, attention_mask=attention, output_logits=True, return_dict_in_generate=True, **GREEDY)
+        out = model.generate(
+            input_ids=ids, attention_mask=attention, output_logits=True, return_dict_in_generate=True, **GREEDY
+        )
     for i, row in enumerate(LISTS):
         expected, scores = greedy_by_hand(name, model, mask, site, row, 5, positions)
         torch.testing.assert_close(torch.stack([s[i] for s in out.logits]), scores, rtol=1e-3, atol=1e-3)
@@ -265,7 +291,16 @@ def test_generation_with_cache_and_left_padding(name, positions):
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("positions", ["all", "after-first"])
-@pytest.mark.parametrize("way", [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2), dict(prompt_lookup_num_tokens=2), dict(prefill_chunk_size=2), dict(cache_implementation="dynamic")])
+@pytest.mark.parametrize(
+    "way",
+    [
+        dict(num_beams=3),
+        dict(num_beams=2, num_return_sequences=2),
+        dict(prompt_lookup_num_tokens=2),
+        dict(prefill_chunk_size=2),
+        dict(cache_implementation="dynamic"),
+    ],
+)
 def test_other_ways_of_decoding(site, positions, way):
     "Beams, speculation and chunks use the cache differently; the text is that without a cache."
     model, differ = generator_of("gpt2"), []
@@ -288,7 +323,13 @@ def test_static_cache_is_right_or_refused():
         with MaskedModel(model).ablate(mask, positions=positions):
             expected = model.generate(input_ids=ids, attention_mask=attention, **GREEDY)
             try:
-                got = model.generate(input_ids=ids, attention_mask=attention, cache_implementation="static", disable_compile=True, **GREEDY)
+                got = model.generate(
+                    input_ids=ids,
+                    attention_mask=attention,
+                    cache_implementation="static",
+                    disable_compile=True,
+                    **GREEDY,
+                )
             except ValueError as e:
                 assert positions == "after-first" and "positions" in str(e)
             else:
@@ -305,7 +346,13 @@ def test_a_cache_in_the_callers_hands(name):
     with MaskedModel(model).ablate(mask, positions="after-first"):
         whole = answer(model)
         for start, stop in ((0, 1), (1, 4), (4, 6)):
-            piece = answer(model, IDS[:, start:stop], past_key_values=cache, use_cache=True, attention_mask=torch.ones(2, stop, dtype=torch.long))
+            piece = answer(
+                model,
+                IDS[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                attention_mask=torch.ones(2, stop, dtype=torch.long),
+            )
             torch.testing.assert_close(piece, whole[:, start:stop], rtol=1e-3, atol=1e-3)
 
 
@@ -318,7 +365,13 @@ def test_after_first_however_the_model_is_called():
         base = model.model(IDS).last_hidden_state
     ones = torch.ones_like(IDS)
     with MaskedModel(model).ablate(mask, positions="after-first"), torch.no_grad():
-        for got in (model(IDS), model(IDS, ones), model(input_ids=IDS), model(IDS, attention_mask=ones.bool()), model(inputs_embeds=model.get_input_embeddings()(IDS))):
+        for got in (
+            model(IDS),
+            model(IDS, ones),
+            model(input_ids=IDS),
+            model(IDS, attention_mask=ones.bool()),
+            model(inputs_embeds=model.get_input_embeddings()(IDS)),
+        ):
             assert torch.equal(got.logits, expected)
         assert torch.equal(model.model(IDS).last_hidden_state, base)  # also when the backbone is called past the model
         with pytest.raises(ValueError, match="mask"):
@@ -331,7 +384,9 @@ def test_after_first_where_the_mlp_sees_positions_before_rows(lists):
     "XLNet: the first token of each row, not the first row; or a refusal."
     from transformers import XLNetConfig, XLNetLMHeadModel
 
-    model = families.shake(XLNetLMHeadModel(XLNetConfig(vocab_size=48, d_model=D, n_layer=LAYERS, n_head=2, d_inner=HIDDEN)))
+    model = families.shake(
+        XLNetLMHeadModel(XLNetConfig(vocab_size=48, d_model=D, n_layer=LAYERS, n_head=2, d_inner=HIDDEN))
+    )
     mask, (ids, attention) = random_mask("llama", "mlp_hidden"), padded(lists, "right")
     seen = []
     try:
@@ -364,7 +419,11 @@ def test_after_first_where_the_mlp_sees_flat_positions(flat):
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_baked_equals_masked_or_is_refused(name, site):
     model, mask = families.build(name), random_mask(name, site)
-    weights, before, mm = {k: v.clone() for k, v in model.state_dict().items()}, families.state(model), MaskedModel(model)
+    weights, before, mm = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        families.state(model),
+        MaskedModel(model),
+    )
     values = torch.randn(mask.n_neurons, generator=torch.Generator().manual_seed(2))
     for replace in ("zero", values):
         if replace is values and not has_bias(name):
@@ -375,7 +434,9 @@ def test_baked_equals_masked_or_is_refused(name, site):
             expected = answer(model)
         baked = mm.bake(mask, replace)
         torch.testing.assert_close(answer(baked), expected, rtol=1e-4, atol=1e-4)
-        assert type(baked) is type(model) and families.state(baked) == before and list(baked.state_dict()) == list(weights)
+        assert (
+            type(baked) is type(model) and families.state(baked) == before and list(baked.state_dict()) == list(weights)
+        )
     assert families.state(model) == before and all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
@@ -475,7 +536,11 @@ def test_activations_are_never_edited_in_place(site, positions, share):
                 m.register_forward_pre_hook(lambda m, a, i=i: store.__setitem__(i, (a[0], a[0].clone(), a[0]._version)))
 
     watch(before)
-    for arm in (mm.ablate(mask, positions=positions), mm.ablate(mask, values, positions), mm.amplify(mask, gain=2.0, add=1.0, positions=positions)):
+    for arm in (
+        mm.ablate(mask, positions=positions),
+        mm.ablate(mask, values, positions),
+        mm.amplify(mask, gain=2.0, add=1.0, positions=positions),
+    ):
         with arm:
             watch(after)
             answer(model)
@@ -614,7 +679,11 @@ def test_a_pass_in_inference_mode_leaves_nothing_that_gradients_cannot_use(way, 
 
     def block():
         mm = MaskedModel(model)
-        return mm.amplify(mask, gain=values, add=values) if way == "amplify" else mm.ablate(mask, values if way == "values" else "zero")
+        return (
+            mm.amplify(mask, gain=values, add=values)
+            if way == "amplify"
+            else mm.ablate(mask, values if way == "values" else "zero")
+        )
 
     grads = []
     for inference in (False, True):
@@ -636,7 +705,11 @@ def test_blocks_nest_and_the_inner_sees_what_the_outer_left():
         with plain_hooks("gpt2", model, mask.layers, "mlp_out", change):
             return answer(model)
 
-    union, scaled_first, added_first = expected(lambda x, i: torch.zeros_like(x), a | b), expected(lambda x, i: 2 * x + 1), expected(lambda x, i: 2 * (x + 1))
+    union, scaled_first, added_first = (
+        expected(lambda x, i: torch.zeros_like(x), a | b),
+        expected(lambda x, i: 2 * x + 1),
+        expected(lambda x, i: 2 * (x + 1)),
+    )
     with mm.ablate(a):
         outer = answer(model)
         with MaskedModel(model).ablate(b) as counts:  # another MaskedModel of the same model
@@ -701,14 +774,21 @@ def test_a_layer_without_masked_units_gets_no_hook():
     model = families.build("llama")
     rows = [torch.zeros(HIDDEN, dtype=torch.bool), torch.arange(HIDDEN) < 2, torch.zeros(HIDDEN, dtype=torch.bool)]
     with MaskedModel(model).ablate(NeuronMask.from_layers(rows, "mlp_hidden")) as counts:
-        assert [len(m._forward_pre_hooks) for _, m in families.down_projections("llama", model)] == [0, 1, 0] and counts == (0, 2, 0)
+        assert [len(m._forward_pre_hooks) for _, m in families.down_projections("llama", model)] == [
+            0,
+            1,
+            0,
+        ] and counts == (0, 2, 0)
 
 
 @pytest.mark.parametrize("depths", [(1,), (0, 2), (1, 2)])
 @pytest.mark.parametrize("site", SITES)
 def test_masks_of_some_layers(site, depths):
     model, mask = families.build("llama"), random_mask("llama", site, depths=depths)
-    rows = [mask.layers[depths.index(i)] if i in depths else torch.zeros(width("llama", site), dtype=torch.bool) for i in range(LAYERS)]
+    rows = [
+        mask.layers[depths.index(i)] if i in depths else torch.zeros(width("llama", site), dtype=torch.bool)
+        for i in range(LAYERS)
+    ]
     with plain_hooks("llama", model, rows, site):
         expected = answer(model)
     for mm in (MaskedModel(model), MaskedModel(model, site)):
@@ -737,7 +817,10 @@ def test_masks_of_named_modules():
 @pytest.mark.parametrize("site", SITES)
 def test_half_precision_stays(dtype, site):
     model = families.build("llama").to(dtype)
-    mask, values = random_mask("llama", site), torch.randn(LAYERS * width("llama", site), generator=torch.Generator().manual_seed(3))
+    mask, values = (
+        random_mask("llama", site),
+        torch.randn(LAYERS * width("llama", site), generator=torch.Generator().manual_seed(3)),
+    )
     mm = MaskedModel(model).fit_means(capture(model, families.tokenizer(), [families.words(20)], site, progress=False))
     for arm, change in (
         (mm.ablate(mask), lambda x, i: torch.zeros_like(x)),
@@ -769,13 +852,17 @@ def test_adapted_and_classifying_models(name, site, positions):
             expected = answer(model)
         with MaskedModel(model).ablate(mask, positions=positions):
             assert torch.equal(answer(model), expected)
-        assert families.state(model) == before and torch.equal(answer(model), plain) and not torch.equal(plain, expected)
+        assert (
+            families.state(model) == before and torch.equal(answer(model), plain) and not torch.equal(plain, expected)
+        )
 
 
 def test_adapters_can_be_switched_inside_a_block():
     peft = pytest.importorskip("peft")
     plain, mask = families.build("llama"), random_mask("llama", "mlp_out")
-    model = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
+    model = peft.get_peft_model(
+        copy.deepcopy(plain), peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
+    )
     with MaskedModel(plain).ablate(mask):
         expected = answer(plain)
     with MaskedModel(model).ablate(mask):
@@ -827,14 +914,40 @@ def refused(error, match, mm, call):
 def test_misfits_are_refused_by_layer():
     mm, rows = MaskedModel(families.build("llama")), lambda *widths: [torch.ones(w, dtype=torch.bool) for w in widths]
     for way in ("ablate", "keep", "amplify"):
-        refused(ValueError, r"25.*layer 1.*24", mm, lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 25, 24), "mlp_hidden")))
-        refused(ValueError, "2 layers.*3", mm, lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 24), "mlp_hidden")))
-        refused(ValueError, "layers", mm, lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 24, 24, 24), "mlp_hidden")))
-        refused(ValueError, "layer", mm, lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 24, 24), "mlp_out")))
-        refused(ValueError, "layer 0.*mlp_out", mm, lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 24, 24))))  # no site: mlp_out
-        refused(ValueError, "site", MaskedModel(mm.model, "mlp_out"), lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 24, 24), "mlp_hidden")))
+        refused(
+            ValueError,
+            r"25.*layer 1.*24",
+            mm,
+            lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 25, 24), "mlp_hidden")),
+        )
+        refused(
+            ValueError,
+            "2 layers.*3",
+            mm,
+            lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 24), "mlp_hidden")),
+        )
+        refused(
+            ValueError,
+            "layers",
+            mm,
+            lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 24, 24, 24), "mlp_hidden")),
+        )
+        refused(
+            ValueError, "layer", mm, lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 24, 24), "mlp_out"))
+        )
+        refused(
+            ValueError, "layer 0.*mlp_out", mm, lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 24, 24)))
+        )  # no site: mlp_out
+        refused(
+            ValueError,
+            "site",
+            MaskedModel(mm.model, "mlp_out"),
+            lambda mm: getattr(mm, way)(NeuronMask.from_layers(rows(24, 24, 24), "mlp_hidden")),
+        )
         refused(TypeError, "NeuronMask", mm, lambda mm: getattr(mm, way)(torch.ones(72, dtype=torch.bool)))
-    with MaskedModel(mm.model, "mlp_hidden").ablate(NeuronMask.from_layers(rows(24, 24, 24))):  # no site, checked by widths
+    with MaskedModel(mm.model, "mlp_hidden").ablate(
+        NeuronMask.from_layers(rows(24, 24, 24))
+    ):  # no site, checked by widths
         pass
 
 

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from llmfact_nb.masks import NeuronMask, apply_mask_and_average, apply_mask_any, common_site, disjoint, n_shared, named_masks, score_match, union
+from llmfact_nb.masks import (
+    NeuronMask,
+    apply_mask_and_average,
+    apply_mask_any,
+    common_site,
+    disjoint,
+    n_shared,
+    named_masks,
+    score_match,
+    union,
+)
 
 WIDTHS = (7, 12, 1, 30)
 N = sum(WIDTHS)
@@ -36,7 +46,9 @@ def test_equal_however_built(kind):
     b = NeuronMask.from_layers(np.split(np.array(flat), np.cumsum(WIDTHS)[:-1]), "mlp_out")
     assert a == b and hash(a) == hash(b)
     assert a.flat.tolist() == flat and a.flat.dtype == torch.bool and torch.equal(torch.cat(a.layers), a.flat)
-    assert a.counts == tuple(int(row.sum()) for row in a.layers) and a.n == sum(a.counts) == sum(flat) and a.n_neurons == N
+    assert (
+        a.counts == tuple(int(row.sum()) for row in a.layers) and a.n == sum(a.counts) == sum(flat) and a.n_neurons == N
+    )
 
 
 @pytest.mark.parametrize("site", [None, "mlp_out", "mlp_hidden", ("h.0.mlp", "h.3.mlp", "h.4.mlp", "h.9.mlp")])
@@ -75,8 +87,20 @@ def test_a_mask_cannot_be_changed():
 
 def test_masks_that_do_not_belong_together():
     a = random_mask(1, site="mlp_out")
-    for other in (random_mask(1, site="mlp_hidden"), random_mask(1, (25, 25)), random_mask(1, depths=(0, 1, 2, 4)), random_mask(1, tuple(reversed(WIDTHS)))):
-        for operation in (lambda: a | other, lambda: a & other, lambda: a - other, lambda: a ^ other, lambda: common_site([a, other]), lambda: a.matched_top(np.arange(N), exclude=other)):
+    for other in (
+        random_mask(1, site="mlp_hidden"),
+        random_mask(1, (25, 25)),
+        random_mask(1, depths=(0, 1, 2, 4)),
+        random_mask(1, tuple(reversed(WIDTHS))),
+    ):
+        for operation in (
+            lambda: a | other,
+            lambda: a & other,
+            lambda: a - other,
+            lambda: a ^ other,
+            lambda: common_site([a, other]),
+            lambda: a.matched_top(np.arange(N), exclude=other),
+        ):
             with pytest.raises(ValueError) as e:
                 operation()
             assert repr(a) in str(e.value) and repr(other) in str(e.value)
@@ -127,7 +151,10 @@ def test_refusals_name_what_was_seen(call, error, says):
 
 def test_repr_is_short_for_a_large_model():
     text = repr(NeuronMask.full((1536,) * 30, "mlp_hidden"))
-    assert text == "NeuronMask(46,080 of 46,080 units, site mlp_hidden, layers 0-29, per layer 1536 1536 1536 1536 1536 1536 ... 1536 1536 1536)"
+    assert (
+        text
+        == "NeuronMask(46,080 of 46,080 units, site mlp_hidden, layers 0-29, per layer 1536 1536 1536 1536 1536 1536 ... 1536 1536 1536)"
+    )
     assert "layers 2-3, 7" in repr(NeuronMask.empty((1, 1, 1), depths=(2, 3, 7)))
 
 
@@ -138,12 +165,20 @@ WIDE = (400, 300, 500)
 @pytest.mark.parametrize("score", [None, "variance", "constant", "mostly zero", "negative"])
 def test_matched_random_keeps_counts_and_stays_outside(seed, score):
     rng = np.random.default_rng(3)
-    scores = {None: None, "variance": rng.lognormal(size=1200), "constant": np.ones(1200), "mostly zero": rng.lognormal(size=1200) * (rng.random(1200) < 0.2), "negative": -rng.lognormal(size=1200)}
+    scores = {
+        None: None,
+        "variance": rng.lognormal(size=1200),
+        "constant": np.ones(1200),
+        "mostly zero": rng.lognormal(size=1200) * (rng.random(1200) < 0.2),
+        "negative": -rng.lognormal(size=1200),
+    }
     mask = random_mask(9, WIDE, 0.05, site="mlp_hidden")
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     control = mask.matched_random(seed, scores[score])
     assert control.counts == mask.counts and control.site == mask.site and (control & mask).n == 0
-    assert control == mask.matched_random(seed, scores[score]) and control != mask.matched_random(seed + 1, scores[score])
+    assert control == mask.matched_random(seed, scores[score]) and control != mask.matched_random(
+        seed + 1, scores[score]
+    )
     assert torch.equal(torch_state, torch.get_rng_state()) and np.array_equal(numpy_state, np.random.get_state()[1])
 
 
@@ -159,7 +194,9 @@ def test_a_layers_draw_depends_on_that_layer_alone():
 def test_every_free_unit_is_equally_likely():
     mask = NeuronMask.from_flat(np.arange(40) < 10, (40,))
     hits = sum(mask.matched_random(seed).flat.int() for seed in range(600))
-    assert hits[:10].sum() == 0 and hits[10:].min() > 140 and hits[10:].max() < 260  # expected 200, standard deviation 11.5
+    assert (
+        hits[:10].sum() == 0 and hits[10:].min() > 140 and hits[10:].max() < 260
+    )  # expected 200, standard deviation 11.5
 
 
 def test_score_is_matched_where_candidates_exist():
@@ -169,10 +206,14 @@ def test_score_is_matched_where_candidates_exist():
     mask = NeuronMask.from_flat(np.log(variance) + rng.normal(0, 3, 6000) > 6.5, widths)
     plain = np.mean([score_match(mask, mask.matched_random(s), variance)["log_ratio"] for s in range(5)])
     ten = np.mean([score_match(mask, mask.matched_random(s, variance), variance)["log_ratio"] for s in range(5)])
-    fifty = np.mean([score_match(mask, mask.matched_random(s, variance, bins=50), variance)["log_ratio"] for s in range(5)])
+    fifty = np.mean(
+        [score_match(mask, mask.matched_random(s, variance, bins=50), variance)["log_ratio"] for s in range(5)]
+    )
     assert plain < -1.5 and abs(ten) < 0.3 and abs(fifty) < 0.1 and abs(fifty) < abs(ten)
     control = mask.matched_random(0, variance)
-    for row, drawn, v in zip(mask.layers, control.layers, torch.tensor(variance).split(widths)):  # bin by bin, the same number
+    for row, drawn, v in zip(
+        mask.layers, control.layers, torch.tensor(variance).split(widths)
+    ):  # bin by bin, the same number
         bin_of = torch.searchsorted(torch.quantile(v, torch.linspace(0, 1, 11, dtype=v.dtype)[1:-1]), v, right=True)
         assert torch.equal(bin_of[row].bincount(minlength=10), bin_of[drawn].bincount(minlength=10))
 
@@ -221,8 +262,12 @@ def test_an_empty_mask_has_an_empty_control():
 
 def test_matched_top_takes_the_highest_and_the_first_of_equals():
     mask = NeuronMask.from_layers([[False, False, True, True], [True, False, False, False]])
-    assert mask.matched_top([1, 3, 2, 9, 5, 5, 5, 5]) == NeuronMask.from_layers([[False, True, False, True], [True, False, False, False]])
-    assert mask.matched_top([1, 3, 2, 9, 5, 5, 5, 5], exclude=mask) == NeuronMask.from_layers([[True, True, False, False], [False, True, False, False]])
+    assert mask.matched_top([1, 3, 2, 9, 5, 5, 5, 5]) == NeuronMask.from_layers(
+        [[False, True, False, True], [True, False, False, False]]
+    )
+    assert mask.matched_top([1, 3, 2, 9, 5, 5, 5, 5], exclude=mask) == NeuronMask.from_layers(
+        [[True, True, False, False], [False, True, False, False]]
+    )
     assert mask.matched_top(-torch.tensor([1.0, 3, 2, 9, 5, 5, 5, 6])).counts == mask.counts
     dead = NeuronMask.from_flat(np.arange(1000) >= 700, (1000,)).matched_top(np.zeros(1000))
     assert dead == NeuronMask.from_flat(np.arange(1000) < 300, (1000,))
@@ -245,7 +290,9 @@ def test_averages_and_unions_against_loops(dtype):
     masks = [random_mask(s) for s in range(4)]
     expected = torch.stack([X.float()[:, m.flat].mean(1) for m in masks], 1)
     courses = apply_mask_and_average(masks, X)
-    assert courses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and torch.allclose(courses.float(), expected, atol=1e-6)
+    assert courses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and torch.allclose(
+        courses.float(), expected, atol=1e-6
+    )
     kept = apply_mask_any(masks, X)
     union = masks[0] | masks[1] | masks[2] | masks[3]
     assert kept.dtype == dtype and torch.equal(kept[:, union.flat], X[:, union.flat]) and not kept[:, ~union.flat].any()
@@ -273,7 +320,9 @@ def test_read_only_numpy_stays_numpy():
     X.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert isinstance(apply_mask_and_average(random_mask(1), X), np.ndarray) and isinstance(apply_mask_any(random_mask(1), X), np.ndarray)
+        assert isinstance(apply_mask_and_average(random_mask(1), X), np.ndarray) and isinstance(
+            apply_mask_any(random_mask(1), X), np.ndarray
+        )
 
 
 def test_empty_masks_have_no_course():
@@ -287,7 +336,7 @@ def test_empty_masks_have_no_course():
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "another kind"])
 def test_damaged_files_are_refused_by_name(tmp_path, damage):
-    from llmfact_nb.files import save_tensors
+    from llmfact_nb.base.files import save_tensors
 
     path = tmp_path / "m.safetensors"
     if damage == "cut":
@@ -301,11 +350,23 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage):
 
 def test_several_masks_by_name():
     a, b, c = random_mask(1), random_mask(2), random_mask(3)
-    assert named_masks(a) == {"neurons": a} and list(named_masks([a, b])) == ["network 0", "network 1"] and named_masks({"x": a, 7: b}) == {"x": a, "7": b}
+    assert (
+        named_masks(a) == {"neurons": a}
+        and list(named_masks([a, b])) == ["network 0", "network 1"]
+        and named_masks({"x": a, 7: b}) == {"x": a, "7": b}
+    )
     own = disjoint({"a": a, "b": b, "c": c})
     assert own["a"] == a and own["b"] == b - a and own["c"] == c - (a | b)
     assert union([a, b, c]) == a | b | c == union(own.values())
     assert n_shared({"a": a, "b": b, "c": c}) == ((a & b) | (a & c) | (b & c)).n > 0 == n_shared(own)
-    for wrong, error in (("network 0", TypeError), ([1], TypeError), (None, TypeError), ([], ValueError), ({}, ValueError), ({1: a, "1": b}, ValueError), ([a, random_mask(1, (50,))], ValueError)):
+    for wrong, error in (
+        ("network 0", TypeError),
+        ([1], TypeError),
+        (None, TypeError),
+        ([], ValueError),
+        ({}, ValueError),
+        ({1: a, "1": b}, ValueError),
+        ([a, random_mask(1, (50,))], ValueError),
+    ):
         with pytest.raises(error, match="mask"):
             named_masks(wrong)

@@ -18,7 +18,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
 import matrix
 
 # One of each layout: Conv1D, residual inside the MLP, fused gate, MLP without a module of its own, parallel block, window and many norms, convolutions, encoder, experts, experts that hide, two stacks.
-ALWAYS = ["gpt2", "bloom", "phi3", "opt", "gpt_neox", "gemma3_text", "lfm2", "llama", "bert", "distilbert", "mixtral", "doge", "t5"]
+ALWAYS = [
+    "gpt2",
+    "bloom",
+    "phi3",
+    "opt",
+    "gpt_neox",
+    "gemma3_text",
+    "lfm2",
+    "llama",
+    "bert",
+    "distilbert",
+    "mixtral",
+    "doge",
+    "t5",
+]
 NAMES = [pytest.param(n, marks=[] if n in ALWAYS else pytest.mark.slow) for n in (*KNOWN, *REFUSED)]
 
 
@@ -33,14 +47,18 @@ def test_family(name):
         assert {c for c, words in found.items() if words not in (WORKS, NO_TEXT)} <= {"tune"}
         lines = [matrix.row(name, found, KNOWN[name].down.format("*"), LAYERS)]
         if found["tune"] != WORKS:
-            assert families.down_projections(name, families.build(name))[0][0].rpartition(".")[0] in found["tune"]  # says which module
+            assert (
+                families.down_projections(name, families.build(name))[0][0].rpartition(".")[0] in found["tune"]
+            )  # says which module
             lines.append(matrix.refusal(name, found["tune"]))
     for line in lines:
         assert line in page, f"docs/pages/architectures.md has no line {line!r}: run docs/matrix.py"
 
 
 def test_the_page_lists_these_families_and_no_others():
-    rows = [line.split("`")[1] for line in matrix.PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    rows = [
+        line.split("`")[1] for line in matrix.PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")
+    ]
     assert rows == sorted(KNOWN)
 
 
@@ -49,24 +67,44 @@ def test_every_family_that_was_promised_is_here():
     assert set(promised.split()) <= {*KNOWN, *REFUSED}
 
 
-@pytest.mark.parametrize("broken, column", [("neuron", "ablate"), ("layer", "capture"), ("frozen", "tune"), ("hook", "restored")])
+@pytest.mark.parametrize(
+    "broken, column", [("neuron", "ablate"), ("layer", "capture"), ("frozen", "tune"), ("hook", "restored")]
+)
 def test_the_checks_notice_what_is_wrong(broken, column, monkeypatch):
     "Each fault is put into the package for the length of a test."
     from llmfact_nb import activations, finetune, masked_model
 
     if broken == "neuron":  # one unit too few
         call = masked_model._Columns.__init__
-        monkeypatch.setattr(masked_model._Columns, "__init__", lambda self, chosen, change: call(self, chosen & (torch.arange(len(chosen)) != chosen.nonzero()[0]), change))
+        monkeypatch.setattr(
+            masked_model._Columns,
+            "__init__",
+            lambda self, chosen, change: call(
+                self, chosen & (torch.arange(len(chosen)) != chosen.nonzero()[0]), change
+            ),
+        )
     elif broken == "layer":  # the first two layers change places
-        monkeypatch.setattr(activations, "attach", lambda sites, f, attach=activations.attach: attach([sites[1], sites[0], *sites[2:]], f))
+        monkeypatch.setattr(
+            activations,
+            "attach",
+            lambda sites, f, attach=activations.attach: attach([sites[1], sites[0], *sites[2:]], f),
+        )
     elif broken == "frozen":  # the unit after the last one learns too
         call = finetune.neuron_parameters
-        monkeypatch.setattr(finetune, "neuron_parameters", lambda model, mask: call(model, mask | mask.from_layers([row.roll(1) for row in mask.layers], mask.site)))
+        monkeypatch.setattr(
+            finetune,
+            "neuron_parameters",
+            lambda model, mask: call(model, mask | mask.from_layers([row.roll(1) for row in mask.layers], mask.site)),
+        )
     else:
-        monkeypatch.setattr(architectures, "check_tune", lambda s: s.down[0][1].register_forward_hook(lambda *a: None) and WORKS)
+        monkeypatch.setattr(
+            architectures, "check_tune", lambda s: s.down[0][1].register_forward_hook(lambda *a: None) and WORKS
+        )
     with pytest.raises(AssertionError) as error:
         examine("llama")
-    assert {"capture": "off by", "ablate": "not as zeroed", "tune": "that are frozen", "restored": "are left"}[column] in str(error.value)
+    assert {"capture": "off by", "ablate": "not as zeroed", "tune": "that are frozen", "restored": "are left"}[
+        column
+    ] in str(error.value)
 
 
 def test_a_model_of_several_stacks_is_refused_not_broken():
@@ -93,7 +131,10 @@ def test_families_refused_for_their_padding_do_mix_it_in(name):
     model = families.build(name)
     ids, real = torch.arange(5, 14)[None], torch.ones(1, 9, dtype=torch.long)
     with torch.no_grad():
-        alone, beside = model(ids, attention_mask=real)[0], model(torch.nn.functional.pad(ids, (0, 5)), attention_mask=torch.nn.functional.pad(real, (0, 5)))[0]
+        alone, beside = (
+            model(ids, attention_mask=real)[0],
+            model(torch.nn.functional.pad(ids, (0, 5)), attention_mask=torch.nn.functional.pad(real, (0, 5)))[0],
+        )
     assert (alone - beside[:, :9]).abs().max() > 1e-2
 
 
@@ -107,7 +148,13 @@ def test_big_bird_does_change_for_good():
         assert (model(long)[0] - before).abs().max() > 1e-2
 
 
-WITHOUT_A_SETTING = {"bloom": 64, "mpt": 64, "openai-gpt": 64, "gpt_neox_japanese": 64, "lfm2": 256}  # the width of the MLP follows from the model's, or is rounded up
+WITHOUT_A_SETTING = {
+    "bloom": 64,
+    "mpt": 64,
+    "openai-gpt": 64,
+    "gpt_neox_japanese": 64,
+    "lfm2": 256,
+}  # the width of the MLP follows from the model's, or is rounded up
 
 
 @pytest.mark.slow
@@ -126,6 +173,8 @@ def test_types_nobody_thought_of():
         if nested and {w for _, w in wide} == {w for _, w in found}:
             continue  # a language model inside another: the small widths did not reach it
         assert [n for n, _ in wide] == [n for n, _ in found]
-        assert all(a < b for (_, a), (_, b) in zip(found, wide)) or {w for _, w in found} == {WITHOUT_A_SETTING.get(name)}, f"{name}: {found[0]} does not follow the width of the MLP"
+        assert all(a < b for (_, a), (_, b) in zip(found, wide)) or {w for _, w in found} == {
+            WITHOUT_A_SETTING.get(name)
+        }, f"{name}: {found[0]} does not follow the width of the MLP"
         assert isinstance(square, str) or [n for n, _ in square] == [n for n, _ in found], f"{name}: {square[0]}"
     assert placed > 100

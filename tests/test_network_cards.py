@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmfact_nb.activations import capture
-from llmfact_nb.network_cards import network_card, plot_network_card, pushed_logits, written_direction
+from llmfact_nb.show.network_cards import network_card, plot_network_card, pushed_logits, written_direction
 from llmfact_nb.networks import FunctionalNetworks
 
 TOKENIZER = families.tokenizer()
@@ -45,11 +45,17 @@ def test_a_card_leaves_the_model_alone_and_reads_as_its_parts(world):
     card = network_card(model, TOKENIZER, networks, 2, acts, alpha=1.0, n=3)
     assert families.state(model) == state
     mask = networks.masks(1.0)[2]
-    assert (card.units, card.counts) == (mask.n, mask.counts) and len(card.contexts) == len(card.up) == len(card.down) == 3
+    assert (card.units, card.counts) == (mask.n, mask.counts) and len(card.contexts) == len(card.up) == len(
+        card.down
+    ) == 3
     ids = torch.nn.utils.rnn.pad_sequence([acts.token_ids[acts.text_ids == t] for t in range(3)], batch_first=True)
-    real = torch.nn.utils.rnn.pad_sequence([torch.ones(int((acts.text_ids == t).sum()), dtype=torch.long) for t in range(3)], batch_first=True)
+    real = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones(int((acts.text_ids == t).sum()), dtype=torch.long) for t in range(3)], batch_first=True
+    )
     moved = pushed_logits(model, written_direction(model, networks, 2, mask.flat), ids, real)
-    assert card.up[0][1] == pytest.approx(float(moved[: len(TOKENIZER)].max()), abs=1e-5) and card.down[0][1] == pytest.approx(float(moved[: len(TOKENIZER)].min()), abs=1e-5)
+    assert card.up[0][1] == pytest.approx(float(moved[: len(TOKENIZER)].max()), abs=1e-5) and card.down[0][
+        1
+    ] == pytest.approx(float(moved[: len(TOKENIZER)].min()), abs=1e-5)
     course = networks.transform(acts)[:, 2]
     ordinary = ~acts.sinks & (acts.positions > 0)
     best = int(course.masked_fill(~ordinary, -math.inf).argmax())
@@ -64,21 +70,37 @@ def test_a_component_that_is_a_sink_is_called_one(world):
     loud = energy >= energy.sort().values[-3]
     acts = type(acts)(**{**acts.__dict__, "sinks": loud})
     card = network_card(model, TOKENIZER, networks, 0, acts, n=2)
-    assert card.sink_energy == pytest.approx(float(energy[loud].sum() / energy.sum())) and card.artefact == (card.sink_energy > 0.5)
+    assert card.sink_energy == pytest.approx(float(energy[loud].sum() / energy.sum())) and card.artefact == (
+        card.sink_energy > 0.5
+    )
     networks.exclude, before = "sinks", networks.exclude
     assert not network_card(model, TOKENIZER, networks, 0, acts, n=2).artefact
     networks.exclude = before
 
 
-@pytest.mark.parametrize("change, error, says", [({"network": 4}, IndexError, "network=4 does not exist; there are 4"), ({"n": 0}, ValueError, "n=0"), ({"network": True}, IndexError, "network=True")])
+@pytest.mark.parametrize(
+    "change, error, says",
+    [
+        ({"network": 4}, IndexError, "network=4 does not exist; there are 4"),
+        ({"n": 0}, ValueError, "n=0"),
+        ({"network": True}, IndexError, "network=True"),
+    ],
+)
 def test_what_is_refused(world, change, error, says):
     _, model, acts, networks = world
     with pytest.raises(error, match=says):
-        network_card(**({"model": model, "tokenizer": TOKENIZER, "networks": networks, "network": 0, "activations": acts} | change))
+        network_card(
+            **(
+                {"model": model, "tokenizer": TOKENIZER, "networks": networks, "network": 0, "activations": acts}
+                | change
+            )
+        )
 
 
 def test_tokens_cannot_write_html(world):
     _, model, acts, networks = world
     card = network_card(model, TOKENIZER, networks, 0, acts, n=1)
-    evil = type(card)(**{**{k: v for k, v in card.__dict__.items() if k != "facts"}, "up": (("<script>alert(1)</script>", 1.0),)})
+    evil = type(card)(
+        **{**{k: v for k, v in card.__dict__.items() if k != "facts"}, "up": (("<script>alert(1)</script>", 1.0),)}
+    )
     assert "<script" not in evil._repr_html_() and "<script" in repr(evil)

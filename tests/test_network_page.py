@@ -11,8 +11,8 @@ import torch
 from browser import overflow
 
 from llmfact_nb.activations import Activations
-from llmfact_nb.group import GroupICA
-from llmfact_nb.network_page import token_pieces, write_network_page
+from llmfact_nb.across.group import GroupICA
+from llmfact_nb.show.network_page import token_pieces, write_network_page
 from llmfact_nb.networks import FunctionalNetworks, gaussian_union, z_scores
 
 pytest_plugins = ["browser"]  # the fixture chromium: two Playwrights do not run in one process
@@ -34,7 +34,17 @@ def planted(seed=0, k=4, n_tokens=240):
     positions = torch.arange(n_tokens) % (n_tokens // 3)
     values[positions == 0] += 300 * torch.randn(3, n, generator=g)
     tokens = torch.randint(len(EVIL) + len(WORDS), (n_tokens,), generator=g)
-    return Activations(values, torch.arange(n_tokens) // (n_tokens // 3), positions, tokens, positions == 0, WIDTHS, DEPTHS, "mlp_hidden", "<b>tiny</b>")
+    return Activations(
+        values,
+        torch.arange(n_tokens) // (n_tokens // 3),
+        positions,
+        tokens,
+        positions == 0,
+        WIDTHS,
+        DEPTHS,
+        "mlp_hidden",
+        "<b>tiny</b>",
+    )
 
 
 class Hostile:
@@ -57,7 +67,11 @@ def written(fitted, tmp_path_factory):
 
 
 def data_of(path):
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(encoding="utf-8"), re.S)[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(encoding="utf-8"), re.S)[
+            1
+        ]
+    )
 
 
 def rules_of(path):
@@ -82,7 +96,9 @@ def test_the_page_holds_the_units_that_stand_out(fitted, written):
             units, z = units_of(network)
             assert int(((z.abs() if tail == "both" else z) >= alpha).sum()) == mask.n
     assert [network["stability"] for network in data["networks"]] == [round(float(s), 3) for s in networks.stability_]
-    assert data["gaussian"][17] == pytest.approx(gaussian_union(1, 3.6)) and data["key"]["alpha"] == pytest.approx(networks.implied_alpha(0.01))
+    assert data["gaussian"][17] == pytest.approx(gaussian_union(1, 3.6)) and data["key"]["alpha"] == pytest.approx(
+        networks.implied_alpha(0.01)
+    )
 
 
 def test_strongest_tokens_are_those_of_the_time_course_and_sinks_stand_apart(fitted, written):
@@ -93,7 +109,9 @@ def test_strongest_tokens_are_those_of_the_time_course_and_sinks_stand_apart(fit
     for i, network in enumerate(data_of(written)["networks"]):
         free, sunk = [t for t in network["strongest"] if not t["sink"]], [t for t in network["strongest"] if t["sink"]]
         expected = sorted((~acts.sinks).nonzero()[:, 0].tolist(), key=lambda t: -float(courses[t, i]))[:12]
-        assert [t["row"] for t in free] == expected and [t["z"] for t in free] == pytest.approx([float(courses[t, i]) for t in expected], abs=0.02)
+        assert [t["row"] for t in free] == expected and [t["z"] for t in free] == pytest.approx(
+            [float(courses[t, i]) for t in expected], abs=0.02
+        )
         assert sorted(t["row"] for t in sunk) == [0, 80, 160]
         assert all(t["text"] == t["row"] // 80 for t in network["strongest"])
         assert all(t["before"] == "" for t in sunk)  # a text's first token has no words of the text before it
@@ -102,7 +120,10 @@ def test_strongest_tokens_are_those_of_the_time_course_and_sinks_stand_apart(fit
 def test_texts_on_the_page_are_whole_and_in_order(fitted, tmp_path):
     networks, acts = fitted
     texts = data_of(networks.to_html(tmp_path / "p.html", acts, None, max_tokens=160))["texts"]
-    assert [(t["text"], t["row"], len(t["tokens"]), t["cut"], t["sinks"]) for t in texts] == [(0, 0, 80, 0, [0]), (1, 80, 80, 0, [0])]
+    assert [(t["text"], t["row"], len(t["tokens"]), t["cut"], t["sinks"]) for t in texts] == [
+        (0, 0, 80, 0, [0]),
+        (1, 80, 80, 0, [0]),
+    ]
     assert texts[1]["tokens"] == [f" #{t}" for t in acts.token_ids[80:160].tolist()]
     cut = data_of(networks.to_html(tmp_path / "p.html", acts, None, max_tokens=30))["texts"]
     assert [(len(t["tokens"]), t["cut"]) for t in cut] == [(30, 50)]
@@ -136,7 +157,9 @@ class Tags(HTMLParser):
 def test_text_from_data_never_becomes_markup(tmp_path):
     def page(word):
         maps, courses = torch.arange(12.0).view(2, 6), torch.arange(6.0).view(3, 2)
-        path = write_network_page(tmp_path / "p.html", maps, [2, 4], courses=courses, tokens=[word] * 3, title=word, facts={word: word})
+        path = write_network_page(
+            tmp_path / "p.html", maps, [2, 4], courses=courses, tokens=[word] * 3, title=word, facts={word: word}
+        )
         return Tags(path.read_text(encoding="utf-8")).tags, data_of(path)["texts"][0]["tokens"][0]
 
     harmless, _ = page("harmless")
@@ -149,7 +172,10 @@ def test_text_from_data_never_becomes_markup(tmp_path):
 def test_the_policy_lets_this_script_run_and_nothing_else(written, tmp_path):
     text, rules = written.read_text(encoding="utf-8"), rules_of(written)
     script = re.search(r"<script>(.*?)</script>\s*</body>", text, re.S)[1]
-    assert rules["default-src"] == "'none'" and rules["script-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    assert (
+        rules["default-src"] == "'none'"
+        and rules["script-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    )
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
     bare = write_network_page(tmp_path / "p.html", torch.arange(6.0).view(2, 3), [3]).read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=|url\(|@import|https?://(?!www\.w3\.org/2000/svg)", bare)
@@ -189,7 +215,9 @@ def test_networks_of_texts_centred_one_by_one_take_their_own_courses(tmp_path):
     networks = FunctionalNetworks.from_group(group)
     with pytest.raises(ValueError, match="GroupICA.transform"):
         networks.to_html(tmp_path / "p.html", acts)
-    networks.to_html(tmp_path / "p.html", acts, courses=torch.randn(acts.n_tokens, 4, generator=torch.Generator().manual_seed(0)))
+    networks.to_html(
+        tmp_path / "p.html", acts, courses=torch.randn(acts.n_tokens, 4, generator=torch.Generator().manual_seed(0))
+    )
     assert data_of(tmp_path / "p.html")["texts"]
 
 
@@ -241,7 +269,11 @@ def test_it_loads_and_shows_the_first_network(shown, fitted):
     networks, acts = fitted
     name, summary, union = look(shown, "name", "summary", "union")
     data_alpha = float(shown.evaluate("data.alpha"))
-    assert name == "Network 0" and f"{networks.masks(data_alpha)[0].n} of 250 units beyond {data_alpha:.1f}" in summary and f"stability {networks.stability_[0]:.2f}" in summary
+    assert (
+        name == "Network 0"
+        and f"{networks.masks(data_alpha)[0].n} of 250 units beyond {data_alpha:.1f}" in summary
+        and f"stability {networks.stability_[0]:.2f}" in summary
+    )
     assert f"{networks.key_neurons(alpha=data_alpha).n} units" in union
     assert shown.locator("input[name=network]").count() == 4
     assert shown.locator("#tokens tbody tr").count() == 15 and shown.locator("#tokens .badge").count() == 3
@@ -257,7 +289,10 @@ def test_another_network_by_keyboard_button_and_link(shown):
     second = shown.evaluate(everything)
     assert all(a != b for a, b in zip(first, second)) and look(shown, "name") == ["Network 1"]
     shown.locator("#next").click()
-    assert look(shown, "name") == ["Network 2"] and shown.evaluate("document.querySelector('input[name=network]:checked').value") == "2"
+    assert (
+        look(shown, "name") == ["Network 2"]
+        and shown.evaluate("document.querySelector('input[name=network]:checked').value") == "2"
+    )
     shown.locator("#previous").click()
     assert shown.evaluate(everything) == second
     near = shown.locator("#near tbody button").first
@@ -273,8 +308,13 @@ def test_the_threshold_counts_as_the_library_does(shown, fitted):
         shown.locator("#alpha").fill(str(alpha))
         summary, union = look(shown, "summary", "union")
         key = networks.key_neurons(alpha=alpha, tail=tail)
-        assert f"{networks.masks(alpha, tail)[0].n} of 250 units" in summary and f"hold {key.n} units ({100 * key.n / 250:.3g}" in union
-        assert float(re.search(r"noise would hold ([\d.]+)", union)[1]) == pytest.approx(100 * networks.expected_null(alpha, tail), rel=0.05)
+        assert (
+            f"{networks.masks(alpha, tail)[0].n} of 250 units" in summary
+            and f"hold {key.n} units ({100 * key.n / 250:.3g}" in union
+        )
+        assert float(re.search(r"noise would hold ([\d.]+)", union)[1]) == pytest.approx(
+            100 * networks.expected_null(alpha, tail), rel=0.05
+        )
     shown.locator("#key").click()
     assert float(shown.locator("#alpha").input_value()) == pytest.approx(networks.implied_alpha(0.01), abs=0.051)
 
@@ -297,7 +337,9 @@ def test_a_text_is_read_by_mouse_and_keyboard(shown, fitted):
     strongest = int(z[~acts.sinks, 0].argmax())
     row = (~acts.sinks).nonzero()[:, 0][strongest]
     shown.locator("#tokens tbody button").first.click()
-    assert value() == pytest.approx(float(z[row, 0]), abs=0.06) and shown.locator("#text").input_value() == str(int(acts.text_ids[row]))
+    assert value() == pytest.approx(float(z[row, 0]), abs=0.06) and shown.locator("#text").input_value() == str(
+        int(acts.text_ids[row])
+    )
 
 
 def test_hostile_tokens_stay_text(shown, opens):

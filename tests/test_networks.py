@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from scipy.stats import norm
 
 from llmfact_nb.activations import Activations
-from llmfact_nb.files import load_tensors, save_tensors
-from llmfact_nb.group import GroupICA
+from llmfact_nb.base.files import load_tensors, save_tensors
+from llmfact_nb.across.group import GroupICA
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.networks import FunctionalNetworks, gaussian_union, iou, match_networks, z_scores
 
@@ -27,7 +27,17 @@ def as_activations(values, widths=WIDTHS, n_texts=2, sinks=(), site="mlp_hidden"
     is_sink = positions == 0
     is_sink[list(sinks)] = True
     values = torch.as_tensor(values, dtype=torch.float32)
-    return Activations(values, torch.arange(T) // (T // n_texts), positions, torch.arange(T), is_sink, tuple(widths), tuple(depths), site, "by hand")
+    return Activations(
+        values,
+        torch.arange(T) // (T // n_texts),
+        positions,
+        torch.arange(T),
+        is_sink,
+        tuple(widths),
+        tuple(depths),
+        site,
+        "by hand",
+    )
 
 
 def planted(T=600, k=4, seed=0, loudness=(4.0, 3.0, 2.0, 1.5), **kw):
@@ -67,7 +77,9 @@ def with_maps(fitted, z, sign):
 
 
 def subset(acts, rows):
-    return replace(acts, **{n: getattr(acts, n)[rows] for n in ("values", "text_ids", "positions", "token_ids", "sinks")})
+    return replace(
+        acts, **{n: getattr(acts, n)[rows] for n in ("values", "text_ids", "positions", "token_ids", "sinks")}
+    )
 
 
 # z-scores and the Gaussian null
@@ -79,7 +91,9 @@ def test_z_scores_are_those_of_float64():
     x = maps.astype(np.float64)
     z = z_scores(torch.from_numpy(maps))
     assert z.dtype == torch.float32
-    np.testing.assert_allclose(z.numpy(), (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True), atol=1e-6)  # population standard deviation
+    np.testing.assert_allclose(
+        z.numpy(), (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True), atol=1e-6
+    )  # population standard deviation
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1e6 / 3, 1e30])
@@ -91,7 +105,11 @@ def test_a_constant_map_becomes_zero(value):
 @pytest.mark.parametrize("k, alpha", [(1, 1.0), (10, 1.96), (32, 1.96), (10, 3.6)])
 def test_gaussian_union(k, alpha):
     one, two = norm.sf(alpha), 2 * norm.sf(alpha)
-    assert gaussian_union(k, alpha) == pytest.approx(1 - (1 - one) ** k, rel=1e-9) == pytest.approx(gaussian_union(k, alpha, "raw"), rel=1e-12)
+    assert (
+        gaussian_union(k, alpha)
+        == pytest.approx(1 - (1 - one) ** k, rel=1e-9)
+        == pytest.approx(gaussian_union(k, alpha, "raw"), rel=1e-12)
+    )
     assert gaussian_union(k, alpha, "both") == pytest.approx(1 - (1 - two) ** k, rel=1e-9)
 
 
@@ -123,11 +141,16 @@ def test_raw_is_what_scikit_learn_gives():
     for seed in range(8):
         acts, _ = planted(seed=seed)
         nets = FunctionalNetworks(4, dtype=torch.float64).fit(acts)
-        sk = FastICA(4, whiten="unit-variance", random_state=0, tol=1e-4, max_iter=200).fit(acts.values.double().numpy())
+        sk = FastICA(4, whiten="unit-variance", random_state=0, tol=1e-4, max_iter=200).fit(
+            acts.values.double().numpy()
+        )
         if sk.n_iter_ != nets.n_iter_:
             continue  # FastICA turns signs round at every step, so only after as many steps are they comparable
         maps = sk.mixing_.T
-        theirs = [NeuronMask.from_flat(z >= 1.96, WIDTHS, "mlp_hidden") for z in (maps - maps.mean(1, keepdims=True)) / maps.std(1, keepdims=True)]
+        theirs = [
+            NeuronMask.from_flat(z >= 1.96, WIDTHS, "mlp_hidden")
+            for z in (maps - maps.mean(1, keepdims=True)) / maps.std(1, keepdims=True)
+        ]
         assert len(match_networks(nets.masks(tail="raw"), theirs, 0.9).pairs) == 4
         if 0 < (nets.sign_ < 0).sum() < 4:
             assert len(match_networks(nets.masks(tail="positive"), theirs, 0.9).pairs) < 4
@@ -234,7 +257,9 @@ def test_planted_networks_are_found_past_the_sinks(seed, kind):
     acts, members = planted(seed=seed, loudness=(2.0, 2.0, 2.0, 2.0))
     acts = loud_sinks(acts, [0, 17, 300, 411], seed)  # two first tokens and two others
     truth = [NeuronMask.from_flat(m, WIDTHS, "mlp_hidden") for m in members]
-    best = lambda exclude: match_networks(truth, FunctionalNetworks(4, kind, exclude=exclude, n_init=3).fit(acts).masks()).iou.amax(1)
+    best = lambda exclude: match_networks(
+        truth, FunctionalNetworks(4, kind, exclude=exclude, n_init=3).fit(acts).masks()
+    ).iou.amax(1)
     assert best("sinks").min() > 0.9
     assert best(None).max() < 0.5 and best("first").min() < 0.5, "the sinks that stay mislead"
 
@@ -247,7 +272,12 @@ def test_standardize_lets_quiet_neurons_take_part():
     truth = [NeuronMask.from_flat(m, WIDTHS, "mlp_hidden") for m in members]
     best = lambda a, s: match_networks(truth, FunctionalNetworks(4, standardize=s).fit(a).masks()).iou.amax(1)
     assert best(loud, True).min() > 0.9 and best(loud, False).max() < 0.2
-    torch.testing.assert_close(FunctionalNetworks(4, standardize=True).fit(loud).maps_, FunctionalNetworks(4, standardize=True).fit(acts).maps_, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        FunctionalNetworks(4, standardize=True).fit(loud).maps_,
+        FunctionalNetworks(4, standardize=True).fit(acts).maps_,
+        rtol=1e-2,
+        atol=1e-2,
+    )
 
 
 # the same subspace, other components
@@ -278,11 +308,18 @@ def test_alternatives_span_the_leading_directions(kind, standardize, exclude):
         torch.testing.assert_close(other.time_courses_.double() @ other.mixing_.double(), leading, rtol=1e-3, atol=2e-3)
         torch.testing.assert_close(other.transform(acts)[nets.rows_], other.time_courses_, rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(other.explained_variance_ratio_.double().sum(), share.sum(), rtol=1e-4, atol=0)
-        held = [float((c[:, None] * m).double().square().sum()) / (X**2).sum() for c, m in zip(other.time_courses_.T, other.mixing_)]
+        held = [
+            float((c[:, None] * m).double().square().sum()) / (X**2).sum()
+            for c, m in zip(other.time_courses_.T, other.mixing_)
+        ]
         np.testing.assert_allclose(other.explained_variance_ratio_, held, rtol=1e-3)
-        assert ((z_scores(other.mixing_) - other.maps_).abs() < 1e-4).all() and ((other.maps_**3).sum(1) >= 0).all(), "the longer tail is positive"
+        assert ((z_scores(other.mixing_) - other.maps_).abs() < 1e-4).all() and ((other.maps_**3).sum(1) >= 0).all(), (
+            "the longer tail is positive"
+        )
     torch.testing.assert_close(pca.explained_variance_ratio_.double(), share, rtol=1e-3, atol=0)
-    assert (abs((z_scores(torch.from_numpy(V[:3])) * pca.maps_).mean(1)) > 0.9999).all(), "principal components, in their order"
+    assert (abs((z_scores(torch.from_numpy(V[:3])) * pca.maps_).mean(1)) > 0.9999).all(), (
+        "principal components, in their order"
+    )
     assert (nets.method_, pca.method_, turned.method_) == ("ica", "pca", "rotation")
 
 
@@ -292,7 +329,9 @@ def test_rotations(kind, acts):
     turned = [nets.alternative("rotation", s) for s in (0, 1, 2)]
     for a, b in itertools.combinations([nets, nets.alternative("pca"), *turned], 2):
         assert (a.maps_ - b.maps_).abs().max() > 0.1
-    assert torch.equal(nets.alternative("rotation").maps_, turned[0].maps_) and torch.equal(nets.alternative("rotation", 1).maps_, turned[1].maps_)
+    assert torch.equal(nets.alternative("rotation").maps_, turned[0].maps_) and torch.equal(
+        nets.alternative("rotation", 1).maps_, turned[1].maps_
+    )
     for a in turned:
         torch.testing.assert_close(a.rotation_ @ a.rotation_.T, torch.eye(4), rtol=0, atol=1e-5)
         assert a.stability_.isnan().all()
@@ -301,15 +340,24 @@ def test_rotations(kind, acts):
 def test_rotations_are_equally_likely(acts):
     "A Haar-random orthogonal matrix has entries of mean 0 and mean square 1/k; QR without its sign rule has a first column that leans."
     nets = FunctionalNetworks(4).fit(acts)
-    turns = torch.stack([(a := nets.alternative("rotation", s)).rotation_ * a.sign_[:, None] for s in range(400)])  # before the map's sign
+    turns = torch.stack(
+        [(a := nets.alternative("rotation", s)).rotation_ * a.sign_[:, None] for s in range(400)]
+    )  # before the map's sign
     assert turns.mean(0).abs().max() < 0.15 and (turns.square().mean(0) - 0.25).abs().max() < 0.07
 
 
 def test_an_alternative_of_an_alternative(fitted):
     pca, turned = fitted.alternative("pca"), fitted.alternative("rotation", 5)
-    for again, direct in ((turned.alternative("pca"), pca), (pca.alternative("pca"), pca), (pca.alternative("rotation", 5), turned), (turned.alternative("rotation", 5), turned)):
+    for again, direct in (
+        (turned.alternative("pca"), pca),
+        (pca.alternative("pca"), pca),
+        (pca.alternative("rotation", 5), turned),
+        (turned.alternative("rotation", 5), turned),
+    ):
         for name in ("mixing_", "maps_", "time_courses_", "explained_variance_ratio_", "rotation_", "sign_"):
-            torch.testing.assert_close(getattr(again, name).float(), getattr(direct, name).float(), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                getattr(again, name).float(), getattr(direct, name).float(), rtol=1e-3, atol=1e-3
+            )
         assert again.masks(1.5) == direct.masks(1.5)
 
 
@@ -318,7 +366,9 @@ def test_an_alternative_leaves_the_original(fitted):
     other = fitted.alternative("rotation", 1)
     other.maps_[:] = 7
     other.time_courses_[:] = 7
-    assert fitted.method_ == "ica" and all(torch.equal(v.nan_to_num(9), getattr(fitted, k).nan_to_num(9)) for k, v in before.items())
+    assert fitted.method_ == "ica" and all(
+        torch.equal(v.nan_to_num(9), getattr(fitted, k).nan_to_num(9)) for k, v in before.items()
+    )
 
 
 # restarts, one text at a time
@@ -357,10 +407,37 @@ def test_fit_each_names_the_text_that_fails(acts):
 
 
 def same(a, b):
-    for name in ("mixing_", "rotation_", "sign_", "mean_", "scale_", "stability_", "time_courses_", "rows_", "convergence_", "explained_variance_ratio_", "maps_"):
+    for name in (
+        "mixing_",
+        "rotation_",
+        "sign_",
+        "mean_",
+        "scale_",
+        "stability_",
+        "time_courses_",
+        "rows_",
+        "convergence_",
+        "explained_variance_ratio_",
+        "maps_",
+    ):
         x, y = getattr(a, name), getattr(b, name)
-        assert x.dtype == y.dtype and torch.equal(x.nan_to_num(9) if x.is_floating_point() else x, y.nan_to_num(9) if y.is_floating_point() else y), name
-    for name in ("method_", "converged_", "n_iter_", "whiten_solver_", "widths", "depths", "site", "model", "n_components", "kind", "standardize", "exclude"):
+        assert x.dtype == y.dtype and torch.equal(
+            x.nan_to_num(9) if x.is_floating_point() else x, y.nan_to_num(9) if y.is_floating_point() else y
+        ), name
+    for name in (
+        "method_",
+        "converged_",
+        "n_iter_",
+        "whiten_solver_",
+        "widths",
+        "depths",
+        "site",
+        "model",
+        "n_components",
+        "kind",
+        "standardize",
+        "exclude",
+    ):
         assert getattr(a, name) == getattr(b, name) and type(getattr(a, name)) is type(getattr(b, name)), name
     assert repr(a) == repr(b) and a.masks(1.5, "raw") == b.masks(1.5, "raw")
 
@@ -397,7 +474,14 @@ def test_alternatives_can_be_saved(method, fitted, acts, tmp_path):
     torch.testing.assert_close(again.transform(acts)[fitted.rows_], other.time_courses_, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("change", [dict(site=("model.layers.0.mlp", "model.layers.4.mlp", "lm.norm")), dict(depths=(1, 4, 29)), dict(site="mlp_out", model="")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(site=("model.layers.0.mlp", "model.layers.4.mlp", "lm.norm")),
+        dict(depths=(1, 4, 29)),
+        dict(site="mlp_out", model=""),
+    ],
+)
 def test_sites_and_layers_are_kept(change, acts, tmp_path):
     acts = replace(acts, **change)
     nets = FunctionalNetworks(4).fit(acts)
@@ -440,7 +524,9 @@ def test_files_that_are_refused(fitted, tmp_path):
 
 
 def test_seed_0_is_a_seed(acts):
-    fit = lambda seed: FunctionalNetworks(4, random_state=seed, max_iter=1, n_init=1).fit(acts).mixing_  # one step: the start still shows
+    fit = lambda seed: (
+        FunctionalNetworks(4, random_state=seed, max_iter=1, n_init=1).fit(acts).mixing_
+    )  # one step: the start still shows
     assert torch.equal(fit(0), fit(0)) and torch.equal(fit(0), FunctionalNetworks(4, max_iter=1).fit(acts).mixing_)
     assert (fit(0) - fit(1)).abs().max() > 0.01
 
@@ -473,7 +559,9 @@ def test_bfloat16_activations(acts):
     nets = FunctionalNetworks(4).fit(acts)
     half = FunctionalNetworks(4).fit(replace(acts, values=acts.values.bfloat16()))
     assert half.maps_.dtype == torch.float32 and len(match_networks(nets.masks(), half.masks(), 0.9).pairs) == 4
-    torch.testing.assert_close(half.transform(replace(acts, values=acts.values.bfloat16())), half.time_courses_, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        half.transform(replace(acts, values=acts.values.bfloat16())), half.time_courses_, rtol=1e-3, atol=1e-3
+    )
 
 
 # matching
@@ -501,7 +589,9 @@ def test_matching_is_the_best_there_is(seed):
     for threshold in (0.0, 0.2, 0.5):
         match = match_networks(a, b, threshold)
         np.testing.assert_allclose(match.iou.numpy(), table, atol=1e-6)
-        assert match.counts.tolist() == (table > threshold + 1e-7).sum(1).tolist() and match.n_similar == int((table > threshold + 1e-7).sum())
+        assert match.counts.tolist() == (table > threshold + 1e-7).sum(1).tolist() and match.n_similar == int(
+            (table > threshold + 1e-7).sum()
+        )
         assert all(table[i, j] > threshold for i, j in match.pairs)
         assert len({i for i, _ in match.pairs}) == len({j for _, j in match.pairs}) == len(match.pairs)
     small, large = (table, kb) if ka <= kb else (table.T, ka)
@@ -545,7 +635,9 @@ def test_matching_refuses():
             match_networks(one, one, threshold)
 
 
-@pytest.mark.parametrize("change", [dict(n=13), dict(site="mlp_out"), dict(depths=(0, 2))], ids=["widths", "site", "depths"])
+@pytest.mark.parametrize(
+    "change", [dict(n=13), dict(site="mlp_out"), dict(depths=(0, 2))], ids=["widths", "site", "depths"]
+)
 def test_iou_refuses_masks_of_different_models(change):
     with pytest.raises(ValueError, match="do not belong together"):
         iou(mask([0]), mask([0], **change))
@@ -561,20 +653,35 @@ def test_networks_of_a_group_are_those_of_a_fit_on_all_tokens(kind, standardize,
     acts, members = planted(n_texts=3)
     shards = [subset(acts, acts.text_ids == i).save(tmp_path / f"{i}.safetensors") for i in range(3)]
     how = dict(kind=kind, standardize=standardize, exclude="first", dtype="float64", tol=1e-10, max_iter=2000)
-    plain, nets = FunctionalNetworks(4, **how).fit(acts), FunctionalNetworks.from_group(GroupICA(4, n_reduced=160, **how).fit(shards))
+    plain, nets = (
+        FunctionalNetworks(4, **how).fit(acts),
+        FunctionalNetworks.from_group(GroupICA(4, n_reduced=160, **how).fit(shards)),
+    )
     order = torch.corrcoef(torch.cat([plain.maps_, nets.maps_]).double())[:4, 4:].abs().argmax(1)
     assert sorted(order.tolist()) == [0, 1, 2, 3]
     torch.testing.assert_close(nets.maps_[order], plain.maps_, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(nets.time_courses_[:, order], plain.time_courses_, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(nets.transform(acts)[acts.positions > 0].double(), nets.time_courses_, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(nets.alternative("pca").maps_.abs(), plain.alternative("pca").maps_.abs(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        nets.transform(acts)[acts.positions > 0].double(), nets.time_courses_, rtol=1e-3, atol=1e-3
+    )
+    torch.testing.assert_close(
+        nets.alternative("pca").maps_.abs(), plain.alternative("pca").maps_.abs(), rtol=1e-2, atol=1e-2
+    )
     truth = [NeuronMask.from_flat(torch.from_numpy(m), WIDTHS, "mlp_hidden") for m in members]
     assert match_networks(truth, nets.masks(2)).iou.amax(1).min() > 0.9
     again = FunctionalNetworks.load(nets.save(tmp_path / "networks.safetensors"))
     assert again.masks(2) == nets.masks(2) and repr(again) == repr(nets) and "597 of 597 tokens" in repr(nets)
 
 
-@pytest.mark.parametrize("group", [GroupICA.canica(4, n_init=2), GroupICA(4, center_texts=True, n_init=2), GroupICA(4, "spatial", center_texts=True, n_init=2)], ids=["canica", "temporal", "spatial"])
+@pytest.mark.parametrize(
+    "group",
+    [
+        GroupICA.canica(4, n_init=2),
+        GroupICA(4, center_texts=True, n_init=2),
+        GroupICA(4, "spatial", center_texts=True, n_init=2),
+    ],
+    ids=["canica", "temporal", "spatial"],
+)
 def test_a_group_of_texts_centred_one_by_one_gives_masks_but_no_time_courses_of_other_tokens(group, acts, tmp_path):
     nets = FunctionalNetworks.from_group(group.fit(acts))
     assert nets.key_neurons(fraction=0.1).n == 16 and nets.stability_.shape == (4,)

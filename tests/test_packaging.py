@@ -28,13 +28,17 @@ print("works", llmfact_nb.__version__)
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\n")
     for name in filter(None, files):  # a copy without build leftovers
         if (ROOT / name).exists():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     subprocess.run([sys.executable, "-m", "build", "-o", out, source], check=True, capture_output=True, text=True)
-    assert len(list(out.glob("*.tar.gz"))) == 1, "the wheel is built from the source distribution, so that one is whole too"
+    assert len(list(out.glob("*.tar.gz"))) == 1, (
+        "the wheel is built from the source distribution, so that one is whole too"
+    )
     return next(out.glob("*.whl"))
 
 
@@ -57,7 +61,9 @@ def test_wheel_holds_the_package_and_its_metadata(wheel):
         metadata = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert {n.split("/")[0] for n in names if n.endswith(".py")} == {"llmfact_nb"}
     assert any(n.endswith("LICENSE") for n in names)
-    assert "License: Apache-2.0" in metadata or "License-Expression: Apache-2.0" in metadata  # setuptools changed its spelling
+    assert (
+        "License: Apache-2.0" in metadata or "License-Expression: Apache-2.0" in metadata
+    )  # setuptools changed its spelling
     for line in ("Requires-Python: >=3.11", "Requires-Dist: torch>=2.6", "Description-Content-Type: text/markdown"):
         assert line in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
@@ -68,6 +74,8 @@ def test_wheel_holds_the_package_and_its_metadata(wheel):
 def test_wheel_in_a_fresh_environment(wheel, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel], check=True, capture_output=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", wheel], check=True, capture_output=True
+    )
     assert outside(tmp_path, str(python), "-c", USE, str(tmp_path)).startswith("works")
     assert "run" in outside(tmp_path, str(python.with_name("llmfact")), "--help")

@@ -11,18 +11,35 @@ from families import D, FAMILIES, HIDDEN, LAYERS
 from llmfact_nb.finetune import neuron_parameters
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
-from llmfact_nb.pruning import load_pruned, prune, pruned_training, save_pruned
+from llmfact_nb.tuning.pruning import load_pruned, prune, pruned_training, save_pruned
 from llmfact_nb.sites import neuron_sites
 
 IDS = torch.tensor([[5, 9, 17, 30, 8, 41], [7, 7, 22, 3, 46, 12]])
 BUILDS = ["gpt2", "llama", "gpt_neox", "opt", "phi3", "gemma3_text"]
-FURTHER = ["bloom", "mistral", "qwen2", "falcon", "mpt", "phi", "starcoder2", "olmo2", "glm4", "codegen", "nemotron", "exaone4", "apertus", "lfm2"]
+FURTHER = [
+    "bloom",
+    "mistral",
+    "qwen2",
+    "falcon",
+    "mpt",
+    "phi",
+    "starcoder2",
+    "olmo2",
+    "glm4",
+    "codegen",
+    "nemotron",
+    "exaone4",
+    "apertus",
+    "lfm2",
+]
 
 
 def drawn(name="llama", shares=(0.2, 0.5, 0.7), seed=0):
     "Neurons to remove, a different number in each layer."
     generator = torch.Generator().manual_seed(seed)
-    return NeuronMask.from_layers([torch.rand(FAMILIES[name].hidden, generator=generator) < s for s in shares], site="mlp_hidden")
+    return NeuronMask.from_layers(
+        [torch.rand(FAMILIES[name].hidden, generator=generator) < s for s in shares], site="mlp_hidden"
+    )
 
 
 def built(name, **options):
@@ -42,7 +59,9 @@ def weights(model):
 
 def assert_whole(model, before, state, plain=None):
     "The model is as it was."
-    assert [n for n, _ in model.named_parameters()] == list(before) and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert [n for n, _ in model.named_parameters()] == list(before) and all(
+        torch.equal(p, before[n]) for n, p in model.named_parameters()
+    )
     assert families.state(model) == state and not hasattr(model, "neuron_pruning")
     assert neuron_sites(model, "mlp_hidden").widths == (before_width(model),) * LAYERS
     if plain is not None:
@@ -56,16 +75,28 @@ def before_width(model):
 @pytest.mark.parametrize("name", BUILDS + FURTHER)
 def test_pruned_is_ablated_and_restored_is_the_old_model(name):
     model, mask = families.build(name), drawn(name)
-    before, state, plain, objects = weights(model), families.state(model), logits(model), [id(p) for p in model.parameters()]
+    before, state, plain, objects = (
+        weights(model),
+        families.state(model),
+        logits(model),
+        [id(p) for p in model.parameters()],
+    )
     with MaskedModel(model).ablate(mask):
         expected = logits(model)
     handle = prune(model, mask, verbose=False)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     assert (expected - plain).abs().max() > 1e-2
-    assert handle.mask == mask and handle.widths == tuple(w - n for w, n in zip(mask.widths, mask.counts)) and model.neuron_pruning is handle
+    assert (
+        handle.mask == mask
+        and handle.widths == tuple(w - n for w, n in zip(mask.widths, mask.counts))
+        and model.neuron_pruning is handle
+    )
     assert neuron_sites(model, "mlp_hidden").widths == handle.widths
     of = sum(p.numel() for p in model.parameters())
-    assert of == sum(p.numel() for p in before.values()) - sum(len(p.index) * before[p.name].numel() // before[p.name].shape[p.axis] for p in neuron_parameters(families.build(name), mask))
+    assert of == sum(p.numel() for p in before.values()) - sum(
+        len(p.index) * before[p.name].numel() // before[p.name].shape[p.axis]
+        for p in neuron_parameters(families.build(name), mask)
+    )
     assert handle.restore() is model
     assert_whole(model, before, state, plain)
     assert [id(p) for p in model.parameters()] == objects  # the same parameters, for whoever holds them
@@ -78,7 +109,9 @@ def test_training_moves_the_survivors_as_under_ablation_and_nothing_of_the_remov
         model, mask = built(name).train(), drawn(name)
         start = weights(model)
         with pruned_training(model, mask, verbose=False) if arm == "pruned" else MaskedModel(model).ablate(mask):
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4, fused=True)  # keys' biases have gradients of rounding noise only: not to be blown up
+            optimizer = torch.optim.AdamW(
+                model.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4, fused=True
+            )  # keys' biases have gradients of rounding noise only: not to be blown up
             for _ in range(10):
                 model(IDS, labels=IDS).loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -99,17 +132,32 @@ def test_training_moves_the_survivors_as_under_ablation_and_nothing_of_the_remov
         inside[part.name].index_fill_(part.axis, part.index, True)
     for (n, p), q in zip(ends["pruned"].named_parameters(), ends["ablated"].parameters()):
         torch.testing.assert_close(p[~inside[n]], q[~inside[n]], rtol=1e-3, atol=1e-4)
-    assert any((q[inside[n]] != start[n][inside[n]]).any() for n, q in ends["ablated"].named_parameters())  # the ablated ones do decay
+    assert any(
+        (q[inside[n]] != start[n][inside[n]]).any() for n, q in ends["ablated"].named_parameters()
+    )  # the ablated ones do decay
 
 
-@pytest.mark.parametrize("options", [dict(optim="adamw_torch_fused", weight_decay=0.1), dict(optim="sgd", gradient_accumulation_steps=2)])
+@pytest.mark.parametrize(
+    "options", [dict(optim="adamw_torch_fused", weight_decay=0.1), dict(optim="sgd", gradient_accumulation_steps=2)]
+)
 def test_in_the_trainer(options, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     model, mask = built("gpt2"), drawn("gpt2")
     start, rows = weights(model), [{"input_ids": IDS[i % 2], "labels": IDS[i % 2]} for i in range(8)]
     with pruned_training(model, mask, verbose=False):
-        arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, save_steps=2, save_strategy="steps", **options)
+        arguments = TrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            max_steps=4,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            save_steps=2,
+            save_strategy="steps",
+            **options,
+        )
         Trainer(model, arguments, train_dataset=rows).train()
         whole = weights(model)
         again = Trainer(model, arguments, train_dataset=rows)  # resumes from what was saved in the pruned sizes
@@ -117,7 +165,10 @@ def test_in_the_trainer(options, tmp_path):
         assert all(torch.equal(p, whole[n]) for n, p in model.named_parameters())
     for part in neuron_parameters(model, mask):
         assert torch.equal(part.of(model), start[part.name].index_select(part.axis, part.index))
-    assert all((part.of(model) != start[part.name].index_select(part.axis, part.index)).any() for part in neuron_parameters(model, ~mask))
+    assert all(
+        (part.of(model) != start[part.name].index_select(part.axis, part.index)).any()
+        for part in neuron_parameters(model, ~mask)
+    )
 
 
 @pytest.mark.parametrize("then", ["restore", "keep"])
@@ -210,13 +261,24 @@ def test_save_and_load(name, dtype, tmp_path):
     path = save_pruned(model, tmp_path / "deep" / "folder")
     assert {p.name for p in path.iterdir()} >= {"config.json", "model.safetensors", "pruning.json"}
     again = load_pruned(path)
-    assert type(again) is type(model) and not again.training and again.neuron_pruning.mask == mask and again.neuron_pruning.widths == model.neuron_pruning.widths
-    assert {n: (p.shape, p.dtype) for n, p in again.state_dict().items()} == {n: (p.shape, p.dtype) for n, p in model.state_dict().items()}
+    assert (
+        type(again) is type(model)
+        and not again.training
+        and again.neuron_pruning.mask == mask
+        and again.neuron_pruning.widths == model.neuron_pruning.widths
+    )
+    assert {n: (p.shape, p.dtype) for n, p in again.state_dict().items()} == {
+        n: (p.shape, p.dtype) for n, p in model.state_dict().items()
+    }
     assert torch.equal(logits(again), logits(model))
-    assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == (model.get_input_embeddings().weight is model.get_output_embeddings().weight)
+    assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == (
+        model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    )
     with pytest.raises(ValueError, match="loaded from a file"):
         again.neuron_pruning.restore()
-    assert torch.equal(logits(load_pruned(save_pruned(again, tmp_path / "second"))), logits(model))  # and so does a saved loaded one
+    assert torch.equal(
+        logits(load_pruned(save_pruned(again, tmp_path / "second"))), logits(model)
+    )  # and so does a saved loaded one
     with pytest.raises((RuntimeError, ValueError)):
         type(model).from_pretrained(path)  # never silently with fresh MLPs
 
@@ -251,7 +313,9 @@ def test_requires_grad_and_dtype_inside_the_block():
     with pruned_training(model, mask, verbose=False):
         assert not any(p.requires_grad for p in model.parameters())
         model.bfloat16()  # a change of type inside is carried out
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and not any(
+        p.requires_grad for p in model.parameters()
+    )
     assert all(torch.equal(p, before[n].bfloat16()) for n, p in model.named_parameters())
 
 
@@ -326,7 +390,7 @@ def tuned():
 
 
 def gated():
-    from llmfact_nb.gates import NeuronGate
+    from llmfact_nb.tuning.gates import NeuronGate
 
     model = families.build("llama")
     NeuronGate(drawn()).attach(model)
@@ -335,7 +399,11 @@ def gated():
 
 def already():
     model = families.build("llama")
-    prune(model, NeuronMask.from_layers([torch.arange(HIDDEN) == -1] * 2 + [torch.arange(HIDDEN) == 0], site="mlp_hidden"), verbose=False)
+    prune(
+        model,
+        NeuronMask.from_layers([torch.arange(HIDDEN) == -1] * 2 + [torch.arange(HIDDEN) == 0], site="mlp_hidden"),
+        verbose=False,
+    )
     return model
 
 

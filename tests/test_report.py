@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmfact_nb.report import results_table, write_report
+from llmfact_nb.show.report import results_table, write_report
 
 EVIL = [
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><svg onload=alert(1)>', "' onmouseover='alert(1)", "</title></style></table><script>", "javascript:alert(1)",
@@ -59,7 +59,12 @@ class Page(HTMLParser):
 def results(condition="mean, after the first token", arm="key"):
     rows = []
     for c in (condition, "zero, everywhere"):
-        for a, seeds, units, damage in (("unmasked", 1, 0, 0.0), (arm, 2, 461, 1.0), ("random", 5, 461, 0.05), ("all off", 1, 46080, 11.0)):
+        for a, seeds, units, damage in (
+            ("unmasked", 1, 0, 0.0),
+            (arm, 2, 461, 1.0),
+            ("random", 5, 461, 0.05),
+            ("all off", 1, 46080, 11.0),
+        ):
             for seed in range(seeds):
                 d, bounds = damage * (1 + 0.1 * seed), units > 0
                 rows.append({"condition": c, "replace": "mean", "positions": "all", "arm": a, "seed": seed if seeds > 1 else None, "units": units, "share": units / 46080, "nats": 3 + d, "damage": d,
@@ -96,7 +101,12 @@ def test_text_from_data_never_becomes_markup(evil, tmp_path, picture):
     assert not page.errors
     assert shape(page) == shape(harmless)  # not one element or attribute more, less or different
     assert {tag for tag, _ in page.elements}.isdisjoint({"script", "svg", "iframe", "object", "link", "form", "base"})
-    shown = "".join("\ufffd" if c not in "\n\t" and (ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 or c == "\u202e") else c for c in evil.replace("\r\n", "\n"))
+    shown = "".join(
+        "\ufffd"
+        if c not in "\n\t" and (ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 or c == "\u202e")
+        else c
+        for c in evil.replace("\r\n", "\n")
+    )
     for where in ("title", "h1", "li", "figcaption", "blockquote", "dt", "dd", "th", "td", "h3"):
         assert shown in page.inside(where), where
     assert shown in page.all("img")[0]["alt"]
@@ -114,15 +124,27 @@ def test_asks_for_nothing(tmp_path, picture):
     policies = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
     assert len(policies) == 1
     rules = dict(rule.strip().split(" ", 1) for rule in policies[0].split(";"))
-    assert rules["default-src"] == "'none'" and rules["img-src"] == "data:" and rules["style-src"] == "'unsafe-inline'" and "script-src" not in rules
-    addresses = [v for _, attrs in page.elements for k, v in attrs.items() if k in ("src", "href", "srcset", "action", "poster", "style", "background")]
+    assert (
+        rules["default-src"] == "'none'"
+        and rules["img-src"] == "data:"
+        and rules["style-src"] == "'unsafe-inline'"
+        and "script-src" not in rules
+    )
+    addresses = [
+        v
+        for _, attrs in page.elements
+        for k, v in attrs.items()
+        if k in ("src", "href", "srcset", "action", "poster", "style", "background")
+    ]
     assert addresses and all(a.startswith(("data:image/png;base64,", "#")) for a in addresses)
     assert not re.search(r"url\(|@import|https?:", page.inside("style"))
     assert not [k for _, attrs in page.elements for k in attrs if k.startswith("on")]
 
 
 def test_pictures_are_inside_with_size_and_words(tmp_path, picture):
-    write_report(tmp_path / "r.html", "t", [], results(), figures=[(picture, "first", "one"), (str(picture), "second", "two")])
+    write_report(
+        tmp_path / "r.html", "t", [], results(), figures=[(picture, "first", "one"), (str(picture), "second", "two")]
+    )
     page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
     images = page.all("img")
     assert [i["alt"] for i in images] == ["one", "two"]
@@ -140,7 +162,9 @@ def test_headings_tables_and_links_are_what_they_say(tmp_path, picture):
     assert all(th.get("scope") in ("col", "row", "rowgroup") for th in page.all("th"))
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert len(ids) == len(set(ids))
-    assert {a["href"][1:] for a in page.all("a")} | {a["aria-labelledby"] for _, a in page.elements if "aria-labelledby" in a} <= set(ids)
+    assert {a["href"][1:] for a in page.all("a")} | {
+        a["aria-labelledby"] for _, a in page.elements if "aria-labelledby" in a
+    } <= set(ids)
     assert len(page.all("a")) == len(page.all("section")) == 6
 
 
@@ -157,7 +181,9 @@ def test_all_rows_are_folded_away_below_the_summary(tmp_path):
     assert f"All {len(table)} rows" in page.inside("summary")
     assert page.inside("details").count("1 2 3") == len(table)
     summary = "".join(data for path, data in page.text if "tbody" in path and "details" not in path)
-    assert "+1.050" in summary and "+0.900 to +1.320" in summary and "broken" in summary  # mean of 1.0 and 1.1, hull of their intervals
+    assert (
+        "+1.050" in summary and "+0.900 to +1.320" in summary and "broken" in summary
+    )  # mean of 1.0 and 1.1, hull of their intervals
     assert table.equals(results())
 
 
@@ -187,8 +213,31 @@ def test_terminal_table_says_how_many_how_much_and_how_sure():
     assert start < lines.index("zero, everywhere")
     rows = {line[:20].strip(): line for line in lines[start + 2 : start + 6]}
     assert list(rows) == ["unmasked", "key", "random", "all off"]
-    assert rows["key"].split() == ["key", "461", "1.00%", "2", "+1.050", "+1.000", "to", "+1.100", "+0.900", "to", "+1.320", f"{np.exp(4.05):.2f}"]
-    assert rows["all off"].split() == ["all", "off", "46,080", "100.00%", "+11.000", "+9.900", "to", "+13.200", "broken"]
+    assert rows["key"].split() == [
+        "key",
+        "461",
+        "1.00%",
+        "2",
+        "+1.050",
+        "+1.000",
+        "to",
+        "+1.100",
+        "+0.900",
+        "to",
+        "+1.320",
+        f"{np.exp(4.05):.2f}",
+    ]
+    assert rows["all off"].split() == [
+        "all",
+        "off",
+        "46,080",
+        "100.00%",
+        "+11.000",
+        "+9.900",
+        "to",
+        "+13.200",
+        "broken",
+    ]
     assert rows["unmasked"].split() == ["unmasked", "0", "0.00%", "+0.000", f"{np.exp(3):.2f}"]
 
 
@@ -206,7 +255,9 @@ def test_terminal_table_keeps_its_columns():
 def test_terminal_gets_no_control_characters():
     text = results_table(results(condition="\x1b[2Jc\nd", arm="\x1b]0;x\x07\rkey"))
     assert not [c for c in text if c != "\n" and ord(c) < 32]
-    assert "\ufffd" not in results_table(results(condition="from\r\nanother system")), "a line break of another system is a line break"
+    assert "\ufffd" not in results_table(results(condition="from\r\nanother system")), (
+        "a line break of another system is a line break"
+    )
 
 
 def test_a_table_read_back_from_csv_says_the_same(tmp_path):
@@ -218,7 +269,15 @@ def test_a_table_read_back_from_csv_says_the_same(tmp_path):
     assert results_table(words) == results_table(table)
 
 
-@pytest.mark.parametrize("seeds", [lambda s: s.astype("Int64"), lambda s: s.astype(float), lambda s: ["" if pd.isna(v) else str(int(v)) for v in s], lambda s: s])
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        lambda s: s.astype("Int64"),
+        lambda s: s.astype(float),
+        lambda s: ["" if pd.isna(v) else str(int(v)) for v in s],
+        lambda s: s,
+    ],
+)
 def test_seeds_are_shown_as_whole_numbers_however_they_are_stored(tmp_path, seeds):
     table = results()
     table["seed"] = seeds(table["seed"])
@@ -232,5 +291,7 @@ def test_seeds_are_shown_as_whole_numbers_however_they_are_stored(tmp_path, seed
 def test_a_row_without_condition_is_shown_too():
     table = results()
     for empty in (None, ""):
-        lines = results_table(table.assign(condition=table["condition"].where(table.arm != "unmasked", empty))).splitlines()
+        lines = results_table(
+            table.assign(condition=table["condition"].where(table.arm != "unmasked", empty))
+        ).splitlines()
         assert lines[lines.index("reference") + 2].startswith("  unmasked")

@@ -11,7 +11,7 @@ import torch
 from llmfact_nb.activations import Activations
 from llmfact_nb.ica import ConvergenceWarning
 from llmfact_nb.networks import FunctionalNetworks
-from llmfact_nb.reproducibility import ARMS, SuggestedK, _reduce, match_maps, split_half, suggest_k
+from llmfact_nb.across.reproducibility import ARMS, SuggestedK, _reduce, match_maps, split_half, suggest_k
 
 KINDS = ["temporal", "spatial"]
 
@@ -28,7 +28,17 @@ def planted(n_texts=8, n_tokens=100, n_neurons=800, own=False, noise=0.5, seed=0
     if own:
         sources[:, 3] *= 3 * (ids == 0)
     X = sources @ maps + noise * torch.randn(T, n_neurons, generator=g)
-    return Activations(X, ids, positions, torch.zeros(T, dtype=torch.long), positions == 0, (n_neurons // 2,) * 2, (0, 1), "mlp_out", "planted"), maps
+    return Activations(
+        X,
+        ids,
+        positions,
+        torch.zeros(T, dtype=torch.long),
+        positions == 0,
+        (n_neurons // 2,) * 2,
+        (0, 1),
+        "mlp_out",
+        "planted",
+    ), maps
 
 
 # matching
@@ -39,7 +49,9 @@ def test_matching_is_one_to_one_and_blind_to_order_sign_and_scale():
     a = torch.randn(6, 400, generator=g)
     order = torch.randperm(6, generator=g)
     match = match_maps(a, -3 * a[order] + 7)
-    assert [b for _, b in match.pairs] == order.argsort().tolist() and torch.allclose(match.r, torch.ones(6, dtype=torch.float64))
+    assert [b for _, b in match.pairs] == order.argsort().tolist() and torch.allclose(
+        match.r, torch.ones(6, dtype=torch.float64)
+    )
 
 
 def test_matching_maximises_the_sum_not_each_pair():
@@ -63,7 +75,11 @@ def test_matching_equals_a_search_over_all_assignments(k):
 
 
 def test_matching_refuses():
-    for a, b in ((torch.zeros(2, 3), torch.zeros(2, 4)), (torch.zeros(3), torch.zeros(3)), (torch.zeros(0, 3), torch.zeros(1, 3))):
+    for a, b in (
+        (torch.zeros(2, 3), torch.zeros(2, 4)),
+        (torch.zeros(3), torch.zeros(3)),
+        (torch.zeros(0, 3), torch.zeros(1, 3)),
+    ):
         with pytest.raises(ValueError, match="same neurons"):
             match_maps(a, b)
 
@@ -178,7 +194,12 @@ def test_the_planted_number_is_suggested(kind):
 @pytest.mark.filterwarnings("ignore::llmfact_nb.ica.ConvergenceWarning")
 def test_noise_suggests_nothing():
     acts, _ = planted(n_texts=4)
-    choice = suggest_k(replace(acts, values=torch.randn(acts.values.shape, generator=torch.Generator().manual_seed(0))), ks=(2, 4), n_splits=2, n_init=2)
+    choice = suggest_k(
+        replace(acts, values=torch.randn(acts.values.shape, generator=torch.Generator().manual_seed(0))),
+        ks=(2, 4),
+        n_splits=2,
+        n_init=2,
+    )
     assert choice.k is None and choice.rule.startswith("none of [2, 4]")
 
 
@@ -186,12 +207,30 @@ def test_noise_suggests_nothing():
 def test_the_curve_shows_what_the_rule_looks_at(k):
     import matplotlib.pyplot as plt
 
-    frame = pandas.DataFrame({"k": [4, 8, 16], "stable": [1, 0.9, 0.5], "found_again": [1, 0.8, 0.3], "r": [0.9, 0.7, 0.4], "r_pca": [0.6, 0.5, 0.3], "r_rotation": [0.5, 0.4, 0.2]})
+    frame = pandas.DataFrame(
+        {
+            "k": [4, 8, 16],
+            "stable": [1, 0.9, 0.5],
+            "found_again": [1, 0.8, 0.3],
+            "r": [0.9, 0.7, 0.4],
+            "r_pca": [0.6, 0.5, 0.3],
+            "r_rotation": [0.5, 0.4, 0.2],
+        }
+    )
     fig, ax = plt.subplots()
     assert SuggestedK(k, "by hand", frame, share=0.75).plot(ax) is ax
     drawn = {line.get_label(): line for line in ax.lines}
-    for name, label in (("stable", "stable over restarts"), ("found_again", "found again in other texts"), ("r", "|r| to other texts"), ("r_pca", "|r|, PCA"), ("r_rotation", "|r|, random rotation")):
-        assert drawn[label].get_xdata().tolist() == [4, 8, 16] and drawn[label].get_ydata().tolist() == frame[name].tolist()
+    for name, label in (
+        ("stable", "stable over restarts"),
+        ("found_again", "found again in other texts"),
+        ("r", "|r| to other texts"),
+        ("r_pca", "|r|, PCA"),
+        ("r_rotation", "|r|, random rotation"),
+    ):
+        assert (
+            drawn[label].get_xdata().tolist() == [4, 8, 16]
+            and drawn[label].get_ydata().tolist() == frame[name].tolist()
+        )
     assert drawn["what the rule asks for"].get_ydata()[0] == 0.75
     assert [line.get_xdata()[0] for label, line in drawn.items() if "suggested" in label] == ([] if k is None else [8])
     plt.close(fig)
@@ -199,7 +238,14 @@ def test_the_curve_shows_what_the_rule_looks_at(k):
 
 def test_suggest_k_refuses():
     acts, _ = planted()
-    for how, match in (({"ks": ()}, "ks="), ({"ks": (0, 2)}, "ks="), ({"n_init": 1}, "n_init=1"), ({"threshold": 0}, "threshold"), ({"share": 1.5}, "share"), ({"ks": (2, 500)}, "n_components=500")):
+    for how, match in (
+        ({"ks": ()}, "ks="),
+        ({"ks": (0, 2)}, "ks="),
+        ({"n_init": 1}, "n_init=1"),
+        ({"threshold": 0}, "threshold"),
+        ({"share": 1.5}, "share"),
+        ({"ks": (2, 500)}, "n_components=500"),
+    ):
         with pytest.raises(ValueError, match=match):
             suggest_k(acts, **how)
 

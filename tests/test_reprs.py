@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmfact_nb.activations import Activations
-from llmfact_nb.cards import bars, card, dots, plain_text
+from llmfact_nb.base.display import bars, card, dots, plain_text
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.networks import FunctionalNetworks
@@ -20,7 +20,18 @@ def activations(n_tokens=60, model="model", n_texts=3):
     g = torch.Generator().manual_seed(0)
     positions = torch.arange(n_tokens) % (n_tokens // n_texts)
     values = torch.distributions.Laplace(0.0, 1.0).icdf(torch.rand(n_tokens, 12, generator=g).clamp(1e-4, 1 - 1e-4))
-    return Activations(values, torch.arange(n_tokens) // (n_tokens // n_texts), positions, torch.zeros(n_tokens).long(), positions == 0, (4, 8), (3, 7), "mlp_hidden", model, 2)
+    return Activations(
+        values,
+        torch.arange(n_tokens) // (n_tokens // n_texts),
+        positions,
+        torch.zeros(n_tokens).long(),
+        positions == 0,
+        (4, 8),
+        (3, 7),
+        "mlp_hidden",
+        model,
+        2,
+    )
 
 
 def parsed(markup):
@@ -44,7 +55,9 @@ def said(tree):
 
 
 def test_a_mask_shows_its_counts():
-    mask = NeuronMask.from_layers([[True, False, False], [True, True, False], [False] * 4], site=("a", "b", EVIL), depths=(2, 3, 9))
+    mask = NeuronMask.from_layers(
+        [[True, False, False], [True, True, False], [False] * 4], site=("a", "b", EVIL), depths=(2, 3, 9)
+    )
     tree = parsed(mask._repr_html_())
     assert "3 of 10 units (30.00%)" in said(tree) and "site 3 modules" in said(tree) and "layers 2-3, 9" in said(tree)
     assert [e.text for e in tree.iter("title")] == ["layer 2, of 3: 1", "layer 3, of 3: 2", "layer 9, of 4: 0"]
@@ -57,7 +70,13 @@ def test_activations_show_their_texts_and_never_trust_a_name():
     acts = activations(model=EVIL)
     assert "60 tokens x 12 neurons" in repr(acts) and "float32, 2.88 kB" in repr(acts) and "2 layers" in repr(acts)
     tree = parsed(acts._repr_html_())
-    for fact in ("60 tokens of 3 texts x 12 neurons", "3 sink tokens (5.00%)", "float32, 2.88 kB", "2 texts were cut", plain_text(EVIL)):
+    for fact in (
+        "60 tokens of 3 texts x 12 neurons",
+        "3 sink tokens (5.00%)",
+        "float32, 2.88 kB",
+        "2 texts were cut",
+        plain_text(EVIL),
+    ):
         assert fact in said(tree), fact
     assert len(heights(tree)) == 3
     many = parsed(activations(n_tokens=400, n_texts=200)._repr_html_())
@@ -84,16 +103,28 @@ def test_networks_show_where_key_neurons_lie_and_how_stable_they_are():
     for n_init, pictures in ((1, 1), (3, 2)):
         networks = FunctionalNetworks(3, n_init=n_init).fit(acts)
         tree = parsed(networks._repr_html_())
-        assert len(list(tree.iter("svg"))) == pictures and "3 networks of 12 neurons" in said(tree) and "60 of 60 tokens" in said(tree)
+        assert (
+            len(list(tree.iter("svg"))) == pictures
+            and "3 networks of 12 neurons" in said(tree)
+            and "60 of 60 tokens" in said(tree)
+        )
         key = networks.key_neurons(fraction=0.01)
         assert [t.text for t in tree.iter("title")][:2] == [f"layer {d}: {n}" for d, n in zip(key.depths, key.counts)]
-    assert len(list(tree.iter("circle"))) == 3 and "not fitted" in said(parsed(FunctionalNetworks(3)._repr_html_())) and "not fitted" in repr(FunctionalNetworks(3))
+    assert (
+        len(list(tree.iter("circle"))) == 3
+        and "not fitted" in said(parsed(FunctionalNetworks(3)._repr_html_()))
+        and "not fitted" in repr(FunctionalNetworks(3))
+    )
 
 
 def test_a_masked_model_shows_what_is_changed_now(tiny_model):
     masked = MaskedModel(tiny_model("llama"), "mlp_hidden")
     before = repr(masked)
-    assert "no unit changed now" in before and "no means fitted" in before and "no unit changed now" in said(parsed(masked._repr_html_()))
+    assert (
+        "no unit changed now" in before
+        and "no means fitted" in before
+        and "no unit changed now" in said(parsed(masked._repr_html_()))
+    )
     widths = [int(t.text.split(": ")[1]) for t in parsed(masked._repr_html_()).iter("title")]
     mask = NeuronMask.from_layers([torch.arange(w) < 2 + i for i, w in enumerate(widths)], "mlp_hidden")
     with masked.ablate(mask), masked.amplify(mask, gain=2.0):
@@ -121,7 +152,9 @@ def test_half_built_objects_can_be_looked_at(kind):
 def test_names_found_by_tab_are_documented(kind):
     names = [n for n in dir(kind) if not n.startswith("_")]
     assert len(names) > 4
-    undocumented = [n for n in names if not inspect.getdoc(getattr(kind, n)) and n not in getattr(kind, "__dataclass_fields__", {})]
+    undocumented = [
+        n for n in names if not inspect.getdoc(getattr(kind, n)) and n not in getattr(kind, "__dataclass_fields__", {})
+    ]
     assert not undocumented
 
 
@@ -138,7 +171,13 @@ def test_a_large_mask_and_large_networks_are_shown_at_once():
 
 
 def test_pictures_of_odd_values():
-    for svg in (bars([], [], "nothing"), dots([], [], "nothing"), bars([0, 0], "ab", "flat"), dots([float("nan"), -3, 7], "abc", "beyond", line=0.5), bars([1e9, 1], "ab", EVIL)):
+    for svg in (
+        bars([], [], "nothing"),
+        dots([], [], "nothing"),
+        bars([0, 0], "ab", "flat"),
+        dots([float("nan"), -3, 7], "abc", "beyond", line=0.5),
+        bars([1e9, 1], "ab", EVIL),
+    ):
         parsed(card("kind", [EVIL], (svg, EVIL)))
     tree = parsed(bars([1e9, 1], "ab", "far apart"))
     assert min(heights(tree)) >= 1  # small is not nothing

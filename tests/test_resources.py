@@ -15,8 +15,8 @@ import families
 import pytest
 import torch
 
-from llmfact_nb import resources
-from llmfact_nb.resources import (
+from llmfact_nb.base import resources
+from llmfact_nb.base.resources import (
     RESOURCES,
     Resource,
     clean_wiki,
@@ -115,7 +115,10 @@ def test_a_wrong_checksum_is_refused_and_nothing_kept(cache):
     assert len(downloads.calls) == 1 and files_in(cache) == []
 
 
-@pytest.mark.parametrize("failures", [[ConnectionError("line dead")] * 2, ["cut off", "cut off"], ["bytes changed", ConnectionError("line dead")]])
+@pytest.mark.parametrize(
+    "failures",
+    [[ConnectionError("line dead")] * 2, ["cut off", "cut off"], ["bytes changed", ConnectionError("line dead")]],
+)
 def test_two_broken_downloads_are_tried_again(cache, failures, capsys):
     downloads = Downloads(failures=failures)
     assert fetch("toy", download=downloads, pause=0).read_bytes() == CONTENT
@@ -137,7 +140,9 @@ def test_an_interrupted_fetch_leaves_nothing(cache):
     assert files_in(cache) == []
 
 
-@pytest.mark.parametrize("name", ["../numbers.bin", "/tmp/toy/data/numbers.bin", "toy/data/../data/numbers.bin", "toy/data/numbers.bin/"])
+@pytest.mark.parametrize(
+    "name", ["../numbers.bin", "/tmp/toy/data/numbers.bin", "toy/data/../data/numbers.bin", "toy/data/numbers.bin/"]
+)
 def test_only_the_exact_name_is_taken(cache, name):
     with pytest.raises(ValueError, match="holds no file"):
         fetch("toy", download=Downloads({name: b"" if name.endswith("/") else CONTENT}), pause=0)
@@ -166,7 +171,9 @@ def test_a_damaged_cached_file_is_not_used_offline(cache):
 
 
 def test_parts_are_joined_in_order(cache, monkeypatch):
-    monkeypatch.setitem(RESOURCES, "toy", toy(member="numbers.bin", chunks=(("toy-part1", "a/part1"), ("toy-part2", "b/part2"))))
+    monkeypatch.setitem(
+        RESOURCES, "toy", toy(member="numbers.bin", chunks=(("toy-part1", "a/part1"), ("toy-part2", "b/part2")))
+    )
     half = len(CONTENT) // 2
     downloads = Downloads({"a/part1": CONTENT[:half], "b/part2": CONTENT[half:]}, failures=[None, "cut off"])
     assert fetch("toy", download=downloads, pause=0).read_bytes() == CONTENT
@@ -198,7 +205,9 @@ def test_two_fetches_at_the_same_moment_both_end_well(cache):
         both_missed_the_cache.wait(10)
         return Downloads()(package, version, folder)
 
-    threads = [threading.Thread(target=lambda: results.append(fetch("toy", download=download).read_bytes())) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: results.append(fetch("toy", download=download).read_bytes())) for _ in range(2)
+    ]
     for t in threads:
         t.start()
     for t in threads:
@@ -342,7 +351,9 @@ def test_a_name_that_the_hub_does_not_know_is_answered_with_the_choices(load, mo
         load("smolm2")
 
 
-@pytest.mark.parametrize("wrong", [{"task": "mask"}, {"dtype": "float32"}, {"dtype": torch.int8}, {"device": "gpu"}, {"device": 3.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"task": "mask"}, {"dtype": "float32"}, {"dtype": torch.int8}, {"device": "gpu"}, {"device": 3.5}]
+)
 def test_wrong_choices_are_refused_before_anything_is_loaded(wrong, cache):
     ((key, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{key}={value!r}.*Accepted"):
@@ -513,13 +524,23 @@ def test_a_model_of_random_weights_is_refused(changes, what, tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | changes))
     for task in ("causal-lm", "base", "classification"):
         for options in ({}, {"ignore_mismatched_sizes": True}):
-            with pytest.raises(ValueError, match=f"m' could not be loaded: (?s:.)*{what}" if task == "causal-lm" else "m' could not be loaded: weights would be random"):
+            with pytest.raises(
+                ValueError,
+                match=f"m' could not be loaded: (?s:.)*{what}"
+                if task == "causal-lm"
+                else "m' could not be loaded: weights would be random",
+            ):
                 load_model(tmp_path / "m", task=task, **options)
 
 
 def test_what_may_be_new_and_what_may_not(tmp_path):
     "A classification head and BERT's pooler; never a language head, and a saved classification head only when the caller says so."
-    models = {"llama": families.build("llama"), "headless": families.build("llama", "base"), "bert": families.build("bert"), "classifier": families.build("llama", "classification")}
+    models = {
+        "llama": families.build("llama"),
+        "headless": families.build("llama", "base"),
+        "bert": families.build("bert"),
+        "classifier": families.build("llama", "classification"),
+    }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
         families.tokenizer().save_pretrained(tmp_path / name)
@@ -531,19 +552,28 @@ def test_what_may_be_new_and_what_may_not(tmp_path):
         ("classifier", {"task": "classification"}),
         ("classifier", {"task": "classification", "num_labels": 4, "ignore_mismatched_sizes": True}),
     ):
-        kept, found = models[name].base_model.state_dict(), load_model(tmp_path / name, **options)[0].base_model.state_dict()
+        kept, found = (
+            models[name].base_model.state_dict(),
+            load_model(tmp_path / name, **options)[0].base_model.state_dict(),
+        )
         assert all(torch.equal(found[k], v) for k, v in kept.items())
     for name, options, what in (
         ("headless", {}, r"weights would be random numbers: lm_head.weight \(not in the file\).*task='base'"),
         ("classifier", {}, "lm_head.weight"),
-        ("classifier", {"task": "classification", "num_labels": 4}, r"score.weight \(\(3, 16\) in the file, \(4, 16\) by the configuration\)"),
+        (
+            "classifier",
+            {"task": "classification", "num_labels": 4},
+            r"score.weight \(\(3, 16\) in the file, \(4, 16\) by the configuration\)",
+        ),
     ):
         with pytest.raises(ValueError, match=what):
             load_model(tmp_path / name, **options)
 
 
 def test_a_gguf_file_that_lacks_a_tensor_is_refused(cache, tmp_path):
-    with pytest.raises(ValueError, match=r"cannot be converted .*model.layers.1.mlp.down_proj.weight \(not in the file\)"):
+    with pytest.raises(
+        ValueError, match=r"cannot be converted .*model.layers.1.mlp.down_proj.weight \(not in the file\)"
+    ):
         load_model(tiny_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_down"))
     assert files_in(cache) == []
 
@@ -564,7 +594,7 @@ def test_an_earlier_download_from_the_hub_loads_offline(cache, gguf, tmp_path):
         saved.save_pretrained(repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
-    code = "from llmfact_nb.resources import *; m, t = load_model('org/tiny'); print(resource_record(m), m.config.hidden_size)"
+    code = "from llmfact_nb.base.resources import *; m, t = load_model('org/tiny'); print(resource_record(m), m.config.hidden_size)"
     env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout == f"{{'name': 'org/tiny', 'revision': '{commit}'}} 8\n", done.stderr
@@ -652,7 +682,9 @@ def test_files_that_are_no_text_are_refused_by_name(tmp_path):
 
 def test_labelled_csv_with_numbers_and_groups(tmp_path):
     path = tmp_path / "mine.csv"
-    rows = [f'"sentence {i}, quoted ""{"long " * 40_000 if i == 0 else ""}""",{i % 11},group {i // 5}' for i in range(110)]
+    rows = [
+        f'"sentence {i}, quoted ""{"long " * 40_000 if i == 0 else ""}""",{i % 11},group {i // 5}' for i in range(110)
+    ]
     path.write_text("\n".join(["text,label,title", *rows]), encoding="utf-8")
     fit, held_out = load_labelled(path), load_labelled(path, split="eval")
     assert len(fit) + len(held_out) == 110
@@ -676,8 +708,12 @@ def test_labelled_rows_without_a_label_are_refused(tmp_path):
 def test_hub_data_sets_keep_their_class_names(monkeypatch):
     import datasets
 
-    features = datasets.Features({"review": datasets.Value("string"), "stars": datasets.ClassLabel(names=["poor", "good"])})
-    data = datasets.Dataset.from_dict({"review": [f"r{i}" for i in range(30)], "stars": [i % 2 for i in range(30)]}, features)
+    features = datasets.Features(
+        {"review": datasets.Value("string"), "stars": datasets.ClassLabel(names=["poor", "good"])}
+    )
+    data = datasets.Dataset.from_dict(
+        {"review": [f"r{i}" for i in range(30)], "stars": [i % 2 for i in range(30)]}, features
+    )
     asked = []
 
     def load_dataset(*args, **kwargs):
@@ -690,7 +726,10 @@ def test_hub_data_sets_keep_their_class_names(monkeypatch):
     assert asked == [(("org/reviews", "small"), {"split": "test", "revision": "c0ffee", "streaming": True})]
     assert found.features["label"].names == ["poor", "good"]
     assert all(row["label"] == int(row["text"][1:]) % 2 for row in found)
-    assert load_texts("org/reviews", column="review", n=2)["text"] == [t for t in data["review"] if split_of(t) == "fit"][:2]
+    assert (
+        load_texts("org/reviews", column="review", n=2)["text"]
+        == [t for t in data["review"] if split_of(t) == "fit"][:2]
+    )
 
 
 def test_cloze_from_a_file(tmp_path):

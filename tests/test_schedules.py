@@ -20,14 +20,17 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from llmfact_nb.finetune import NeuronTuningConfig, get_neuron_model, merge_and_unload
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
-from llmfact_nb.schedules import FrozenGuardCallback, NetworkActivateCallback, NetworkUnfreezeCallback
+from llmfact_nb.tuning.schedules import FrozenGuardCallback, NetworkActivateCallback, NetworkUnfreezeCallback
 
 MODES = ("selected", "rest", "full")
 WIDTHS = (HIDDEN,) * LAYERS
 # Where neuron j is, written down by hand: parameter -> (axis, how many times it occurs along it).
 NEURON = {
     "gpt2": ("transformer.h.{}.mlp.", {"c_fc.weight": (1, 1), "c_fc.bias": (0, 1), "c_proj.weight": (0, 1)}),
-    "llama": ("model.layers.{}.mlp.", {"gate_proj.weight": (0, 1), "up_proj.weight": (0, 1), "down_proj.weight": (1, 1)}),
+    "llama": (
+        "model.layers.{}.mlp.",
+        {"gate_proj.weight": (0, 1), "up_proj.weight": (0, 1), "down_proj.weight": (1, 1)},
+    ),
     "phi3": ("model.layers.{}.mlp.", {"gate_up_proj.weight": (0, 2), "down_proj.weight": (1, 1)}),
 }
 STILL = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)  # GPT-2 without dropout
@@ -87,8 +90,26 @@ def rows(n=4, length=12, seed=0):
 
 
 def trainer_of(model, folder, *callbacks, data=None, evaluation=None, **options):
-    settings = dict(output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1, max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.2)
-    trainer = Trainer(model=model, args=TrainingArguments(**{**settings, **options}), train_dataset=data or rows(), eval_dataset=evaluation, callbacks=list(callbacks))
+    settings = dict(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        max_grad_norm=0.2,
+    )
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**{**settings, **options}),
+        train_dataset=data or rows(),
+        eval_dataset=evaluation,
+        callbacks=list(callbacks),
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -119,7 +140,12 @@ class At(TrainerCallback):
 
 # ---- the three modes in an untouched Trainer
 
-SETTINGS = {"plain": {}, "accumulated": dict(per_device_train_batch_size=2, gradient_accumulation_steps=2), "checkpointed": dict(gradient_checkpointing=True), "bf16": dict(bf16=True)}
+SETTINGS = {
+    "plain": {},
+    "accumulated": dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
+    "checkpointed": dict(gradient_checkpointing=True),
+    "bf16": dict(bf16=True),
+}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +206,16 @@ def test_clipping_sees_the_gradient_without_the_frozen_part(name, tmp_path):
     assert whole > 1.01 * norm > 0.5
 
     get_neuron_model(model, NeuronTuningConfig("rest", networks()), verbose=False)
-    trainer = trainer_of(model, tmp_path, max_steps=1, optim="sgd", weight_decay=0.0, max_grad_norm=0.1, learning_rate=0.1, lr_scheduler_type="constant")
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        max_steps=1,
+        optim="sgd",
+        weight_decay=0.0,
+        max_grad_norm=0.1,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+    )
     trainer.train()
     assert history(trainer, "grad_norm") == pytest.approx([float(norm)], rel=1e-5)
     merge_and_unload(model)
@@ -209,11 +244,17 @@ def test_weight_decay_groups(name, tmp_path):
 def counts(model, optimizer):
     "Per network: the step counters in the optimizer's state, None where there is no state."
     tuning = model.neuron_tuning
-    return {n: {int(optimizer.state[p]["step"]) if optimizer.state.get(p) else None for p in tuning.parameters_of(n)} for n in tuning.networks}
+    return {
+        n: {int(optimizer.state[p]["step"]) if optimizer.state.get(p) else None for p in tuning.parameters_of(n)}
+        for n in tuning.networks
+    }
 
 
 def slices(model):
-    return {n: torch.cat([p.detach().flatten() for p in model.neuron_tuning.parameters_of(n)]) for n in model.neuron_tuning.networks}
+    return {
+        n: torch.cat([p.detach().flatten() for p in model.neuron_tuning.parameters_of(n)])
+        for n in model.neuron_tuning.networks
+    }
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -223,7 +264,17 @@ def test_networks_begin_at_their_step(name, tmp_path):
     seen, counters = [slices(model)], []
     look = At(0, lambda m, o: (seen.append(slices(m)), counters.append(counts(m, o))), every=True)
     guard = FrozenGuardCallback(every=1)
-    trainer = trainer_of(model, tmp_path, NetworkUnfreezeCallback({"a": 0, "b": 3, "c": None}), look, guard, gradient_accumulation_steps=2, data=rows(8), per_device_train_batch_size=2, max_steps=6)
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        NetworkUnfreezeCallback({"a": 0, "b": 3, "c": None}),
+        look,
+        guard,
+        gradient_accumulation_steps=2,
+        data=rows(8),
+        per_device_train_batch_size=2,
+        max_steps=6,
+    )
     trainer.train()
     for step, (old, new) in enumerate(zip(seen, seen[1:])):
         for n, start in (("a", 0), ("b", 3), ("c", math.inf)):
@@ -232,7 +283,9 @@ def test_networks_begin_at_their_step(name, tmp_path):
     assert model.neuron_tuning.active == ("a", "b")
     state = [trainer.optimizer.state[p] for p in model.neuron_tuning.parameters_of("b")]
     assert all(s["exp_avg"].abs().sum() > 0 for s in state)
-    assert history(trainer, "learning_rate") == pytest.approx([1e-2 * (6 - i) / 6 for i in range(6)])  # linear, as without any schedule of networks
+    assert history(trainer, "learning_rate") == pytest.approx(
+        [1e-2 * (6 - i) / 6 for i in range(6)]
+    )  # linear, as without any schedule of networks
 
 
 def test_a_late_network_takes_a_first_step_of_the_learning_rate(tmp_path):
@@ -246,20 +299,41 @@ def test_a_late_network_takes_a_first_step_of_the_learning_rate(tmp_path):
 
     model = tuned("llama", "selected", networks())
     last["b"] = slices(model)["b"]
-    trainer_of(model, tmp_path, NetworkUnfreezeCallback({"a": 0, "b": 10}), At(0, look, every=True), max_steps=12, lr_scheduler_type="constant", weight_decay=0.0, learning_rate=1e-3).train()
+    trainer_of(
+        model,
+        tmp_path,
+        NetworkUnfreezeCallback({"a": 0, "b": 10}),
+        At(0, look, every=True),
+        max_steps=12,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        learning_rate=1e-3,
+    ).train()
     assert moves[:10] == [0.0] * 10
     assert moves[10] == pytest.approx(1e-3, rel=0.02) and 0 < moves[11] < 1.1e-3
 
 
-@pytest.mark.parametrize("schedule, starts", [({"a": 0, "b": 1}, (0, 3)), ({"a": 1 / 3, "b": 4 / 3}, (1, 4)), ({"a": 2, "b": 0.5}, (6, 2))])
+@pytest.mark.parametrize(
+    "schedule, starts", [({"a": 0, "b": 1}, (0, 3)), ({"a": 1 / 3, "b": 4 / 3}, (1, 4)), ({"a": 2, "b": 0.5}, (6, 2))]
+)
 def test_networks_begin_at_their_epoch(schedule, starts, tmp_path):
     "Three steps make an epoch."
     model, seen = tuned("llama", "selected", networks()), []
     seen.append(slices(model))
-    trainer_of(model, tmp_path, NetworkUnfreezeCallback(schedule, unit="epoch"), At(0, lambda m, o: seen.append(slices(m)), every=True), data=rows(12), max_steps=-1, num_train_epochs=3).train()
+    trainer_of(
+        model,
+        tmp_path,
+        NetworkUnfreezeCallback(schedule, unit="epoch"),
+        At(0, lambda m, o: seen.append(slices(m)), every=True),
+        data=rows(12),
+        max_steps=-1,
+        num_train_epochs=3,
+    ).train()
     assert len(seen) == 10
     for n, start in zip("ab", starts):
-        assert [not torch.equal(old[n], new[n]) for old, new in zip(seen, seen[1:])] == [step >= start for step in range(9)]
+        assert [not torch.equal(old[n], new[n]) for old, new in zip(seen, seen[1:])] == [
+            step >= start for step in range(9)
+        ]
 
 
 @pytest.mark.slow
@@ -268,10 +342,23 @@ def test_networks_begin_in_a_compiled_model(tmp_path):
     losses = []
     for options in ({}, dict(torch_compile=True, torch_compile_backend="eager")):
         model, seen = tuned("llama", "selected", networks()), []
-        trainer = trainer_of(model, tmp_path, NetworkUnfreezeCallback({"a": 0, "b": 3}), At(0, lambda m, o: seen.append(slices(m)), every=True), learning_rate=1e-3, **options)
+        trainer = trainer_of(
+            model,
+            tmp_path,
+            NetworkUnfreezeCallback({"a": 0, "b": 3}),
+            At(0, lambda m, o: seen.append(slices(m)), every=True),
+            learning_rate=1e-3,
+            **options,
+        )
         trainer.train()
         losses.append(history(trainer) + history(trainer, "grad_norm"))
-        assert [not torch.equal(old["b"], new["b"]) for old, new in zip(seen, seen[1:])] == [False, False, True, True, True]
+        assert [not torch.equal(old["b"], new["b"]) for old, new in zip(seen, seen[1:])] == [
+            False,
+            False,
+            True,
+            True,
+            True,
+        ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -292,7 +379,13 @@ def test_a_silent_network_counts_in_no_norm_and_changes_nothing(tmp_path):
 def test_before_the_first_start_nothing_moves(tmp_path):
     model = tuned("gpt2", "selected", networks())
     before, seen = clones(model), []
-    trainer = trainer_of(model, tmp_path, NetworkUnfreezeCallback({"a": 2, "b": 3}), At(2, lambda m, o: seen.append(clones(m))), max_steps=3)
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        NetworkUnfreezeCallback({"a": 2, "b": 3}),
+        At(2, lambda m, o: seen.append(clones(m))),
+        max_steps=3,
+    )
     trainer.train()
     assert same(seen[0], before) and not same(clones(model), before)
     assert history(trainer, "grad_norm")[:2] == [0.0, 0.0]
@@ -318,7 +411,10 @@ def test_senseless_schedules_are_refused(callback, schedule, unit, message):
         callback(schedule, unit=unit)
 
 
-@pytest.mark.parametrize("schedule, message", [({"a": 0, "b": 1, "d": 2}, "schedule names 'd'.*'a', 'b'"), ({"a": 0}, "says nothing of 'b'.*None")])
+@pytest.mark.parametrize(
+    "schedule, message",
+    [({"a": 0, "b": 1, "d": 2}, "schedule names 'd'.*'a', 'b'"), ({"a": 0}, "says nothing of 'b'.*None")],
+)
 def test_schedules_that_do_not_fit_the_model_are_refused(schedule, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer_of(tuned("llama", "selected", networks()), tmp_path, NetworkUnfreezeCallback(schedule)).train()
@@ -351,7 +447,9 @@ def test_shared_neurons_of_a_later_network_are_warned_of(tmp_path):
     a, b, c = networks(a=0.2, b=0.2, c=0.1).values()
     with pytest.warns(UserWarning, match="stand in more than one"):
         model = tuned("llama", "selected", {"a": a, "b": a | b, "c": c})
-    with pytest.warns(UserWarning, match=f"'b' begins before 'a', but the {a.n} neurons they share.*in the order of the schedule"):
+    with pytest.warns(
+        UserWarning, match=f"'b' begins before 'a', but the {a.n} neurons they share.*in the order of the schedule"
+    ):
         trainer_of(model, tmp_path, NetworkUnfreezeCallback({"a": 2, "b": 0, "c": 0}), max_steps=1).train()
     with pytest.warns(UserWarning, match="'b' begins before 'a'"):
         trainer_of(model, tmp_path, NetworkUnfreezeCallback({"a": None, "b": 0, "c": 0}), max_steps=1).train()
@@ -366,18 +464,37 @@ def test_shared_neurons_of_a_later_network_are_warned_of(tmp_path):
 def optimizer_state(trainer):
     "The state by position of the parameter, flattened to tensors."
     state = trainer.optimizer.state_dict()
-    return {f"{i} {k}": torch.as_tensor(v) for i, entry in state["state"].items() for k, v in entry.items()} | {f"group {i} {k}": torch.tensor(float(g[k])) for i, g in enumerate(state["param_groups"]) for k in ("lr", "weight_decay")}
+    return {f"{i} {k}": torch.as_tensor(v) for i, entry in state["state"].items() for k, v in entry.items()} | {
+        f"group {i} {k}": torch.tensor(float(g[k]))
+        for i, g in enumerate(state["param_groups"])
+        for k in ("lr", "weight_decay")
+    }
 
 
-@pytest.mark.parametrize("name, mode", [("gpt2", "selected"), ("gpt2", "rest"), ("gpt2", "full"), ("gpt2", "activate"), ("llama", "selected")])
+@pytest.mark.parametrize(
+    "name, mode",
+    [("gpt2", "selected"), ("gpt2", "rest"), ("gpt2", "full"), ("gpt2", "activate"), ("llama", "selected")],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(name, mode, tmp_path):
     "With dropout (GPT-2), in the middle of an epoch; the second network begins after the first checkpoint and before the second."
 
     def run(checkpoint=None):
         tuning = "rest" if mode == "activate" else mode
         model = tuned(name, tuning, networks())
-        extra = {"selected": [NetworkUnfreezeCallback({"a": 0, "b": 4})], "activate": [NetworkActivateCallback({"a": 0, "b": 4})]}.get(mode, [])
-        trainer = trainer_of(model, tmp_path, *extra, FrozenGuardCallback(every=2), data=rows(20), max_steps=7, save_strategy="steps", save_steps=3)
+        extra = {
+            "selected": [NetworkUnfreezeCallback({"a": 0, "b": 4})],
+            "activate": [NetworkActivateCallback({"a": 0, "b": 4})],
+        }.get(mode, [])
+        trainer = trainer_of(
+            model,
+            tmp_path,
+            *extra,
+            FrozenGuardCallback(every=2),
+            data=rows(20),
+            max_steps=7,
+            save_strategy="steps",
+            save_steps=3,
+        )
         trainer.train(resume_from_checkpoint=checkpoint)
         return clones(model), optimizer_state(trainer), history(trainer)[-1]
 
@@ -420,7 +537,9 @@ def test_evaluation_best_checkpoint_and_early_stopping(mode, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
     best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
     now = clones(model)
-    assert all(torch.equal(now[n], best[n]) for n in best if n in now) and {n for n in now if n not in best} <= {"lm_head.weight"}
+    assert all(torch.equal(now[n], best[n]) for n in best if n in now) and {n for n in now if n not in best} <= {
+        "lm_head.weight"
+    }
     merge_and_unload(model)
     entries = inside(name, model, union(networks()))
     for n, p in model.named_parameters():
@@ -446,15 +565,27 @@ def test_the_guard_names_what_moved(mode, every, noticed, tmp_path):
     model = tuned("llama", mode, networks())
     unit = int(union(networks()).layers[1].nonzero()[0]) if mode == "rest" else 0
     with pytest.raises(RuntimeError, match=rf"by step {noticed}: {name} \(1 of"):
-        trainer_of(model, tmp_path, At(3, spoil(name, unit), every=True), FrozenGuardCallback(every)).train()  # every step, since in mode rest the next one puts the weight back
+        trainer_of(
+            model, tmp_path, At(3, spoil(name, unit), every=True), FrozenGuardCallback(every)
+        ).train()  # every step, since in mode rest the next one puts the weight back
 
 
 def test_the_guard_lets_what_trains_move(tmp_path):
     "In mode rest only the neurons' part of a matrix is frozen; in mode full nothing is."
     unit = int((~union(networks())).layers[1].nonzero()[0])
     for mode in ("rest", "full"):
-        trainer_of(tuned("llama", mode, networks()), tmp_path, At(3, spoil("model.layers.1.mlp.up_proj.weight", unit)), FrozenGuardCallback(1)).train()
-    trainer_of(get_neuron_model(families.build("llama"), NeuronTuningConfig("full"), verbose=False), tmp_path, FrozenGuardCallback(1), max_steps=1).train()
+        trainer_of(
+            tuned("llama", mode, networks()),
+            tmp_path,
+            At(3, spoil("model.layers.1.mlp.up_proj.weight", unit)),
+            FrozenGuardCallback(1),
+        ).train()
+    trainer_of(
+        get_neuron_model(families.build("llama"), NeuronTuningConfig("full"), verbose=False),
+        tmp_path,
+        FrozenGuardCallback(1),
+        max_steps=1,
+    ).train()
 
 
 def test_the_guard_refuses_what_it_cannot_guard(tmp_path):
@@ -475,7 +606,9 @@ def ablated_loss(name, model, mask, values=None, data=None):
     with ExitStack() as stack:
         for i, (_, module) in enumerate(families.down_projections(name, model)):
             new = torch.tensor(0.0) if values is None else values.split(WIDTHS)[i]
-            handle = module.register_forward_pre_hook(lambda m, args, chosen=mask.layers[i], new=new: (torch.where(chosen, new, args[0]),))
+            handle = module.register_forward_pre_hook(
+                lambda m, args, chosen=mask.layers[i], new=new: (torch.where(chosen, new, args[0]),)
+            )
             stack.callback(handle.remove)
         with torch.no_grad():
             return float(model(**batch).loss)
@@ -493,9 +626,18 @@ def test_networks_are_ablated_until_their_start(name, exclusive, values, tmp_pat
     masks = {"a": n["a"], "b": n["b"] | n["a"], "c": n["c"], "d": n["c"]}  # b has all of a and more, d is c again
     model = families.build(name, **(STILL if name == "gpt2" else {}))
     before = families.state(model)
-    callback = NetworkActivateCallback({"b": 2, "a": 4, "c": None, "d": 5}, masks, replace="zero" if values is None else values, exclusive=exclusive)
+    callback = NetworkActivateCallback(
+        {"b": 2, "a": 4, "c": None, "d": 5}, masks, replace="zero" if values is None else values, exclusive=exclusive
+    )
     seen = []
-    trainer = trainer_of(model, tmp_path, callback, At(0, lambda m, o: seen.append(callback.active), every=True), learning_rate=0.0, weight_decay=0.0)
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        callback,
+        At(0, lambda m, o: seen.append(callback.active), every=True),
+        learning_rate=0.0,
+        weight_decay=0.0,
+    )
     trainer.train()
     every = union(masks)
     off = [every] * 2 + [n["c"]] * 2 + ([every - n["a"], every - n["c"]] if exclusive else [n["c"], EMPTY])
@@ -507,8 +649,17 @@ def test_networks_are_ablated_until_their_start(name, exclusive, values, tmp_pat
 
 
 def test_networks_that_begin_together_are_active_together(tmp_path):
-    callback, seen = NetworkActivateCallback({"a": 1, "b": 1, "c": 0}, networks(a=0.2, b=0.2, c=0.1), exclusive=True), []
-    trainer_of(families.build("llama"), tmp_path, callback, At(0, lambda m, o: seen.append(callback.active), every=True), max_steps=3).train()
+    callback, seen = (
+        NetworkActivateCallback({"a": 1, "b": 1, "c": 0}, networks(a=0.2, b=0.2, c=0.1), exclusive=True),
+        [],
+    )
+    trainer_of(
+        families.build("llama"),
+        tmp_path,
+        callback,
+        At(0, lambda m, o: seen.append(callback.active), every=True),
+        max_steps=3,
+    ).train()
     assert seen == [("c",), ("a", "b"), ("a", "b")]
 
 
@@ -521,14 +672,23 @@ def test_ablation_goes_with_every_mode_and_setting(mode, setting, tmp_path):
         model = families.build("llama")
         before = clones(model)
         get_neuron_model(model, NeuronTuningConfig(mode, networks()), verbose=False)
-        trainer = trainer_of(model, tmp_path, NetworkActivateCallback({"a": 0, "b": 3}), FrozenGuardCallback(1), learning_rate=1e-3, **options)
+        trainer = trainer_of(
+            model,
+            tmp_path,
+            NetworkActivateCallback({"a": 0, "b": 3}),
+            FrozenGuardCallback(1),
+            learning_rate=1e-3,
+            **options,
+        )
         trainer.train()
         losses.append(history(trainer))
         assert hooks(model) == 0
         merge_and_unload(model)
         entries = inside("llama", model, union(networks()))
         frozen = {"selected": lambda e: ~e, "rest": lambda e: e, "full": torch.zeros_like}[mode]
-        assert all(torch.equal(p[frozen(entries[n])], before[n][frozen(entries[n])]) for n, p in model.named_parameters())
+        assert all(
+            torch.equal(p[frozen(entries[n])], before[n][frozen(entries[n])]) for n, p in model.named_parameters()
+        )
     assert losses[0] == pytest.approx(losses[1], abs=0.05 if setting == "bf16" else 1e-3)
     assert losses[0][0] == pytest.approx(ablated_loss("llama", families.build("llama"), networks()["b"]), abs=1e-4)
 
@@ -538,16 +698,23 @@ def test_masks_of_a_tuning_that_name_no_site_are_taken_at_its_site(tmp_path):
     widths = (families.D,) * LAYERS
     a, b = (NeuronMask.from_layers([torch.arange(families.D) % 3 == i] * LAYERS) for i in range(2))
     model = tuned("llama", "full", {"a": a, "b": b}, **families.FAMILIES["llama"].square)
-    trainer = trainer_of(model, tmp_path, NetworkActivateCallback({"a": 1, "b": 0}), max_steps=1, learning_rate=0.0, weight_decay=0.0)
+    trainer = trainer_of(
+        model, tmp_path, NetworkActivateCallback({"a": 1, "b": 0}), max_steps=1, learning_rate=0.0, weight_decay=0.0
+    )
     trainer.train()
     assert a.widths == widths and history(trainer) == pytest.approx([ablated_loss("llama", model, a)], abs=1e-4)
 
 
 def test_ablation_by_epoch_at_the_other_site_sparing_first_tokens(tmp_path):
-    masks = {n: NeuronMask.from_flat(torch.arange(16 * LAYERS) % 5 == i, (16,) * LAYERS, "mlp_out") for i, n in enumerate("ab")}
+    masks = {
+        n: NeuronMask.from_flat(torch.arange(16 * LAYERS) % 5 == i, (16,) * LAYERS, "mlp_out")
+        for i, n in enumerate("ab")
+    }
     model = families.build("llama")
     callback = NetworkActivateCallback({"a": 0, "b": 1}, masks, unit="epoch", positions="after-first")
-    trainer = trainer_of(model, tmp_path, callback, data=rows(8), max_steps=-1, num_train_epochs=2, learning_rate=0.0, weight_decay=0.0)
+    trainer = trainer_of(
+        model, tmp_path, callback, data=rows(8), max_steps=-1, num_train_epochs=2, learning_rate=0.0, weight_decay=0.0
+    )
     trainer.train()
     batch = {k: torch.stack([r[k] for r in rows(8)]) for k in ("input_ids", "labels")}
     with torch.no_grad():
@@ -555,16 +722,27 @@ def test_ablation_by_epoch_at_the_other_site_sparing_first_tokens(tmp_path):
         with MaskedModel(model).ablate(masks["b"], positions="after-first"):
             expected = float(model(**batch).loss)
     losses = history(trainer)
-    assert [sum(losses[:2]) / 2, sum(losses[2:]) / 2] == pytest.approx([expected, plain], abs=1e-4) and abs(expected - plain) > 0.01
+    assert [sum(losses[:2]) / 2, sum(losses[2:]) / 2] == pytest.approx([expected, plain], abs=1e-4) and abs(
+        expected - plain
+    ) > 0.01
 
 
 def test_ablation_by_means(tmp_path, tiny_tokenizer):
     from llmfact_nb.activations import capture
 
     model = families.build("llama")
-    found = capture(model, tiny_tokenizer(), [families.words(20, seed=i) for i in range(4)], site="mlp_hidden", progress=False)
+    found = capture(
+        model, tiny_tokenizer(), [families.words(20, seed=i) for i in range(4)], site="mlp_hidden", progress=False
+    )
     means, _ = found.moments()
-    trainer = trainer_of(model, tmp_path, NetworkActivateCallback({"a": 1, "b": 0}, networks(), replace="mean", activations=found), max_steps=1, learning_rate=0.0, weight_decay=0.0)
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        NetworkActivateCallback({"a": 1, "b": 0}, networks(), replace="mean", activations=found),
+        max_steps=1,
+        learning_rate=0.0,
+        weight_decay=0.0,
+    )
     trainer.train()
     assert history(trainer) == pytest.approx([ablated_loss("llama", model, networks()["a"], means.float())], abs=1e-4)
     with pytest.raises(ValueError, match="replace='mean' with activations=None"):
@@ -573,9 +751,23 @@ def test_ablation_by_means(tmp_path, tiny_tokenizer):
 
 def test_evaluation_during_training_is_masked_and_afterwards_not(tmp_path):
     model, data = families.build("llama"), rows(4, seed=1)
-    trainer = trainer_of(model, tmp_path, NetworkActivateCallback({"a": 0, "b": None}, networks()), evaluation=data, max_steps=2, learning_rate=0.0, weight_decay=0.0, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        NetworkActivateCallback({"a": 0, "b": None}, networks()),
+        evaluation=data,
+        max_steps=2,
+        learning_rate=0.0,
+        weight_decay=0.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=True,
+    )
     trainer.train()
-    masked, plain = ablated_loss("llama", model, networks()["b"], data=data), ablated_loss("llama", model, EMPTY, data=data)
+    masked, plain = (
+        ablated_loss("llama", model, networks()["b"], data=data),
+        ablated_loss("llama", model, EMPTY, data=data),
+    )
     assert history(trainer, "eval_loss") == pytest.approx([masked] * 3, abs=1e-4)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(plain, abs=1e-4) and abs(masked - plain) > 0.01
 
@@ -588,16 +780,27 @@ def test_ablation_is_not_freezing(tmp_path):
 
     class Gradients(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            seen.append({n: float(p.grad[entries[n]].abs().max()) for n, p in model.named_parameters() if entries[n].any()})
+            seen.append(
+                {n: float(p.grad[entries[n]].abs().max()) for n, p in model.named_parameters() if entries[n].any()}
+            )
 
     def train(**options):
-        trainer_of(model, tmp_path, NetworkActivateCallback({"a": None}, {"a": mask}, **options), Gradients(), lr_scheduler_type="constant", max_steps=5).train()
+        trainer_of(
+            model,
+            tmp_path,
+            NetworkActivateCallback({"a": None}, {"a": mask}, **options),
+            Gradients(),
+            lr_scheduler_type="constant",
+            max_steps=5,
+        ).train()
 
     train()
     assert len(seen) == 5 and not any(v for step in seen for v in step.values())
     for n, p in model.named_parameters():
         e = entries[n]
-        torch.testing.assert_close(p[e], before[n][e] * (1 if n.endswith("bias") else (1 - 1e-2 * 0.1) ** 5), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            p[e], before[n][e] * (1 if n.endswith("bias") else (1 - 1e-2 * 0.1) ** 5), rtol=1e-5, atol=0
+        )
         assert n.endswith("bias") or not e.any() or not torch.equal(p[e], before[n][e])
     seen.clear()
     train(replace=torch.full((sum(WIDTHS),), 0.5))
@@ -625,7 +828,9 @@ def test_hooks_go_with_the_callback(tmp_path):
     model = families.build("llama")
 
     def die():
-        trainer = trainer_of(model, tmp_path, NetworkActivateCallback({"a": 0, "b": None}, networks()), At(2, lambda m, o: 1 / 0))
+        trainer = trainer_of(
+            model, tmp_path, NetworkActivateCallback({"a": 0, "b": None}, networks()), At(2, lambda m, o: 1 / 0)
+        )
         try:
             trainer.train()
         except ZeroDivisionError:
@@ -644,20 +849,37 @@ def test_a_second_run_with_the_same_callback(tmp_path):
         trainer_of(first, tmp_path, callback, At(2, lambda m, o: 1 / 0)).train()
     trainer = trainer_of(second, tmp_path, callback, max_steps=1, learning_rate=0.0, weight_decay=0.0)
     trainer.train()
-    assert history(trainer) == pytest.approx([ablated_loss("llama", second, networks()["b"])], abs=1e-4) and hooks(first) == hooks(second) == 0
+    assert (
+        history(trainer) == pytest.approx([ablated_loss("llama", second, networks()["b"])], abs=1e-4)
+        and hooks(first) == hooks(second) == 0
+    )
 
 
 def test_masks_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not in neuron tuning.*without masks"):
         trainer_of(families.build("llama"), tmp_path, NetworkActivateCallback({"a": 0})).train()
     with pytest.raises(ValueError, match="masks=None.*mode 'full'"):
-        trainer_of(get_neuron_model(families.build("llama"), NeuronTuningConfig("full"), verbose=False), tmp_path, NetworkActivateCallback({"a": 0})).train()
+        trainer_of(
+            get_neuron_model(families.build("llama"), NeuronTuningConfig("full"), verbose=False),
+            tmp_path,
+            NetworkActivateCallback({"a": 0}),
+        ).train()
     with pytest.raises(ValueError, match="25 units in layer 0"):
-        trainer_of(families.build("llama"), tmp_path, NetworkActivateCallback({"neurons": 2}, NeuronMask.full((25,) * LAYERS, "mlp_hidden"))).train()
+        trainer_of(
+            families.build("llama"),
+            tmp_path,
+            NetworkActivateCallback({"neurons": 2}, NeuronMask.full((25,) * LAYERS, "mlp_hidden")),
+        ).train()
     with pytest.raises(TypeError, match="masks='a' is not accepted"):
         NetworkActivateCallback({"a": 0}, masks="a")
     with pytest.raises(ValueError, match="torch_compile=True"):
-        trainer_of(families.build("llama"), tmp_path, NetworkActivateCallback({"network 0": 0}, [networks()["a"]]), torch_compile=True, torch_compile_backend="eager").train()
+        trainer_of(
+            families.build("llama"),
+            tmp_path,
+            NetworkActivateCallback({"network 0": 0}, [networks()["a"]]),
+            torch_compile=True,
+            torch_compile_backend="eager",
+        ).train()
 
 
 # ---- two processes
@@ -670,11 +892,24 @@ def run_trainer(mode, folder, size, **options):
     "Six steps of a global batch of four rows; `size` of them at a time in each process."
     model = tuned("llama", mode, networks())
     extra = [NetworkUnfreezeCallback(SCHEDULE)] if mode == "selected" else []
-    trainer = trainer_of(model, folder, *extra, FrozenGuardCallback(every=2), data=rows(8), per_device_train_batch_size=size, learning_rate=1e-3, **options)
+    trainer = trainer_of(
+        model,
+        folder,
+        *extra,
+        FrozenGuardCallback(every=2),
+        data=rows(8),
+        per_device_train_batch_size=size,
+        learning_rate=1e-3,
+        **options,
+    )
     trainer.train()
     steps = counts(model, trainer.optimizer.optimizer) if mode == "selected" else {}
     merge_and_unload(model)
-    return clones(model), {"grad_norm": history(trainer, "grad_norm"), "loss": history(trainer), "steps": {n: [*s] for n, s in steps.items()}}
+    return clones(model), {
+        "grad_norm": history(trainer, "grad_norm"),
+        "loss": history(trainer),
+        "steps": {n: [*s] for n, s in steps.items()},
+    }
 
 
 def run_loop(model, mine=slice(None)):
@@ -706,14 +941,19 @@ def worker(folder):
 
     rank, results = int(os.environ["RANK"]), {}
     for mode, options in (("selected", {}), ("rest", dict(gradient_accumulation_steps=2))):
-        weights, results[mode] = run_trainer(mode, folder / f"trainer-{rank}", 2 // options.get("gradient_accumulation_steps", 1), **options)
+        weights, results[mode] = run_trainer(
+            mode, folder / f"trainer-{rank}", 2 // options.get("gradient_accumulation_steps", 1), **options
+        )
         save_file(weights, folder / f"{mode}-{rank}.safetensors")
 
     model = sharded(tuned("llama", "selected", networks()))
     before = model.neuron_tuning.frozen_digests()
     run_loop(model, slice(rank * 2, rank * 2 + 2))
     results["sharded digests"] = [len(before), model.neuron_tuning.frozen_digests() == before]
-    save_file({n: p.full_tensor().detach().contiguous() for n, p in model.named_parameters()}, folder / f"sharded-{rank}.safetensors")
+    save_file(
+        {n: p.full_tensor().detach().contiguous() for n, p in model.named_parameters()},
+        folder / f"sharded-{rank}.safetensors",
+    )
     try:
         run_loop(sharded(tuned("llama", "rest", networks())))
         results["sharded rest"] = "accepted"
@@ -728,8 +968,20 @@ def worker(folder):
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     here = Path(__file__).resolve()
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(here), str(folder)]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(here),
+        str(folder),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -749,7 +1001,9 @@ def test_two_processes_agree_with_one(mode, two_processes, tmp_path):
     weights, expected = run_trainer(mode, tmp_path, 4)
     assert max(float((weights[n] - first[n]).abs().max()) for n in weights) < 1e-5
     found = json.loads((two_processes / "results-0.json").read_text())[mode]
-    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4) and found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4) and found["loss"] == pytest.approx(
+        expected["loss"], rel=1e-4
+    )
     assert found["steps"] == expected["steps"] == ({"a": [6], "b": [3]} if mode == "selected" else {})
 
 

@@ -9,13 +9,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmfact_nb.files import digest, load_tensors, save_tensors
+from llmfact_nb.base.files import digest, load_tensors, save_tensors
 from llmfact_nb.finetune import NeuronTuningConfig, get_neuron_model, merge_and_unload
 from llmfact_nb.masks import NeuronMask
-from llmfact_nb.sharing import describe_base, load_neurons, save_neurons, to_peft_lora
+from llmfact_nb.tuning.sharing import describe_base, load_neurons, save_neurons, to_peft_lora
 from llmfact_nb.sites import neuron_sites
 
-BUILDS = ["gpt2", "llama", "gpt_neox", "opt", "phi3"]  # Conv1D with biases, gated, parallel block with biases, OPT's names, gate and up in one matrix
+BUILDS = [
+    "gpt2",
+    "llama",
+    "gpt_neox",
+    "opt",
+    "phi3",
+]  # Conv1D with biases, gated, parallel block with biases, OPT's names, gate and up in one matrix
 IDS = torch.tensor([[5, 9, 14, 33, 8, 21, 40, 7], [11, 30, 6, 19, 25, 44, 13, 9]])
 
 
@@ -24,7 +30,10 @@ def networks(model, k=2, share=0.3):
     widths = neuron_sites(model, "mlp_hidden").widths
     draw = torch.rand(sum(widths), generator=torch.Generator().manual_seed(1))
     draw[: widths[0]] = 1
-    return {f"net {i}": NeuronMask.from_flat((draw < share) & (torch.arange(len(draw)) % k == i), widths, site="mlp_hidden") for i in range(k)}
+    return {
+        f"net {i}": NeuronMask.from_flat((draw < share) & (torch.arange(len(draw)) % k == i), widths, site="mlp_hidden")
+        for i in range(k)
+    }
 
 
 def train(model, steps=3, lr=1e-2):
@@ -91,7 +100,9 @@ def test_float32_slices_survive_beside_a_bfloat16_base(tmp_path):
     save_neurons(model, tmp_path / "n")
     loaded = load_neurons(families.build("llama").to(torch.bfloat16), tmp_path / "n", verbose=False)
     slices = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert {p.dtype for p in slices.values()} == {torch.float32} and any(not torch.equal(p, p.bfloat16().float()) for p in slices.values())
+    assert {p.dtype for p in slices.values()} == {torch.float32} and any(
+        not torch.equal(p, p.bfloat16().float()) for p in slices.values()
+    )
     assert same(slices, {n: p for n, p in loaded.named_parameters() if p.requires_grad})
 
 
@@ -181,7 +192,11 @@ def test_the_file_runs_no_code_and_names_what_it_holds(tmp_path):
         layer = int(linear.split(".")[2])
         assert index.tolist() == model.neuron_tuning.networks[f"net {number}"].layers[layer].nonzero()[:, 0].tolist()
         assert len(index) == len(expected[name])
-    assert meta["base"]["model_type"] == "gpt2" and meta["base"]["dtype"] == "float32" and meta["base"]["widths"] == [families.HIDDEN] * families.LAYERS
+    assert (
+        meta["base"]["model_type"] == "gpt2"
+        and meta["base"]["dtype"] == "float32"
+        and meta["base"]["widths"] == [families.HIDDEN] * families.LAYERS
+    )
 
 
 # --- parts that train as a whole
@@ -273,7 +288,9 @@ def test_parts_that_peft_would_get_wrong_are_refused(name, head, also, why, tmp_
             model.get_parameter(n).add_(0.5)
     loaded = load_neurons(families.build(name, head), save_neurons(model, tmp_path / "n"), verbose=False)
     with torch.no_grad():
-        assert torch.equal(loaded(IDS)[0], model(IDS)[0]) and not torch.equal(loaded(IDS)[0], families.build(name, head)(IDS)[0])
+        assert torch.equal(loaded(IDS)[0], model(IDS)[0]) and not torch.equal(
+            loaded(IDS)[0], families.build(name, head)(IDS)[0]
+        )
 
 
 # --- which base
@@ -282,14 +299,22 @@ def test_parts_that_peft_would_get_wrong_are_refused(name, head, also, why, tmp_
 def test_the_description_of_a_base_counts_names_shapes_dtypes_and_bytes():
     model = families.build("gpt2")
     own = describe_base(model)
-    assert own == describe_base(families.build("gpt2")) and len(own["parameters"]) == len(list(model.named_parameters()))
-    assert model.lm_head.weight is model.transformer.wte.weight and "lm_head.weight" not in own["parameters"]  # tied: once
+    assert own == describe_base(families.build("gpt2")) and len(own["parameters"]) == len(
+        list(model.named_parameters())
+    )
+    assert (
+        model.lm_head.weight is model.transformer.wte.weight and "lm_head.weight" not in own["parameters"]
+    )  # tied: once
     with torch.no_grad():
         model.transformer.ln_f.bias[3] += 1e-6
     other = describe_base(model)
-    assert [n for n in own["parameters"] if own["parameters"][n] != other["parameters"][n]] == ["transformer.ln_f.bias"] and own["checksum"] != other["checksum"]
+    assert [n for n in own["parameters"] if own["parameters"][n] != other["parameters"][n]] == [
+        "transformer.ln_f.bias"
+    ] and own["checksum"] != other["checksum"]
     flat = families.build("gpt2")
-    flat.transformer.wpe.weight = torch.nn.Parameter(flat.transformer.wpe.weight.detach().reshape(families.D, -1))  # the same bytes in another shape
+    flat.transformer.wpe.weight = torch.nn.Parameter(
+        flat.transformer.wpe.weight.detach().reshape(families.D, -1)
+    )  # the same bytes in another shape
     assert describe_base(flat)["checksum"] != own["checksum"]
 
 
@@ -304,8 +329,14 @@ WRONG = {
     "weights": (nudged, "values of model.norm.weight"),
     "dtype": (lambda: families.build("llama").to(torch.bfloat16), "dtype: saved float32, here bfloat16"),
     "architecture": (lambda: families.build("mistral"), "model type: saved llama, here mistral"),
-    "widths": (lambda: families.build("llama", intermediate_size=32), r"neurons per layer: saved \[24, 24, 24\], here \[32, 32, 32\]"),
-    "shape": (lambda: families.build("llama", vocab_size=50), r"model.embed_tokens.weight: saved \['float32', \[48, 16\]\], here \['float32', \[50, 16\]\]"),
+    "widths": (
+        lambda: families.build("llama", intermediate_size=32),
+        r"neurons per layer: saved \[24, 24, 24\], here \[32, 32, 32\]",
+    ),
+    "shape": (
+        lambda: families.build("llama", vocab_size=50),
+        r"model.embed_tokens.weight: saved \['float32', \[48, 16\]\], here \['float32', \[50, 16\]\]",
+    ),
     "head": (lambda: families.build("llama", "classification"), "score.weight, which only this model has"),
 }
 
@@ -415,7 +446,21 @@ def damage(path, case):
         path.unlink()
 
 
-@pytest.mark.parametrize("case", ["cut in the tensors", "cut in the header", "empty", "one bit of a slice", "one letter of a name", "text", "of another program", "a mask", "no list of tensors", "none"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "cut in the tensors",
+        "cut in the header",
+        "empty",
+        "one bit of a slice",
+        "one letter of a name",
+        "text",
+        "of another program",
+        "a mask",
+        "no list of tensors",
+        "none",
+    ],
+)
 def test_damaged_and_foreign_files_are_refused(case, tmp_path):
     path = save_neurons(tuned(families.build("llama")), tmp_path / "n")
     damage(path, case)
@@ -429,8 +474,12 @@ def forge(path, change):
     "Write the file anew with `change(tensors, header)`, and checksums that fit."
     tensors, meta = load_tensors(path, "set of tuned neurons")
     change(tensors, meta)
-    about = json.dumps([{k: meta.get(k) for k in ("networks", "widths", "depths", "also", "base")}, sorted(tensors)], sort_keys=True).encode()
-    meta["content"] = digest(torch.frombuffer(bytearray(about), dtype=torch.uint8), *(tensors[n] for n in sorted(tensors)))
+    about = json.dumps(
+        [{k: meta.get(k) for k in ("networks", "widths", "depths", "also", "base")}, sorted(tensors)], sort_keys=True
+    ).encode()
+    meta["content"] = digest(
+        torch.frombuffer(bytearray(about), dtype=torch.uint8), *(tensors[n] for n in sorted(tensors))
+    )
     save_tensors(path, tensors, "set of tuned neurons", meta)
 
 
@@ -461,7 +510,9 @@ HOSTILE = {
     "a neuron more": put("networks.1", lambda t: torch.cat([t, torch.tensor([71])]).unique()),
     "a neuron less": put("networks.0", lambda t: t[1:]),
     "the neurons of the other network": put("networks.0", lambda t: t + 1),
-    "no neuron": lambda tensors, meta: tensors.update({"networks.0": torch.zeros(0, dtype=torch.int64), "networks.1": torch.zeros(0, dtype=torch.int64)}),
+    "no neuron": lambda tensors, meta: tensors.update(
+        {"networks.0": torch.zeros(0, dtype=torch.int64), "networks.1": torch.zeros(0, dtype=torch.int64)}
+    ),
     "all neurons": put("networks.0", lambda t: torch.arange(72)),
     "place out of range": put(INDEX, lambda t: t + 1000),
     "place twice": put(INDEX, lambda t: t[:1].expand(len(t)).contiguous()),
@@ -475,7 +526,9 @@ HOSTILE = {
     "nan": put(WEIGHT, spoiled),
     "a slice missing": lambda tensors, meta: tensors.pop(WEIGHT),
     "a network's neurons missing": lambda tensors, meta: tensors.pop("networks.1"),
-    "a slice too many": lambda tensors, meta: tensors.update({WEIGHT.replace("layers.1", "layers.0"): torch.zeros(2, families.D)}),
+    "a slice too many": lambda tensors, meta: tensors.update(
+        {WEIGHT.replace("layers.1", "layers.0"): torch.zeros(2, families.D)}
+    ),
     "one network less": lambda tensors, meta: meta["networks"].pop(),
     "one name twice": lambda tensors, meta: meta["networks"][1].update(name="net 0"),
     "a name that is none": lambda tensors, meta: meta["networks"][1].update(name=7),
@@ -495,7 +548,9 @@ HOSTILE = {
     "other parts that the model lacks": header(also=["adapter"]),
     "other parts that are the neurons' own": header(also=["model.layers.1.mlp"]),
     "other parts that are not in the file": header(also=["model.norm"]),
-    "other parts that are not said to train": lambda tensors, meta: tensors.update({"also.model.norm.weight": torch.zeros(families.D)}),
+    "other parts that are not said to train": lambda tensors, meta: tensors.update(
+        {"also.model.norm.weight": torch.zeros(families.D)}
+    ),
     "other parts without names": header(also=[3]),
     "a base of nothing": header(base={}),
     "a base whose parameters are none": lambda tensors, meta: meta["base"].update(checksum="0", parameters=3),
@@ -559,11 +614,15 @@ def test_peft_tells_layer_1_from_layer_11(tmp_path):
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
         loaded = in_peft(families.build("gpt2", "base", n_layer=12), to_peft_lora(model, tmp_path))
         assert (loaded(IDS).last_hidden_state - model(IDS).last_hidden_state).abs().max() <= 1e-6
-    ranks = {n.removeprefix("base_model.model."): m.r["default"] for n, m in loaded.named_modules() if hasattr(m, "lora_A")}
+    ranks = {
+        n.removeprefix("base_model.model."): m.r["default"] for n, m in loaded.named_modules() if hasattr(m, "lora_A")
+    }
     assert ranks == {f"h.{i}.mlp.{c}": n for i, n in enumerate(counts) if n for c in ("c_fc", "c_proj")}
 
 
-@pytest.mark.parametrize(("name", "head"), [("llama", "classification"), ("gpt2", "classification"), ("distilbert", "masked")])
+@pytest.mark.parametrize(
+    ("name", "head"), [("llama", "classification"), ("gpt2", "classification"), ("distilbert", "masked")]
+)
 def test_peft_takes_models_with_other_heads(name, head, tmp_path):
     model = families.build(name, head)
     get_neuron_model(model, NeuronTuningConfig(masks=networks(model)), verbose=False)
@@ -586,7 +645,12 @@ def test_the_lora_is_written_without_peft_and_names_no_folder(tmp_path, monkeypa
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None and str(tmp_path) not in json.dumps(config)
     model.name_or_path = "some-org/Some-Llama.1"
-    assert json.loads((to_peft_lora(model, tmp_path / "lora") / "adapter_config.json").read_text())["base_model_name_or_path"] == "some-org/Some-Llama.1"
+    assert (
+        json.loads((to_peft_lora(model, tmp_path / "lora") / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+        == "some-org/Some-Llama.1"
+    )
 
 
 def test_an_interrupted_export_leaves_the_old_one_whole(tmp_path, monkeypatch):

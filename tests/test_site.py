@@ -19,7 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 
 # Where a link of the site may lead. A new host is a decision, and this list is the place to make it.
-HOSTS = {"github.com", "colab.research.google.com", "arxiv.org", "huggingface.co", "semver.org", "research.ics.aalto.fi", "llmfact-nb.github.io", "pradyunsg.me", "www.sphinx-doc.org", "doi.org"}
+HOSTS = {
+    "github.com",
+    "colab.research.google.com",
+    "arxiv.org",
+    "huggingface.co",
+    "semver.org",
+    "research.ics.aalto.fi",
+    "llmfact-nb.github.io",
+    "pradyunsg.me",
+    "www.sphinx-doc.org",
+    "doi.org",
+}
 LIMIT = 15e6  # bytes
 
 
@@ -44,7 +55,11 @@ class Page(HTMLParser):
         attrs = dict(attrs)
         self.ids += [attrs["id"]] if "id" in attrs else []
         self.links += [attrs["href"]] if tag == "a" and "href" in attrs else []
-        self.fetched += [attrs[k] for k in ("src", "srcset", "data", "poster") if attrs.get(k)] + ([attrs["href"]] if tag == "link" and attrs.get("rel") not in ("canonical", "index", "search", "next", "prev") else [])
+        self.fetched += [attrs[k] for k in ("src", "srcset", "data", "poster") if attrs.get(k)] + (
+            [attrs["href"]]
+            if tag == "link" and attrs.get("rel") not in ("canonical", "index", "search", "next", "prev")
+            else []
+        )
         self.images += [attrs] if tag == "img" else []
         self.skip += tag in ("script", "style", "code", "pre", "math")
 
@@ -64,11 +79,29 @@ def built(site):
 def notebook(folder, cells, name="04_room.ipynb"):
     "A notebook with these cells: text of a Markdown cell, or (code, outputs)."
     made = [
-        {"cell_type": "markdown", "id": f"c{i}", "metadata": {}, "source": c} if isinstance(c, str) else {"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "source": c[0], "outputs": list(c[1:])}
+        {"cell_type": "markdown", "id": f"c{i}", "metadata": {}, "source": c}
+        if isinstance(c, str)
+        else {
+            "cell_type": "code",
+            "id": f"c{i}",
+            "metadata": {},
+            "execution_count": None,
+            "source": c[0],
+            "outputs": list(c[1:]),
+        }
         for i, c in enumerate(cells)
     ]
     path = folder / name
-    path.write_text(json.dumps({"cells": made, "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}))
+    path.write_text(
+        json.dumps(
+            {
+                "cells": made,
+                "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}},
+                "nbformat": 4,
+                "nbformat_minor": 5,
+            }
+        )
+    )
     return path
 
 
@@ -77,12 +110,22 @@ def printed(text, name="stdout"):
 
 
 def drawn():
-    return {"output_type": "display_data", "metadata": {}, "data": {"image/png": base64.b64encode(b"\x89PNG").decode(), "text/plain": "<Figure>"}}
+    return {
+        "output_type": "display_data",
+        "metadata": {},
+        "data": {"image/png": base64.b64encode(b"\x89PNG").decode(), "text/plain": "<Figure>"},
+    }
 
 
 def converted(pages, folder, *cells, library=None):
     made = pages.Notebook(notebook(folder, ["# room\n\n> What it is for.", *cells]), folder)
-    return pages.page_markdown(made, library or {}, lambda d, level, page: f"{'#' * level} entry of {d.name}", lambda text, page: text, "header")
+    return pages.page_markdown(
+        made,
+        library or {},
+        lambda d, level, page: f"{'#' * level} entry of {d.name}",
+        lambda text, page: text,
+        "header",
+    )
 
 
 def test_directives_decide_what_is_shown(pages, tmp_path):
@@ -96,7 +139,11 @@ def test_directives_decide_what_is_shown(pages, tmp_path):
         ("#| code-fold: true\n#| code-summary: How\nfolded = 1", printed("printed folded")),
         ("noisy = 1", printed("a warning", "stderr")),
     )  # fmt: skip
-    seen = {word for word in ("shown = 1", "hidden = 1", "silent = 1", "quiet = 1", "left_out = 1", "folded = 1", "noisy = 1") if word in text}
+    seen = {
+        word
+        for word in ("shown = 1", "hidden = 1", "silent = 1", "quiet = 1", "left_out = 1", "folded = 1", "noisy = 1")
+        if word in text
+    }
     assert seen == {"shown = 1", "quiet = 1", "folded = 1", "noisy = 1"}
     assert re.findall(r"printed [\w ]+", text) == ["printed one", "printed silent", "printed folded"]
     assert "a warning" not in text and "#|" not in text
@@ -109,8 +156,22 @@ def test_exported_code_is_documented_and_folded(pages, tmp_path):
 
     library = {"room": Module("room", "", "04_room", {"public": Definition("public", "room", "", "function")})}
     code = "#| export\ndef public():\n    return 1"
-    text, _ = converted(pages, tmp_path, "## One", ("#| export\nimport os\nimport re",), (code,), ("#| export\ndef _private():\n    return 2",), library=library)
-    assert text.index("<summary>Imports</summary>") < text.index("### entry of public") < text.index("<summary>Source</summary>") < text.index("def public()") < text.index("def _private()")
+    text, _ = converted(
+        pages,
+        tmp_path,
+        "## One",
+        ("#| export\nimport os\nimport re",),
+        (code,),
+        ("#| export\ndef _private():\n    return 2",),
+        library=library,
+    )
+    assert (
+        text.index("<summary>Imports</summary>")
+        < text.index("### entry of public")
+        < text.index("<summary>Source</summary>")
+        < text.index("def public()")
+        < text.index("def _private()")
+    )
     assert text.count("<details") == 2  # short private code stands open: it is what the prose speaks of
     text, _ = converted(pages, tmp_path, (code,), ("show_doc(public)",), library=library)
     assert text.count("entry of public") == 1 and text.index("def public()") < text.index("entry of public")
@@ -131,8 +192,26 @@ def test_code_with_fences_inside_stays_code(pages, tmp_path):
 def test_pictures_are_described(pages, tmp_path, directive, code, words):
     from definitions import Definition, Module
 
-    library = {"figures": Module("figures", "", "11_figures", {"plot_maps": Definition("plot_maps", "figures", "", "function", "Draw maps by layer, and return the Figure. Raises nothing.")})}
-    text, files = converted(pages, tmp_path, "## The `maps`", "Each curve is a network. The rest is prose.", (f"{directive}\n{code}", drawn()), library=library)
+    library = {
+        "figures": Module(
+            "figures",
+            "",
+            "11_figures",
+            {
+                "plot_maps": Definition(
+                    "plot_maps", "figures", "", "function", "Draw maps by layer, and return the Figure. Raises nothing."
+                )
+            },
+        )
+    }
+    text, files = converted(
+        pages,
+        tmp_path,
+        "## The `maps`",
+        "Each curve is a network. The rest is prose.",
+        (f"{directive}\n{code}", drawn()),
+        library=library,
+    )
     assert f":alt: {words}\n" in text and list(files.values()) == [b"\x89PNG"]
     assert all(name in text for name in files)
 
@@ -148,8 +227,13 @@ def test_links_to_names_and_notebooks_find_their_pages(pages):
 
     home = "https://host/package"
     text = f"[`NeuronMask`]({home}/masks.html#neuronmask) [`run`]({home}/cli.html#run) [a](../05_networks.ipynb) [b](other.ipynb) [c](https://x.org/05_networks.ipynb) ![d](images/p.png)"
-    made = pages.relinked(text, "tutorials/quickstart", target, {"networks": "networks", "other": "tutorials/other"}, home)
-    assert made == "[`NeuronMask`](../api/NeuronMask.md) `run` [a](../networks.md) [b](../tutorials/other.md) [c](https://x.org/05_networks.ipynb) ![d](/images/p.png)"
+    made = pages.relinked(
+        text, "tutorials/quickstart", target, {"networks": "networks", "other": "tutorials/other"}, home
+    )
+    assert (
+        made
+        == "[`NeuronMask`](../api/NeuronMask.md) `run` [a](../networks.md) [b](../tutorials/other.md) [c](https://x.org/05_networks.ipynb) ![d](/images/p.png)"
+    )
 
 
 def test_what_the_reference_says_of_parameters_is_what_python_says(pages):
@@ -162,13 +246,20 @@ def test_what_the_reference_says_of_parameters_is_what_python_says(pages):
         if not callable(thing):
             continue
         said = library[module].definitions[name]
-        for definition, real in [(said, thing), *((m, inspect.getattr_static(thing, m.name.split(".")[1])) for m in said.members)]:
+        for definition, real in [
+            (said, thing),
+            *((m, inspect.getattr_static(thing, m.name.split(".")[1])) for m in said.members),
+        ]:
             if isinstance(real, property | functools.cached_property):
                 assert definition.kind == "property", definition.name
                 continue
             real = real.__func__ if isinstance(real, classmethod | staticmethod) else real
             stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-            expected = [(stars.get(p.kind, "") + n, p.default is not p.empty) for n, p in inspect.signature(real).parameters.items() if n not in ("self", "cls")]
+            expected = [
+                (stars.get(p.kind, "") + n, p.default is not p.empty)
+                for n, p in inspect.signature(real).parameters.items()
+                if n not in ("self", "cls")
+            ]
             assert [(p.name, p.default is not None) for p in definition.parameters] == expected, definition.name
             checked += 1
     assert checked > 100
@@ -201,10 +292,17 @@ class Thing:
 ''')
     room = read_module(tmp_path / "room.py")
     f, thing = room.definitions["f"], room.definitions["Thing"]
-    assert [(p.name, p.kind, p.default, p.meaning) for p in f.parameters] == [("a", "Thing", None, "(T, N) what a is"), ("*rest", "int", None, "more"), ("b", "", "(1, 2)", "pair"), ("**options", "", None, "")]
+    assert [(p.name, p.kind, p.default, p.meaning) for p in f.parameters] == [
+        ("a", "Thing", None, "(T, N) what a is"),
+        ("*rest", "int", None, "more"),
+        ("b", "", "(1, 2)", "pair"),
+        ("**options", "", None, ""),
+    ]
     assert (f.returns.kind, f.returns.meaning) == ("int", "how many") and f.summary == "Return it."
     assert (room.summary, room.notebook, room.definitions["LIMIT"].doc) == ("Summary.", "04_room", "the limit")
-    assert [(m.name, m.kind) for m in thing.members] == [("Thing.size", "property"), ("Thing.made", "function")] and [p.name for p in thing.parameters] == ["x"]
+    assert [(m.name, m.kind) for m in thing.members] == [("Thing.size", "property"), ("Thing.made", "function")] and [
+        p.name for p in thing.parameters
+    ] == ["x"]
 
 
 def test_every_public_name_has_a_page_with_words_parameters_and_an_example(pages, built):
@@ -230,10 +328,26 @@ def test_a_class_has_the_example_of_the_function_that_returns_it(pages, tmp_path
     from definitions import Definition, Module, Parameter
 
     find = Definition("find", "room", "", "function", returns=Parameter("returns", "list[Found]", None, ""))
-    library = {"room": Module("room", "", "04_room", {"find": find, **{name: Definition(name, "room", "", "class") for name in ("Found", "Foundry", "Shown")}})}
-    made = pages.Notebook(notebook(tmp_path, ["# room", ("#| export\nfind()",), ("found = find()\nlen(found)", printed("3\n")), ("Shown()",)]), tmp_path)
+    library = {
+        "room": Module(
+            "room",
+            "",
+            "04_room",
+            {"find": find, **{name: Definition(name, "room", "", "class") for name in ("Found", "Foundry", "Shown")}},
+        )
+    }
+    made = pages.Notebook(
+        notebook(
+            tmp_path, ["# room", ("#| export\nfind()",), ("found = find()\nlen(found)", printed("3\n")), ("Shown()",)]
+        ),
+        tmp_path,
+    )
     shown = pages.examples([made], library)
-    assert shown["room", "Found"] is shown["room", "find"] and shown["room", "find"].output == "3" and shown["room", "Shown"].code == "Shown()"
+    assert (
+        shown["room", "Found"] is shown["room", "find"]
+        and shown["room", "find"].output == "3"
+        and shown["room", "Shown"].code == "Shown()"
+    )
     assert ("room", "Foundry") not in shown
 
 
@@ -244,8 +358,12 @@ def test_no_notebook_speaks_the_renderers_dialect():
             continue
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "markdown":
-                assert not re.search(r"^(```|~~~)\{|^:::|\{(ref|doc|term|test|numref)\}`|^\{[.#]", "".join(cell["source"]), re.M), path.name
-            assert not [o for o in cell.get("outputs", []) if o["output_type"] == "error"], f"{path.name} was committed with an error in its outputs"
+                assert not re.search(
+                    r"^(```|~~~)\{|^:::|\{(ref|doc|term|test|numref)\}`|^\{[.#]", "".join(cell["source"]), re.M
+                ), path.name
+            assert not [o for o in cell.get("outputs", []) if o["output_type"] == "error"], (
+                f"{path.name} was committed with an error in its outputs"
+            )
 
 
 def test_every_link_leads_somewhere(built, site):
@@ -254,12 +372,21 @@ def test_every_link_leads_somewhere(built, site):
         for link in page.links + page.fetched:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
-                if parts.scheme not in ("https", "mailto", "data") or parts.scheme == "https" and (parts.hostname not in HOSTS or " " in link):
+                if (
+                    parts.scheme not in ("https", "mailto", "data")
+                    or parts.scheme == "https"
+                    and (parts.hostname not in HOSTS or " " in link)
+                ):
                     strange.append(f"{name}: {link}")
                 continue
             path = (site / name).parent / unquote(parts.path) if parts.path else site / name
             target = path.resolve().relative_to(site.resolve()).as_posix() if path.exists() else None
-            if target is None or parts.fragment and target in built and unquote(parts.fragment) not in built[target].ids:
+            if (
+                target is None
+                or parts.fragment
+                and target in built
+                and unquote(parts.fragment) not in built[target].ids
+            ):
                 dead.append(f"{name}: {link}")
     assert not dead, "\n".join(dead[:20])
     assert not strange, "not https, or a host that HOSTS does not list:\n" + "\n".join(sorted(set(strange))[:20])
@@ -267,7 +394,9 @@ def test_every_link_leads_somewhere(built, site):
 
 def test_nothing_is_fetched_from_outside(built, site):
     for name, page in built.items():
-        assert not [f for f in page.fetched if not f.startswith("data:") and (urlsplit(f).scheme or urlsplit(f).netloc)], name
+        assert not [
+            f for f in page.fetched if not f.startswith("data:") and (urlsplit(f).scheme or urlsplit(f).netloc)
+        ], name
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(@import\s|url\(\s*['\"]?)(https?:)?//", sheet.read_text(encoding="utf-8")), sheet.name
 
@@ -281,7 +410,9 @@ def test_every_picture_has_words_and_every_anchor_is_one_place(built):
 
 def test_no_markup_is_left_in_the_text(built):
     left = re.compile(r"\$[^$\s][^$]*\\[a-z]+|\{\.[a-z]+\}|\]\([\w./]+\.(md|ipynb)|^#{1,4} |show_doc\(", re.M)
-    found = {name: left.search("".join(page.text))[0] for name, page in built.items() if left.search("".join(page.text))}
+    found = {
+        name: left.search("".join(page.text))[0] for name, page in built.items() if left.search("".join(page.text))
+    }
     assert not found
 
 
@@ -292,6 +423,14 @@ def test_it_is_small(site):
 def test_spelling(site):
     "Known misspellings in the pages, the hand-written ones and the notebooks' prose alike. A word that is right goes into docs/words.txt."
     pytest.importorskip("codespell_lib")
-    texts = sorted((ROOT / "_proc" / "site").rglob("*.md")) + [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]
-    done = subprocess.run([sys.executable, "-m", "codespell_lib", "--ignore-words", str(ROOT / "docs" / "words.txt"), *map(str, texts)], capture_output=True, text=True)
+    texts = sorted((ROOT / "_proc" / "site").rglob("*.md")) + [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "benchmarks" / "README.md",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "codespell_lib", "--ignore-words", str(ROOT / "docs" / "words.txt"), *map(str, texts)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

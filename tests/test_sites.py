@@ -75,17 +75,29 @@ def test_found_under_other_adapters(kind):
     "The wrapper is the site, not the base layer inside it, whose output lacks what the adapter adds."
     peft = pytest.importorskip("peft")
     options = {"IA3Config": dict(feedforward_modules=["down_proj"]), "AdaLoraConfig": dict(total_step=10)}.get(kind, {})
-    check("llama", peft.get_peft_model(families.build("llama"), getattr(peft, kind)(target_modules=["down_proj"], **options)), FAMILIES["llama"].hidden)
+    check(
+        "llama",
+        peft.get_peft_model(families.build("llama"), getattr(peft, kind)(target_modules=["down_proj"], **options)),
+        FAMILIES["llama"].hidden,
+    )
 
 
 def test_encoder_alone_and_language_model_of_a_pair():
     import transformers
 
-    encoder = transformers.T5EncoderModel(transformers.T5Config(vocab_size=48, d_model=D, d_ff=24, num_layers=LAYERS, num_heads=2, d_kv=8))
-    assert [s.name for s in neuron_sites(encoder)] == [f"encoder.block.{i}.layer.1.DenseReluDense.wo" for i in range(LAYERS)]
+    encoder = transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=48, d_model=D, d_ff=24, num_layers=LAYERS, num_heads=2, d_kv=8)
+    )
+    assert [s.name for s in neuron_sites(encoder)] == [
+        f"encoder.block.{i}.layer.1.DenseReluDense.wo" for i in range(LAYERS)
+    ]
     text = families.config_of("gemma3_text").to_dict()
-    vision = dict(hidden_size=D, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2, image_size=8, patch_size=4)
-    both = transformers.AutoModelForImageTextToText.from_config(transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    vision = dict(
+        hidden_size=D, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    both = transformers.AutoModelForImageTextToText.from_config(
+        transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    )
     names = [s.name for s in neuron_sites(both, "mlp_hidden")]
     assert [n.split("language_model.")[1] for n in names] == [f"layers.{i}.mlp.down_proj" for i in range(LAYERS)]
 
@@ -102,10 +114,23 @@ def test_names_are_the_way_out_of_a_refusal():
     model = families.build("mamba")
     sites = neuron_sites(model, ["layers.2.mixer.out_proj", "layers.0.mixer.out_proj"])
     assert sites.site == ("layers.0.mixer.out_proj", "layers.2.mixer.out_proj")  # the model's order, not the list's
-    assert [s.module for s in sites] == [model.layers[0].mixer.out_proj, model.layers[2].mixer.out_proj] and sites.widths == (D, D)
+    assert [s.module for s in sites] == [
+        model.layers[0].mixer.out_proj,
+        model.layers[2].mixer.out_proj,
+    ] and sites.widths == (D, D)
 
 
-@pytest.mark.parametrize("name, module", [("convbert", "0.output.dense"), ("fnet", "0.output.dense"), ("nystromformer", "0.output.dense"), ("yoso", "0.output.dense"), ("big_bird", "0.output.dense"), ("xlnet", "0.ff.layer_2")])
+@pytest.mark.parametrize(
+    "name, module",
+    [
+        ("convbert", "0.output.dense"),
+        ("fnet", "0.output.dense"),
+        ("nystromformer", "0.output.dense"),
+        ("yoso", "0.output.dense"),
+        ("big_bird", "0.output.dense"),
+        ("xlnet", "0.ff.layer_2"),
+    ],
+)
 def test_names_are_no_way_out_where_the_batch_would_count(name, module):
     "The reason lies in the family and not in finding its neurons; also where the model is a part of another."
     model = families.build(name)
@@ -119,7 +144,18 @@ def test_big_bird_beside_a_decoder_is_refused_too():
     from transformers import BigBirdPegasusConfig, BigBirdPegasusModel
 
     with torch.device("meta"):
-        model = BigBirdPegasusModel(BigBirdPegasusConfig(vocab_size=48, d_model=D, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2))
+        model = BigBirdPegasusModel(
+            BigBirdPegasusConfig(
+                vocab_size=48,
+                d_model=D,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_ffn_dim=24,
+                decoder_ffn_dim=24,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+            )
+        )
     with pytest.raises(NotImplementedError, match="'bigbird_pegasus' changes from sparse to full attention"):
         neuron_sites(model, ["encoder.layers.0.fc2"])
 
@@ -132,7 +168,9 @@ class Plain(nn.Module):
         self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)) for _ in range(2)])
 
 
-@pytest.mark.parametrize("wrap", [lambda: Plain(), lambda: nn.DataParallel(families.build("llama")), lambda: nn.Linear(3, 3)])
+@pytest.mark.parametrize(
+    "wrap", [lambda: Plain(), lambda: nn.DataParallel(families.build("llama")), lambda: nn.Linear(3, 3)]
+)
 def test_a_model_that_is_not_known_is_refused(wrap):
     "Not Hugging Face's, or wrapped by something that hides the configuration."
     with pytest.raises(NotImplementedError, match="site="):
@@ -145,7 +183,9 @@ def test_unclear_blocks_are_refused_with_candidates():
     with pytest.raises(NotImplementedError, match=r"layers \(3\)"):
         blocks(model)
     model = families.build("llama")
-    model.model.layers[1].extra = nn.Sequential(nn.Linear(D, 40), nn.Linear(40, D))  # a second MLP in one block, both down projections by shape
+    model.model.layers[1].extra = nn.Sequential(
+        nn.Linear(D, 40), nn.Linear(40, D)
+    )  # a second MLP in one block, both down projections by shape
     del model.model.layers[1].mlp.down_proj
     model.model.layers[1].mlp.other = nn.Linear(24, D)
     with pytest.raises(NotImplementedError, match=r"'llama'.*layers.1.*40 -> 16"):
@@ -161,7 +201,9 @@ def test_layers_that_share_their_module_are_refused():
             neuron_sites(model, site)
 
 
-@pytest.mark.parametrize("site", ["mlp", "MLP_OUT", "", [], ["model.layers.9.mlp.down_proj"], ["model.layers.0.mlp.down_proj", "nothing"]])
+@pytest.mark.parametrize(
+    "site", ["mlp", "MLP_OUT", "", [], ["model.layers.9.mlp.down_proj"], ["model.layers.0.mlp.down_proj", "nothing"]]
+)
 def test_unknown_site_is_a_value_error(site):
     with pytest.raises(ValueError, match="site"):
         neuron_sites(families.build("llama"), site)

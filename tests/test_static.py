@@ -17,12 +17,33 @@ def module(name: str, *arguments: str) -> None:
 
 
 def test_lint():
-    module("ruff", "check", "--no-cache", "--config", str(SETTINGS / "ruff.toml"), "llmfact_nb", "tests", "docs", "benchmarks")
+    module(
+        "ruff",
+        "check",
+        "--no-cache",
+        "--config",
+        str(SETTINGS / "ruff.toml"),
+        "llmfact_nb",
+        "tests",
+        "docs",
+        "benchmarks",
+    )
 
 
 def test_format():
     "The notebooks', since nbdev lays out the modules."
-    module("ruff", "format", "--check", "--no-cache", "--config", str(SETTINGS / "ruff.toml"), "nbs", "tests", "docs", "benchmarks")
+    module(
+        "ruff",
+        "format",
+        "--check",
+        "--no-cache",
+        "--config",
+        str(SETTINGS / "ruff.toml"),
+        "nbs",
+        "tests",
+        "docs",
+        "benchmarks",
+    )
 
 
 def test_types(tmp_path):
@@ -35,7 +56,14 @@ def test_a_wrong_type_is_seen(tmp_path):
     with open(tmp_path / "llmfact_nb" / "answers.py", "a") as f:
         f.write("\nfrom .files import digest\nlength: int = digest()\n")
     with pytest.raises(AssertionError, match=r"answers.py.*expression has type \"?str"):
-        module("mypy", "--config-file", str(SETTINGS / "mypy.ini"), "--cache-dir", str(tmp_path / "cache"), str(tmp_path / "llmfact_nb" / "answers.py"))
+        module(
+            "mypy",
+            "--config-file",
+            str(SETTINGS / "mypy.ini"),
+            "--cache-dir",
+            str(tmp_path / "cache"),
+            str(tmp_path / "llmfact_nb" / "answers.py"),
+        )
 
 
 def test_installed_packages_fit_each_other():

@@ -15,19 +15,26 @@ import torch
 
 from llmfact_nb.activations import capture
 from llmfact_nb.evaluate import EvalSet, perplexity
-from llmfact_nb.experiments import PRESETS, Settings, enough_texts
-from llmfact_nb.interventions import Intervention, injected_norm
-from llmfact_nb.lesion import Lesion
+from llmfact_nb.ablation import PRESETS, Settings, enough_texts
+from llmfact_nb.study.interventions import Intervention, injected_norm
+from llmfact_nb.study.subtraction import Lesion
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.networks import FunctionalNetworks
-from llmfact_nb.published import late_binding_evidence, published
-from llmfact_nb.measures import Bench, answers_on, loss_on
-from llmfact_nb.selections import CONTROLS, Candidates, find_candidates, gradient_times_activation, network_score, wanda_score
-from llmfact_nb.statistics import control_p_value
-from llmfact_nb.studies import (
+from llmfact_nb.paper import late_binding_evidence, published
+from llmfact_nb.study.measures import Bench, answers_on, loss_on
+from llmfact_nb.study.selections import (
+    CONTROLS,
+    Candidates,
+    find_candidates,
+    gradient_times_activation,
+    network_score,
+    wanda_score,
+)
+from llmfact_nb.base.statistics import control_p_value
+from llmfact_nb.study.studies import (
     COLUMNS, amplification_study, contrasts, cross_task_study, damage_curve, lesion_study, measured_table, network_study, preservation_study, union_study,
 )  # fmt: skip
-from llmfact_nb.whole_study import (
+from llmfact_nb.study.whole import (
     CountingBench, StudyTexts, WholeSettings, _further, _slug, _yardsticks, found_networks, main, placeholder, read_study, study_tables, wanted_networks, whole_study,
 )  # fmt: skip
 
@@ -76,7 +83,10 @@ def test_planted_neurons_rank_above_every_control(world):
     injected = lambda arm: table[table.arm == arm].injected.max()
     assert injected("all off") < 1.0 + 1e-9 and injected("key") > injected("random")
     recovered = table.set_index("arm").recovered
-    assert recovered["all off"] == pytest.approx(0, abs=1e-9) and recovered["keep key"] > 0.9 > 0.5 > recovered["keep random"]
+    assert (
+        recovered["all off"] == pytest.approx(0, abs=1e-9)
+        and recovered["keep key"] > 0.9 > 0.5 > recovered["keep random"]
+    )
     key_random = contrasts(table, b).query("arm == 'key' and against == 'random'").iloc[0]
     assert key_random.seeds == 3 and math.isnan(key_random.p) and key_random.ci_low > 0
     assert key_random.difference == pytest.approx(damage("key").item() - damage("random").mean(), abs=1e-6)
@@ -87,7 +97,11 @@ def test_more_neurons_more_damage_and_the_norm_beside(world):
     model, found, topics, acts = world
     curve = damage_curve(bench(model), found, topics, (0.01, 0.05, 0.125), {"random": 1}, sample=acts)
     key = curve[curve.arm == "key"]
-    assert key.damage.is_monotonic_increasing and key.injected.is_monotonic_increasing and key.units.tolist() == [4, 19, 48]
+    assert (
+        key.damage.is_monotonic_increasing
+        and key.injected.is_monotonic_increasing
+        and key.units.tolist() == [4, 19, 48]
+    )
     assert {"key", "PCA", "rotation", "gradient x activation", "Wanda score", "random", "unmasked"} == set(curve.arm)
     with pytest.raises(ValueError, match="fractions="):
         damage_curve(bench(model), found, topics, (0.0,))
@@ -103,8 +117,12 @@ def test_single_networks_have_p_values_and_topics_of_their_own(world):
     for i in which:
         group = table[table.network == i]
         ours = group[group.arm == "network"].damage.item()
-        assert of[of.network == i].p.item() == pytest.approx((1 + (group[group.arm == "random"].damage >= ours).sum()) / 20)
-        assert set(group.counts) == {" ".join(map(str, found.network_masks()[i].counts))}, "controls have as many units in each layer"
+        assert of[of.network == i].p.item() == pytest.approx(
+            (1 + (group[group.arm == "random"].damage >= ours).sum()) / 20
+        )
+        assert set(group.counts) == {" ".join(map(str, found.network_masks()[i].counts))}, (
+            "controls have as many units in each layer"
+        )
 
 
 def test_numbers_that_are_not_finite_are_compared_with_nothing(world, tmp_path):
@@ -112,7 +130,9 @@ def test_numbers_that_are_not_finite_are_compared_with_nothing(world, tmp_path):
     b = bench(model, tmp_path)
     table = union_study(b, found, topics, {"random": 19, "top variance": 1}, selections=["key"], keep=False)
     sound = contrasts(table, b).set_index("against")
-    pd.testing.assert_frame_equal(contrasts(table, bench(model, tmp_path)).set_index("against"), sound, obj="from the folder alone")
+    pd.testing.assert_frame_equal(
+        contrasts(table, bench(model, tmp_path)).set_index("against"), sound, obj="from the folder alone"
+    )
     with pytest.raises(KeyError, match="was not measured"):
         contrasts(table, bench(model))
     for bad in (math.inf, math.nan):
@@ -121,7 +141,10 @@ def test_numbers_that_are_not_finite_are_compared_with_nothing(world, tmp_path):
         b.kept(hurt.part[at]).sums["nats"][0], before = bad, b.kept(hurt.part[at]).sums["nats"][0]
         hurt.loc[at, "damage"] = bad
         of = contrasts(hurt, b).set_index("against")
-        assert of.loc["random", ["difference", "ci_low", "ci_high", "p"]].isna().all() and of.note["random"] == "not finite: 1 of 19 draws of random"
+        assert (
+            of.loc["random", ["difference", "ci_low", "ci_high", "p"]].isna().all()
+            and of.note["random"] == "not finite: 1 of 19 draws of random"
+        )
         pd.testing.assert_series_equal(of.loc["top variance"], sound.loc["top variance"])
         b.kept(hurt.part[at]).sums["nats"][0] = before
     assert sound.p["random"] == pytest.approx(0.05) and (sound.note == "").all()
@@ -129,13 +152,26 @@ def test_numbers_that_are_not_finite_are_compared_with_nothing(world, tmp_path):
 
 def test_a_control_says_how_close_its_variance_comes(world):
     model, found, topics, _ = world
-    table = union_study(bench(model), found, topics, {"random": 1, "matched shuffle": 1, "top variance": 1}, selections=["key"], keep=False).set_index("arm")
+    table = union_study(
+        bench(model),
+        found,
+        topics,
+        {"random": 1, "matched shuffle": 1, "top variance": 1},
+        selections=["key"],
+        keep=False,
+    ).set_index("arm")
     variance = found.variance
     for arm in ("random", "matched shuffle", "top variance"):
         drawn = found.control(arm, found.key, 0)
-        assert table.variance_ratio[arm] == pytest.approx(math.exp(float(variance[drawn.flat].log().mean() - variance[found.key.flat].log().mean())), rel=1e-4)
+        assert table.variance_ratio[arm] == pytest.approx(
+            math.exp(float(variance[drawn.flat].log().mean() - variance[found.key.flat].log().mean())), rel=1e-4
+        )
         assert table.overlap[arm] == pytest.approx((drawn & found.key).n / found.key.n)
-    assert table.overlap["random"] == 0 and math.isnan(table.variance_ratio["key"]) and table.variance_ratio["top variance"] >= table.variance_ratio["random"]
+    assert (
+        table.overlap["random"] == 0
+        and math.isnan(table.variance_ratio["key"])
+        and table.variance_ratio["top variance"] >= table.variance_ratio["random"]
+    )
 
 
 # masks against hooks by hand
@@ -151,7 +187,9 @@ def by_hand(model, texts, rows, keep):
     with torch.no_grad():
         for ids in texts.ids:
             ids = torch.tensor([ids])
-            total += float(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].double(), ids[0, 1:], reduction="sum"))
+            total += float(
+                torch.nn.functional.cross_entropy(model(ids).logits[0, :-1].double(), ids[0, 1:], reduction="sum")
+            )
             n += ids.shape[1] - 1
     for h in handles:
         h.remove()
@@ -163,11 +201,19 @@ def test_late_binding_and_right_masks_are_those_of_hooks_by_hand(operation):
     model, texts = families.build("llama"), EvalSet(TOKENIZER, [families.words(n, n) for n in (20, 13)])
     rows = [torch.arange(24) < n for n in (3, 8, 15)]
     b, y = bench(model), [loss_on("words", texts)]
-    arms = [Intervention("key", NeuronMask.from_layers(rows, "mlp_hidden"), operation=operation, late_binding=late) for late in (False, True)]
+    arms = [
+        Intervention("key", NeuronMask.from_layers(rows, "mlp_hidden"), operation=operation, late_binding=late)
+        for late in (False, True)
+    ]
     table = measured_table(b, "test", [({}, a) for a in arms], y).iloc[1:]
-    wanted = [by_hand(model, texts, rows, operation == "keep"), by_hand(model, texts, [rows[-1]] * 3, operation == "keep")]
+    wanted = [
+        by_hand(model, texts, rows, operation == "keep"),
+        by_hand(model, texts, [rows[-1]] * 3, operation == "keep"),
+    ]
     assert table.value.tolist() == pytest.approx(wanted, abs=1e-5) and abs(wanted[0] - wanted[1]) > 1e-3
-    assert table.counts.tolist() == (["3 8 15", "15 15 15"] if operation == "ablate" else ["21 16 9", "9 9 9"]) and table.late_binding.tolist() == [False, True]
+    assert table.counts.tolist() == (
+        ["3 8 15", "15 15 15"] if operation == "ablate" else ["21 16 9", "9 9 9"]
+    ) and table.late_binding.tolist() == [False, True]
 
 
 def test_with_late_binding_the_preservation_curve_looks_like_the_published_one(world):
@@ -175,7 +221,9 @@ def test_with_late_binding_the_preservation_curve_looks_like_the_published_one(w
     model, found, topics, _ = world
     model = copy.deepcopy(model)
     with torch.no_grad():
-        model.model.layers[-1].mlp.down_proj.weight[:, : planted.PLANTED] = 0  # what matters lies in the layers before the last
+        model.model.layers[-1].mlp.down_proj.weight[:, : planted.PLANTED] = (
+            0  # what matters lies in the layers before the last
+        )
     at_k = {}
     for k, units in ((10, 20), (64, 90), (256, planted.WIDTH)):
         maps = torch.zeros(k, 3 * planted.WIDTH)
@@ -186,17 +234,26 @@ def test_with_late_binding_the_preservation_curve_looks_like_the_published_one(w
     table = preservation_study(bench(model), at_k, topics, fractions=())
     keep = lambda late: table[(table.arm == "keep key") & (table.late_binding == late)].set_index("k")
     late, right = keep(True), keep(False)
-    assert late.value[256] == late.unmasked[256] and late.recovered[256] == 1, "equal to the last digit, as in the published runs"
+    assert late.value[256] == late.unmasked[256] and late.recovered[256] == 1, (
+        "equal to the last digit, as in the published runs"
+    )
     assert late.recovered.is_monotonic_increasing and late.recovered[10] < 0.1
     assert (right.recovered < 0.1).all() and right.units[256] == 2 * planted.WIDTH  # what is gone: two layers
 
 
 def test_k_beyond_the_texts_is_a_row_and_the_study_goes_on(world):
     model, found, topics, _ = world
-    table = preservation_study(bench(model), {10: found, 5000: "n_components=5000 is above what 1,000 tokens can carry"}, topics, fractions=(0.125,))
+    table = preservation_study(
+        bench(model),
+        {10: found, 5000: "n_components=5000 is above what 1,000 tokens can carry"},
+        topics,
+        fractions=(0.125,),
+    )
     gone = table[table.k == 5000]
     assert len(gone) == 1 and gone.damage.isna().all() and "5000" in gone.note.item() and gone.part.item() == ""
-    assert table[table.k == 10].damage.notna().all() and {"keep key", "keep PCA", "keep top variance"} <= set(table[table.fraction == 0.125].arm)
+    assert table[table.k == 10].damage.notna().all() and {"keep key", "keep PCA", "keep top variance"} <= set(
+        table[table.fraction == 0.125].arm
+    )
     with pytest.raises(ValueError, match="at_k"):
         preservation_study(bench(model), {5000: "too many"}, topics)
 
@@ -223,7 +280,9 @@ def test_injected_norm_by_hand(world):
         w = module.weight.detach().double()
         total += float((x @ w.T).square().sum())
         change += float(((x * rows[i]) @ w.T).square().sum())
-    assert injected_norm(model, Intervention("key", found.key), acts) == pytest.approx((change / total) ** 0.5, rel=1e-4)
+    assert injected_norm(model, Intervention("key", found.key), acts) == pytest.approx(
+        (change / total) ** 0.5, rel=1e-4
+    )
     everything = Intervention("off", NeuronMask.full(found.key.widths, "mlp_hidden"))
     assert injected_norm(model, everything, acts) == pytest.approx(1, abs=1e-6)
 
@@ -271,16 +330,24 @@ def test_scores_of_neurons_by_hand(family, site):
 
 def test_selections_and_controls(world):
     _, found, _, _ = world
-    assert found.select("key") == found.key and torch.equal(network_score(found.networks).topk(5).indices.sort().values, found.select("key", 5).flat.nonzero()[:, 0])
+    assert found.select("key") == found.key and torch.equal(
+        network_score(found.networks).topk(5).indices.sort().values, found.select("key", 5).flat.nonzero()[:, 0]
+    )
     pca = found.networks.alternative("pca").key_neurons(**found.key_rule)
-    assert found.select("PCA") == pca != found.key and found.select("rotation", seed=1) != found.select("rotation", seed=2)
+    assert found.select("PCA") == pca != found.key and found.select("rotation", seed=1) != found.select(
+        "rotation", seed=2
+    )
     by_alpha = replace(found, key_rule={"alpha": 2.5, "tail": "raw", "fraction": None})
     assert by_alpha.select("key") == by_alpha.key == found.networks.key_neurons(2.5, "raw")
     quiet = found.control("least active", found.key)
     loudness = found.variance + found.mean**2
     for row, score, n in zip(quiet.layers, loudness.split(planted.WIDTH), found.key.counts):
         assert int(row.sum()) == n and score[row].max() <= score[~row].min()
-    for call, says in ((lambda: found.select("ICA"), "selection='ICA'"), (lambda: found.control("none", found.key), "control='none'"), (lambda: found.select("key", 0), "n=0")):
+    for call, says in (
+        (lambda: found.select("ICA"), "selection='ICA'"),
+        (lambda: found.control("none", found.key), "control='none'"),
+        (lambda: found.select("key", 0), "n=0"),
+    ):
         with pytest.raises(ValueError, match=says):
             call()
 
@@ -289,8 +356,14 @@ def test_candidates_come_back_from_their_folder(world, tmp_path):
     _, found, _, _ = world
     found.save(tmp_path)
     again = Candidates.load(tmp_path)
-    assert again.key == found.key and again.key_rule == found.key_rule and again.facts == json.loads(json.dumps(found.facts))
-    assert all(torch.equal(again.score(s), found.score(s)) for s in found.selections) and torch.equal(again.variance, found.variance)
+    assert (
+        again.key == found.key
+        and again.key_rule == found.key_rule
+        and again.facts == json.loads(json.dumps(found.facts))
+    )
+    assert all(torch.equal(again.score(s), found.score(s)) for s in found.selections) and torch.equal(
+        again.variance, found.variance
+    )
 
 
 # lesions
@@ -319,7 +392,9 @@ def test_a_lesion_by_hand(world, positions):
         if positions == "after-first":
             fitted[:, 0] = 0
         gone = (fitted.T @ maps[[1, 4]] * networks.scale_.double()).float().split(planted.WIDTH, 1)
-        handles = [m.register_forward_pre_hook(lambda m, a, part=part: (a[0] - part,)) for m, part in zip(modules, gone)]
+        handles = [
+            m.register_forward_pre_hook(lambda m, a, part=part: (a[0] - part,)) for m, part in zip(modules, gone)
+        ]
         with torch.no_grad():
             wanted.append(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
         for h in handles:
@@ -345,7 +420,11 @@ def test_lesions_refuse_and_leave_nothing_behind(world):
         assert model.generate(ids, max_new_tokens=2, use_cache=False, do_sample=False, pad_token_id=0).shape == (1, 5)
     table = lesion_study(bench(model), found, topics, [0])
     lesions = table[table.operation == "lesion"]
-    assert lesions.network.isna().tolist() == [False, True] and lesions.damage.abs().min() > 1e-3 and lesions.counts.tolist() == ["128 128 128"] * 2
+    assert (
+        lesions.network.isna().tolist() == [False, True]
+        and lesions.damage.abs().min() > 1e-3
+        and lesions.counts.tolist() == ["128 128 128"] * 2
+    )
 
 
 # resuming
@@ -377,7 +456,11 @@ def test_interrupted_in_the_middle_and_resumed(world, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     handle.remove()
-    assert families.state(model) == state and len(list(tmp_path.glob("*.safetensors"))) == 3 and not list(tmp_path.glob(".*"))
+    assert (
+        families.state(model) == state
+        and len(list(tmp_path.glob("*.safetensors"))) == 3
+        and not list(tmp_path.glob(".*"))
+    )
     seen, handle = counting(model)
     pd.testing.assert_frame_equal(run(tmp_path), whole, check_exact=True)
     handle.remove()
@@ -407,7 +490,9 @@ def test_answers_are_scored_by_hand():
             logits = model(ids).logits[0, -1, [20, 21]].double()
         right.append(float(logits.argmax() == label))
         nats.append(float(-logits.log_softmax(0)[label]))
-    assert scores.sums["accuracy"].tolist() == right and scores.sums["label nats"].tolist() == pytest.approx(nats, abs=1e-5)
+    assert scores.sums["accuracy"].tolist() == right and scores.sums["label nats"].tolist() == pytest.approx(
+        nats, abs=1e-5
+    )
     assert y.levels == {"chance": 0.5, "majority": 0.75}
     off = Intervention("all off", NeuronMask.full((24,) * 3, "mlp_hidden"))
     table = measured_table(bench(model), "test", [({}, off)], [y])
@@ -433,9 +518,15 @@ def test_a_class_that_the_sentences_lack_is_still_a_choice():
     from datasets import ClassLabel, Dataset, Features, Value
 
     names = ["w20", "w21", "w22"]
-    data = Dataset.from_dict({"text": ["w5 w6", "w7", "w8"], "label": [0, 1, 1]}, Features({"text": Value("string"), "label": ClassLabel(names=names)}))
+    data = Dataset.from_dict(
+        {"text": ["w5 w6", "w7", "w8"], "label": [0, 1, 1]},
+        Features({"text": Value("string"), "label": ClassLabel(names=names)}),
+    )
     model, levels = families.build("llama"), {"chance": 1 / 3, "majority": 2 / 3}
-    for y in (answers_on("words", TOKENIZER, data, "{text}"), answers_on("words", TOKENIZER, list(zip(data["text"], data["label"])), "{text}", names)):
+    for y in (
+        answers_on("words", TOKENIZER, data, "{text}"),
+        answers_on("words", TOKENIZER, list(zip(data["text"], data["label"])), "{text}", names),
+    ):
         assert y.levels == levels
         with pytest.warns(UserWarning, match=r"label 2 \('w22'\) does not occur"):
             table = measured_table(bench(model), "test", [], [y])
@@ -447,8 +538,12 @@ def test_sentences_longer_than_the_model_reads_are_left_out_and_counted():
     y = answers_on("words", TOKENIZER, data, "{text}", ["w20", "w21"])
     with pytest.warns(UserWarning, match="1 of 3 prompts are longer than the model's 64 positions"):
         table = measured_table(bench(model), "test", [], [y])
-    fitting = measured_table(bench(model), "test", [], [answers_on("words", TOKENIZER, [data[0], data[2]], "{text}", ["w20", "w21"])])
-    assert table["items"].tolist() == table.documents.tolist() == [2, 2] and table.value.tolist() == fitting.value.tolist()
+    fitting = measured_table(
+        bench(model), "test", [], [answers_on("words", TOKENIZER, [data[0], data[2]], "{text}", ["w20", "w21"])]
+    )
+    assert (
+        table["items"].tolist() == table.documents.tolist() == [2, 2] and table.value.tolist() == fitting.value.tolist()
+    )
 
 
 # p-values and published numbers
@@ -461,7 +556,12 @@ def test_p_values_need_nineteen_draws():
 
 def test_published_numbers_are_in_the_package():
     assert late_binding_evidence().equal.all() and len(late_binding_evidence()) == 5
-    assert {name: len(published(name)) for name in ("preservation", "ablation", "networks", "recurrence")} == {"preservation": 110, "ablation": 59, "networks": 10, "recurrence": 12}
+    assert {name: len(published(name)) for name in ("preservation", "ablation", "networks", "recurrence")} == {
+        "preservation": 110,
+        "ablation": 59,
+        "networks": 10,
+        "recurrence": 12,
+    }
     assert published("networks").attrs["source"].startswith("2502.20408, Table 4")
     with pytest.raises(ValueError, match="table='Table 4'"):
         published("Table 4")
@@ -479,23 +579,45 @@ def test_names_of_networks_and_tables_have_files_of_their_own():
     kinds = ["a b", "a-b", "a_b", "a/b", "a.b", "a  b", "a b ", "", "a" * 300, "a" * 299 + "b", "../b", "é b", "é-b"]
     files = [_slug(f"found on {kind}") for kind in kinds]
     assert len(set(files)) == len(kinds) and all(len(f) < 200 and "/" not in f for f in files)
-    ours = {**wanted_networks(WholeSettings(), ["wiki", "speeches", "film reviews"]), "random share": "", "cross-task": "", "union": ""}
-    assert {_slug(name) for name in ours} == {"".join(c if c.isalnum() else "-" for c in name) for name in ours}, "what earlier studies have found is found again"
+    ours = {
+        **wanted_networks(WholeSettings(), ["wiki", "speeches", "film reviews"]),
+        "random share": "",
+        "cross-task": "",
+        "union": "",
+    }
+    assert {_slug(name) for name in ours} == {"".join(c if c.isalnum() else "-" for c in name) for name in ours}, (
+        "what earlier studies have found is found again"
+    )
 
 
 def test_only_what_the_texts_cannot_carry_is_remembered(tmp_path, monkeypatch):
     model, texts, wanted = planted.model(), planted.texts(30, 80), wanted_networks(WHOLE, ["topics"])
     find = lambda name, of=None: found_networks(model, TOKENIZER, name, of or wanted[name], texts, tmp_path)
     with monkeypatch.context() as m:
-        m.setattr("llmfact_nb.whole_study.find_candidates", lambda *a, **k: (_ for _ in ()).throw(ValueError("path='model' is damaged")))
+        m.setattr(
+            "llmfact_nb.study.whole.find_candidates",
+            lambda *a, **k: (_ for _ in ()).throw(ValueError("path='model' is damaged")),
+        )
         with pytest.raises(ValueError, match="damaged"):
             find("published k 4")
-    assert not list(tmp_path.iterdir()) and isinstance(find("published k 4"), Candidates), "it passes, and the study goes on"
+    assert not list(tmp_path.iterdir()) and isinstance(find("published k 4"), Candidates), (
+        "it passes, and the study goes on"
+    )
     quiet = replace(wanted["published k 4"], settings=replace(wanted["published k 4"].settings, alpha=1e3))
-    said = {"published k 300": find("published k 300"), "texts 1": find("texts 1", replace(wanted["texts 1"], skip=2)), "quiet": find("quiet", quiet)}
+    said = {
+        "published k 300": find("published k 300"),
+        "texts 1": find("texts 1", replace(wanted["texts 1"], skip=2)),
+        "quiet": find("quiet", quiet),
+    }
     for name, why in said.items():
-        assert isinstance(why, str) and found_networks(None, None, name, quiet, (), tmp_path) == why, "a reason of the texts is kept"
-    assert said["published k 300"].startswith("n_components=300") and "further tokens" in said["texts 1"] and said["quiet"].startswith("alpha=1000")
+        assert isinstance(why, str) and found_networks(None, None, name, quiet, (), tmp_path) == why, (
+            "a reason of the texts is kept"
+        )
+    assert (
+        said["published k 300"].startswith("n_components=300")
+        and "further tokens" in said["texts 1"]
+        and said["quiet"].startswith("alpha=1000")
+    )
 
 
 def test_tables_are_read_for_the_model_they_were_measured_with():
@@ -513,19 +635,33 @@ def study_texts(**kinds):
 
 def test_a_kind_of_text_may_have_any_name():
     "Also that of a yardstick of the study itself."
-    plain, named = (_yardsticks(TOKENIZER, study_texts(topics=["w5"], **{name: ["w5"]}), WHOLE) for name in ("others", "full"))
+    plain, named = (
+        _yardsticks(TOKENIZER, study_texts(topics=["w5"], **{name: ["w5"]}), WHOLE) for name in ("others", "full")
+    )
     for name in ("full", "short", "answers", "answers, short", "on topics"):
-        assert (named[name].data, named[name].measures, named[name].fingerprint) == (plain[name].data, plain[name].measures, plain[name].fingerprint)
+        assert (named[name].data, named[name].measures, named[name].fingerprint) == (
+            plain[name].data,
+            plain[name].measures,
+            plain[name].fingerprint,
+        )
     assert named["on full"].fingerprint == plain["on others"].fingerprint
-    with pytest.raises(ValueError, match=r"fit has the kinds of text \['topics'\], held_out has \['topics', 'others'\]"):
+    with pytest.raises(
+        ValueError, match=r"fit has the kinds of text \['topics'\], held_out has \['topics', 'others'\]"
+    ):
         StudyTexts({"topics": ["w5"]}, {"topics": ["w5"], "others": ["w5"]}, [])
 
 
 def test_further_texts_are_no_texts_of_the_baseline():
     "Short ones neither: as many are passed over as the earlier sets read."
     model, texts = planted.model(), planted.texts(100, 20)
-    wanted, length = wanted_networks(replace(WHOLE, more_texts=2, find=replace(SETTINGS, fit_tokens=400)), ["topics"]), SETTINGS.fit_length
-    read = [enough_texts(TOKENIZER, _further(model, TOKENIZER, texts, wanted[name]), 400, length) for name in ("baseline", "texts 1", "texts 2")]
+    wanted, length = (
+        wanted_networks(replace(WHOLE, more_texts=2, find=replace(SETTINGS, fit_tokens=400)), ["topics"]),
+        SETTINGS.fit_length,
+    )
+    read = [
+        enough_texts(TOKENIZER, _further(model, TOKENIZER, texts, wanted[name]), 400, length)
+        for name in ("baseline", "texts 1", "texts 2")
+    ]
     assert [t for some in read for t in some] == texts[: sum(map(len, read))] and min(map(len, read)) > 400 // length
 
 
@@ -534,7 +670,12 @@ def test_draws_of_different_sets_are_independent(world):
     model, found, yardsticks, _ = world
     table = cross_task_study(bench(model), {"a": found, "b": found}, yardsticks, {"random": 2, "matched shuffle": 1})
     drawn = table[table.arm.isin(["random", "matched shuffle"])]
-    assert drawn.groupby(["arm", "found_on"]).seed.apply(list).to_dict() == {("random", "a"): [0, 1], ("random", "b"): [2, 3], ("matched shuffle", "a"): [0], ("matched shuffle", "b"): [1]}
+    assert drawn.groupby(["arm", "found_on"]).seed.apply(list).to_dict() == {
+        ("random", "a"): [0, 1],
+        ("random", "b"): [2, 3],
+        ("matched shuffle", "a"): [0],
+        ("matched shuffle", "b"): [1],
+    }
     assert drawn.part.nunique() == len(drawn)
 
 
@@ -545,9 +686,14 @@ def test_a_study_of_odd_texts_and_thresholds(tmp_path, capsys):
     settings = replace(
         WHOLE, find=replace(SETTINGS, n_components=4, fit_tokens=200, fit_length=64), published=replace(WHOLE.published, alpha=50.0, fit_length=64, fit_tokens=200), ks=(3,), more_texts=0, more_seeds=(), recurrence_texts=0, draws=1, sample_tokens=16
     )  # fmt: skip
-    tables = whole_study(model, TOKENIZER, tmp_path / "out", settings, study_texts(topics=["w5", *planted.texts(30, 80)]))
+    tables = whole_study(
+        model, TOKENIZER, tmp_path / "out", settings, study_texts(topics=["w5", *planted.texts(30, 80)])
+    )
     assert "in all about" in capsys.readouterr().err
-    assert tables["preservation"].note.str.startswith("alpha=50").all() and tables["union"].injected.dropna().between(0, 10).any()
+    assert (
+        tables["preservation"].note.str.startswith("alpha=50").all()
+        and tables["union"].injected.dropna().between(0, 10).any()
+    )
     name = json.loads((tmp_path / "out" / "study.json").read_text())["settings"]["find"]["model"]
     assert name == "GPT2LMHeadModel" and set(read_study(tmp_path / "out", name)) == set(tables)
 
@@ -556,7 +702,9 @@ def test_the_command_says_which_model_it_was(tmp_path, monkeypatch):
     planted.model().save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
     said = {}
-    monkeypatch.setattr("llmfact_nb.whole_study.whole_study", lambda *_, **given: said.update(given) or {"verdicts": pd.DataFrame()})
+    monkeypatch.setattr(
+        "llmfact_nb.study.whole.whole_study", lambda *_, **given: said.update(given) or {"verdicts": pd.DataFrame()}
+    )
     main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--quick"])
     assert said["model_name"] == str(tmp_path / "model")
 
@@ -588,42 +736,102 @@ def test_the_whole_study_interrupted_and_resumed(tmp_path):
     resumed = run(tmp_path / "b")
     for name, table in whole.items():
         pd.testing.assert_frame_equal(resumed[name], table, check_exact=True, obj=name)
-    assert {"union", "damage", "preservation", "amplification", "networks", "lesion", "cross-task", "random share", "factors", "contrasts", "sizes", "recurrence", "facts", "verdicts"} == set(whole)
-    half = whole_study(model, TOKENIZER, tmp_path / "d", WHOLE, texts, progress=False, assist=True)  # what a second process does, beginning at the other end
+    assert {
+        "union",
+        "damage",
+        "preservation",
+        "amplification",
+        "networks",
+        "lesion",
+        "cross-task",
+        "random share",
+        "factors",
+        "contrasts",
+        "sizes",
+        "recurrence",
+        "facts",
+        "verdicts",
+    } == set(whole)
+    half = whole_study(
+        model, TOKENIZER, tmp_path / "d", WHOLE, texts, progress=False, assist=True
+    )  # what a second process does, beginning at the other end
     assert "verdicts" not in half and not (tmp_path / "d" / "tables").exists()
     there = sorted(p.name for p in (tmp_path / "d").rglob("*.safetensors"))
     assert there == sorted(p.name for p in (tmp_path / "a").rglob("*.safetensors"))
     for name, table in run(tmp_path / "d").items():
         pd.testing.assert_frame_equal(table, whole[name], check_exact=True, obj=name)
-    named = whole_study(model, TOKENIZER, tmp_path / "a", WHOLE, texts, progress=False, model_name="planted")  # a folder from before the model had a name
+    named = whole_study(
+        model, TOKENIZER, tmp_path / "a", WHOLE, texts, progress=False, model_name="planted"
+    )  # a folder from before the model had a name
     pd.testing.assert_frame_equal(named["union"], whole["union"], check_exact=True)
     again = read_study(tmp_path / "a", "planted")
-    assert set(again) == set(whole) and again["union"].damage.tolist() == pytest.approx(whole["union"].damage.tolist(), nan_ok=True) and (again["union"].dtypes == whole["union"].dtypes).all()
+    assert (
+        set(again) == set(whole)
+        and again["union"].damage.tolist() == pytest.approx(whole["union"].damage.tolist(), nan_ok=True)
+        and (again["union"].dtypes == whole["union"].dtypes).all()
+    )
     gone = whole["preservation"].query("k == 300")
-    assert len(gone) == 3 and gone.note.str.contains("300").all() and gone.damage.isna().all() and whole["verdicts"].set_index("id").verdict["T6"] == "undecided"  # two draws give no p-value
+    assert (
+        len(gone) == 3
+        and gone.note.str.contains("300").all()
+        and gone.damage.isna().all()
+        and whole["verdicts"].set_index("id").verdict["T6"] == "undecided"
+    )  # two draws give no p-value
     lacking = {row.id for row in whole["verdicts"].itertuples() if "no table" in row.why or "no row" in row.why}
     assert lacking == {"T2"}, "every rule finds its rows; T2 needs several models"
-    assert {"kind spatial", "site mlp_out", "k 4", "ICA seed 1", "texts 1", "zero, all"} <= set(whole["factors"].setting)
+    assert {"kind spatial", "site mlp_out", "k 4", "ICA seed 1", "texts 1", "zero, all"} <= set(
+        whole["factors"].setting
+    )
     factors = whole["factors"]
-    assert (factors.damage.isna() == (factors.note != "")).all() and set(factors[factors.note != ""].setting) <= {"k 28"}, "only what the tiny model's rank cannot carry has no numbers, and a reason"
-    assert set(whole["random share"].query("about == 'mean'").recovered.notna()) == {True} and (tmp_path / "a" / "study.json").exists()
-    few = found_networks(model, TOKENIZER, "texts 1", wanted_networks(WHOLE, ["topics"])["texts 1"], texts.fit["topics"][:40], tmp_path / "c")
+    assert (factors.damage.isna() == (factors.note != "")).all() and set(factors[factors.note != ""].setting) <= {
+        "k 28"
+    }, "only what the tiny model's rank cannot carry has no numbers, and a reason"
+    assert (
+        set(whole["random share"].query("about == 'mean'").recovered.notna()) == {True}
+        and (tmp_path / "a" / "study.json").exists()
+    )
+    few = found_networks(
+        model,
+        TOKENIZER,
+        "texts 1",
+        wanted_networks(WHOLE, ["topics"])["texts 1"],
+        texts.fit["topics"][:40],
+        tmp_path / "c",
+    )
     assert "further tokens" in few, "never the baseline's own texts"
-    assert max(map(len, EvalSet(TOKENIZER, texts.held_out["topics"], 80).ids)) > 9 and _yardsticks(TOKENIZER, texts, WHOLE, 9)["short"].tokens <= 9 * 5
+    assert (
+        max(map(len, EvalSet(TOKENIZER, texts.held_out["topics"], 80).ids)) > 9
+        and _yardsticks(TOKENIZER, texts, WHOLE, 9)["short"].tokens <= 9 * 5
+    )
     with pytest.raises(ValueError, match="seeds: 1 there, 2 now"):
         run(tmp_path / "a", replace(WHOLE, seeds=2))
 
-    grid = whole_study(model, TOKENIZER, tmp_path / "g", replace(WHOLE, grid=True, recurrence_texts=0), texts, progress=False)["factors"]
+    grid = whole_study(
+        model, TOKENIZER, tmp_path / "g", replace(WHOLE, grid=True, recurrence_texts=0), texts, progress=False
+    )["factors"]
     spatial = grid[(grid.setting == "kind spatial") & (grid.measure == "nats")]
-    assert {"key", "PCA", "rotation", "keep key", "all off", *CONTROLS} <= set(spatial.arm) and set(spatial.data) == {"topics"}
+    assert {"key", "PCA", "rotation", "keep key", "all off", *CONTROLS} <= set(spatial.arm) and set(spatial.data) == {
+        "topics"
+    }
     assert set(grid[grid.measure == "nats"].data.dropna()) <= {"topics", ""}, "all factors on the same texts"
 
     counting = CountingBench(Bench(model, progress=False))
     wanted = wanted_networks(WHOLE, ["topics", "others"])
-    found = {name: found_networks(model, TOKENIZER, name, of, [], tmp_path / "a" / "networks") for name, of in wanted.items()}
+    found = {
+        name: found_networks(model, TOKENIZER, name, of, [], tmp_path / "a" / "networks") for name, of in wanted.items()
+    }
     study_tables(counting, found, _yardsticks(TOKENIZER, texts, WHOLE), WHOLE, ["topics", "others"])
     files = list((tmp_path / "a" / "scores").glob("*.safetensors"))
     assert sum(counting.arms.values()) == len(files), "the estimate counts what is measured"
     guessed = CountingBench(Bench(model, progress=False))
-    study_tables(guessed, {name: placeholder(model, of) if isinstance(found[name], Candidates) else found[name] for name, of in wanted.items()}, _yardsticks(TOKENIZER, texts, WHOLE), WHOLE, ["topics", "others"])
+    study_tables(
+        guessed,
+        {
+            name: placeholder(model, of) if isinstance(found[name], Candidates) else found[name]
+            for name, of in wanted.items()
+        },
+        _yardsticks(TOKENIZER, texts, WHOLE),
+        WHOLE,
+        ["topics", "others"],
+    )
     assert sum(guessed.arms.values()) == pytest.approx(len(files), rel=0.1), "also before the networks are known"

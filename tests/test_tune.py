@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import Trainer
 
-from llmfact_nb.files import sole_use, write_json
+from llmfact_nb.base.files import sole_use, write_json
 from llmfact_nb.masks import NeuronMask
-from llmfact_nb.resources import load_model, load_texts
-from llmfact_nb.sharing import load_neurons
-from llmfact_nb.tasks import score, window_examples
-from llmfact_nb.tune import TuneSettings, _Steps, tune
+from llmfact_nb.base.resources import load_model, load_texts
+from llmfact_nb.tuning.sharing import load_neurons
+from llmfact_nb.tuning.tasks import score, window_examples
+from llmfact_nb.command.tune import TuneSettings, _Steps, tune
 
 MASK = NeuronMask.from_layers([torch.arange(families.HIDDEN) < n for n in (5, 0, 3)], "mlp_hidden")
 
@@ -30,8 +30,22 @@ def asked(tmp_path_factory):
     families.build("llama").save_pretrained(folder / "model")
     families.tokenizer().save_pretrained(folder / "model")
     rng = random.Random(0)
-    (folder / "texts.jsonl").write_text("\n".join(json.dumps({"title": f"t{i}", "text": " ".join(f"w{rng.randrange(4, families.VOCAB)}" for _ in range(60))}) for i in range(30)))
-    return TuneSettings(str(folder / "model"), str(folder / "texts.jsonl"), steps=6, batch_size=2, max_length=12, warmup=1, eval_windows=6, lr=0.02)
+    (folder / "texts.jsonl").write_text(
+        "\n".join(
+            json.dumps({"title": f"t{i}", "text": " ".join(f"w{rng.randrange(4, families.VOCAB)}" for _ in range(60))})
+            for i in range(30)
+        )
+    )
+    return TuneSettings(
+        str(folder / "model"),
+        str(folder / "texts.jsonl"),
+        steps=6,
+        batch_size=2,
+        max_length=12,
+        warmup=1,
+        eval_windows=6,
+        lr=0.02,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +56,34 @@ def whole(asked, tmp_path_factory):
 
 
 def loss_of(model, tokenizer, asked):
-    return score(model, window_examples(tokenizer, load_texts(asked.texts, "eval")["text"], asked.eval_windows, asked.max_length)).loss
+    return score(
+        model, window_examples(tokenizer, load_texts(asked.texts, "eval")["text"], asked.eval_windows, asked.max_length)
+    ).loss
 
 
 def test_what_trains_and_what_is_written(asked, whole):
     facts, folder = whole
     base, tokenizer = load_model(asked.model)
     assert facts["trained parameters"] == MASK.n * 3 * families.D and facts["frozen weights intact"] is True
-    assert facts["loss before"] == pytest.approx(loss_of(base, tokenizer, asked)) and facts["loss before"] != pytest.approx(facts["loss after"], abs=1e-6)
+    assert facts["loss before"] == pytest.approx(loss_of(base, tokenizer, asked)) and facts[
+        "loss before"
+    ] != pytest.approx(facts["loss after"], abs=1e-6)
     merged, _ = load_model(folder / "model")
     moved = {n for (n, a), (_, b) in zip(base.named_parameters(), merged.named_parameters()) if not torch.equal(a, b)}
     assert moved and all(".mlp." in n and ".layers.1." not in n for n in moved), "the second layer has no chosen neuron"
     ids = torch.tensor([[5, 9, 11, 4]])
-    assert loss_of(load_neurons(base, folder / "neurons.safetensors", verbose=False), tokenizer, asked) == pytest.approx(facts["loss after"], rel=1e-6)
+    assert loss_of(
+        load_neurons(base, folder / "neurons.safetensors", verbose=False), tokenizer, asked
+    ) == pytest.approx(facts["loss after"], rel=1e-6)
     assert torch.allclose(base(ids).logits, merged(ids).logits, atol=1e-5)
-    assert sorted(p.name for p in folder.iterdir()) == ["losses.csv", "model", "neurons.safetensors", "settings.json", "start.json", "tuned.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "losses.csv",
+        "model",
+        "neurons.safetensors",
+        "settings.json",
+        "start.json",
+        "tuned.json",
+    ]
     assert len((folder / "losses.csv").read_text().splitlines()) == 1 + asked.steps
 
 
@@ -64,54 +91,93 @@ def test_what_trains_and_what_is_written(asked, whole):
 def test_ctrl_c_keeps_a_checkpoint_and_the_rest_is_the_same(asked, whole, tmp_path, monkeypatch, step):
     """A real SIGINT in the middle of a step."""
     end = _Steps.on_step_end
-    monkeypatch.setattr(_Steps, "on_step_end", lambda self, args, state, control, **kw: (state.global_step == step and os.kill(os.getpid(), signal.SIGINT), end(self, args, state, control, **kw))[1])
+    monkeypatch.setattr(
+        _Steps,
+        "on_step_end",
+        lambda self, args, state, control, **kw: (
+            state.global_step == step and os.kill(os.getpid(), signal.SIGINT),
+            end(self, args, state, control, **kw),
+        )[1],
+    )
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         tune(asked, MASK, tmp_path, save_every=4, progress=False)
-    assert signal.getsignal(signal.SIGINT) is before and (tmp_path / "checkpoints" / f"checkpoint-{step}").is_dir() and not (tmp_path / "tuned.json").exists()
+    assert (
+        signal.getsignal(signal.SIGINT) is before
+        and (tmp_path / "checkpoints" / f"checkpoint-{step}").is_dir()
+        and not (tmp_path / "tuned.json").exists()
+    )
     monkeypatch.setattr(_Steps, "on_step_end", end)
     facts = tune(asked, MASK, tmp_path, save_every=4, progress=False)
-    assert facts["loss after"] == pytest.approx(whole[0]["loss after"], rel=1e-6) and not (tmp_path / "checkpoints").exists()
+    assert (
+        facts["loss after"] == pytest.approx(whole[0]["loss after"], rel=1e-6)
+        and not (tmp_path / "checkpoints").exists()
+    )
 
 
-@pytest.mark.parametrize("step, written", [(2, "weights"), (4, "weights"), (4, "optimizer"), (4, "half of the state"), (4, "nothing of the state")])
+@pytest.mark.parametrize(
+    "step, written",
+    [(2, "weights"), (4, "weights"), (4, "optimizer"), (4, "half of the state"), (4, "nothing of the state")],
+)
 def test_a_kill_while_a_checkpoint_is_written(asked, whole, tmp_path, monkeypatch, step, written):
     "What was written of it is dropped, and the checkpoint before it is taken; before the first there is none."
 
     class Killed(BaseException):
         pass
 
-    def dies(self, *args, honest=Trainer._save_optimizer_and_scheduler if written == "weights" else Trainer._save_rng_state):
+    def dies(
+        self, *args, honest=Trainer._save_optimizer_and_scheduler if written == "weights" else Trainer._save_rng_state
+    ):
         if self.state.global_step == step and written in ("weights", "optimizer"):
             raise Killed
         honest(self, *args)
         if self.state.global_step == step:
-            self.state.save_to_json = lambda path: (_ for _ in ()).throw((Path(path).write_text('{"global_step": ' if written == "half of the state" else ""), Killed())[1])
+            self.state.save_to_json = lambda path: (_ for _ in ()).throw(
+                (Path(path).write_text('{"global_step": ' if written == "half of the state" else ""), Killed())[1]
+            )
 
     with monkeypatch.context() as m, pytest.raises(Killed):
         m.setattr(Trainer, "_save_optimizer_and_scheduler" if written == "weights" else "_save_rng_state", dies)
         tune(asked, MASK, tmp_path, save_every=2, progress=False)
     assert (tmp_path / "checkpoints" / f"checkpoint-{step}" / "model.safetensors").exists()
     steps, end = [], _Steps.on_step_end
-    monkeypatch.setattr(_Steps, "on_step_end", lambda self, args, state, control, **kw: (steps.append(state.global_step), end(self, args, state, control, **kw))[1])
-    assert tune(asked, MASK, tmp_path, save_every=2, progress=False)["loss after"] == pytest.approx(whole[0]["loss after"], rel=1e-6)
+    monkeypatch.setattr(
+        _Steps,
+        "on_step_end",
+        lambda self, args, state, control, **kw: (
+            steps.append(state.global_step),
+            end(self, args, state, control, **kw),
+        )[1],
+    )
+    assert tune(asked, MASK, tmp_path, save_every=2, progress=False)["loss after"] == pytest.approx(
+        whole[0]["loss after"], rel=1e-6
+    )
     assert steps == list(range(step - 1, 7)), "it goes on from the last whole checkpoint"
 
 
 def test_a_training_that_died_after_its_last_step(asked, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(OSError, match="full"):
-        m.setattr("llmfact_nb.tune._keep", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        m.setattr("llmfact_nb.command.tune._keep", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
         tune(asked, MASK, tmp_path, save_every=4, progress=False)
     assert (tmp_path / "checkpoints" / "checkpoint-6").is_dir()
-    assert tune(asked, MASK, tmp_path, save_every=4, progress=False)["loss after"] == pytest.approx(whole[0]["loss after"], rel=1e-6)
+    assert tune(asked, MASK, tmp_path, save_every=4, progress=False)["loss after"] == pytest.approx(
+        whole[0]["loss after"], rel=1e-6
+    )
 
 
 def test_finished_is_not_done_again_and_others_are_refused(asked, whole, monkeypatch):
     facts, folder = whole
     with monkeypatch.context() as m:
-        m.setattr("llmfact_nb.resources.load_model", lambda *_, **__: pytest.fail("it was finished"))
+        m.setattr("llmfact_nb.base.resources.load_model", lambda *_, **__: pytest.fail("it was finished"))
         assert tune(asked, MASK, folder, merge=True, progress=False) == facts
-        for settings, mask, says in ((dataclasses.replace(asked, lr=0.01), MASK, "holds a fine-tuning with other settings .lr: 0.02 there, 0.01 now"), (asked, ~MASK, "neurons")):
+        for settings, mask, says in (
+            (
+                dataclasses.replace(asked, lr=0.01),
+                MASK,
+                "holds a fine-tuning with other settings .lr: 0.02 there, 0.01 now",
+            ),
+            (asked, ~MASK, "neurons"),
+        ):
             with pytest.raises(ValueError, match=says):
                 tune(settings, mask, folder, progress=False)
 
@@ -134,11 +200,14 @@ def test_files_that_are_gone_are_named(asked, whole, tmp_path, lost):
         with pytest.raises(FileNotFoundError, match=f"lacks {', '.join(lost)}. .*delete tuned.json"):
             tune(asked, MASK, out, merge=merge, progress=False)
     (out / "tuned.json").unlink()
-    assert tune(asked, MASK, out, progress=False)["loss after"] == whole[0]["loss after"] and (out / "neurons.safetensors").exists()
+    assert (
+        tune(asked, MASK, out, progress=False)["loss after"] == whole[0]["loss after"]
+        and (out / "neurons.safetensors").exists()
+    )
 
 
 def test_incomplete_notes_are_refused_by_name(asked, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmfact_nb.tune._train", lambda *_: pytest.fail("it would be said too late"))
+    monkeypatch.setattr("llmfact_nb.command.tune._train", lambda *_: pytest.fail("it would be said too late"))
     for name, lacks in {"tuned.json": "loss before", "start.json": "loss"}.items():
         out = tmp_path / name
         shutil.copytree(whole[1], out)
@@ -152,28 +221,46 @@ def test_nothing_tells_whose_home_it_was(asked, tmp_path, monkeypatch):
     home = Path(asked.model).parent
     monkeypatch.setenv("HOME", str(home))
     facts = tune(asked_there := dataclasses.replace(asked, steps=1), MASK, tmp_path, progress=False)
-    assert (asked_there.model, asked_there.texts) == ("~/model", "~/texts.jsonl") == (facts["settings"]["model"], facts["settings"]["texts"])
+    assert (
+        (asked_there.model, asked_there.texts)
+        == ("~/model", "~/texts.jsonl")
+        == (facts["settings"]["model"], facts["settings"]["texts"])
+    )
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and str(home).encode() in p.read_bytes()]
     kept = json.loads((tmp_path / "settings.json").read_text())
-    assert "model/config.json" in kept["model files"] and list(kept["text files"]) == ["texts.jsonl"], "~ is a folder that is looked into"
-    assert tune(TuneSettings(**dataclasses.asdict(asked_there)), MASK, tmp_path, merge=True, progress=False)["files"] == ["losses.csv", "neurons.safetensors", "model"]
+    assert "model/config.json" in kept["model files"] and list(kept["text files"]) == ["texts.jsonl"], (
+        "~ is a folder that is looked into"
+    )
+    assert tune(TuneSettings(**dataclasses.asdict(asked_there)), MASK, tmp_path, merge=True, progress=False)[
+        "files"
+    ] == ["losses.csv", "neurons.safetensors", "model"]
 
 
-@pytest.mark.parametrize("what, settings", [("a run", {"conditions": []}), ("a tuning study", {"task": "reviews"}), ("something else", {})])
+@pytest.mark.parametrize(
+    "what, settings", [("a run", {"conditions": []}), ("a tuning study", {"task": "reviews"}), ("something else", {})]
+)
 def test_a_folder_of_something_else_is_named_and_kept(asked, tmp_path, what, settings):
     write_json(tmp_path / "settings.json", settings)
     with pytest.raises(ValueError, match=f"holds {what}, so a fine-tuning cannot go there"):
         tune(asked, MASK, tmp_path, progress=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["settings.json"] and json.loads((tmp_path / "settings.json").read_text()) == settings
+    assert [p.name for p in tmp_path.iterdir()] == ["settings.json"] and json.loads(
+        (tmp_path / "settings.json").read_text()
+    ) == settings
 
 
-WRONG = {"model": "nowhere/model.gguf", "texts": "no-such-texts.jsonl", "neurons": NeuronMask.from_layers([torch.ones(7, dtype=torch.bool)] * 3, "mlp_hidden")}
+WRONG = {
+    "model": "nowhere/model.gguf",
+    "texts": "no-such-texts.jsonl",
+    "neurons": NeuronMask.from_layers([torch.ones(7, dtype=torch.bool)] * 3, "mlp_hidden"),
+}
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_slip_of_the_hand_claims_nothing(asked, whole, tmp_path, what):
     "A wrong name, or neurons of another model; then the same folder takes the right ones."
-    settings, mask = (asked, WRONG[what]) if what == "neurons" else (dataclasses.replace(asked, **{what: WRONG[what]}), MASK)
+    settings, mask = (
+        (asked, WRONG[what]) if what == "neurons" else (dataclasses.replace(asked, **{what: WRONG[what]}), MASK)
+    )
     with pytest.raises((ValueError, OSError)):
         tune(settings, mask, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -191,7 +278,9 @@ def test_one_training_at_a_time_in_a_folder(asked, whole, tmp_path):
 @pytest.mark.parametrize("mode", ["rest", "full"])
 def test_other_modes_write_the_model(asked, tmp_path, mode):
     facts = tune(dataclasses.replace(asked, mode=mode, steps=2), MASK, tmp_path, progress=False)
-    assert facts["files"] == ["losses.csv", "model"] and facts["frozen weights intact"] is (True if mode == "rest" else None)
+    assert facts["files"] == ["losses.csv", "model"] and facts["frozen weights intact"] is (
+        True if mode == "rest" else None
+    )
     (base, tokenizer), (tuned, _) = load_model(asked.model), load_model(tmp_path / "model")
     assert loss_of(tuned, tokenizer, asked) == pytest.approx(facts["loss after"], rel=1e-6)
     rows = [(base.get_parameter(n), tuned.get_parameter(n)) for n in ("model.layers.0.mlp.up_proj.weight",)]
@@ -199,7 +288,15 @@ def test_other_modes_write_the_model(asked, tmp_path, mode):
     assert same[:5].all() == (mode == "rest") and not same[5:].any()
 
 
-@pytest.mark.parametrize("wrong, says", [(dict(mode="some"), "mode='some'"), (dict(steps=0), "steps=0"), (dict(lr=-1.0), "lr=-1.0"), (dict(max_length=1), "max_length=1")])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(mode="some"), "mode='some'"),
+        (dict(steps=0), "steps=0"),
+        (dict(lr=-1.0), "lr=-1.0"),
+        (dict(max_length=1), "max_length=1"),
+    ],
+)
 def test_settings_are_checked(wrong, says):
     with pytest.raises(ValueError, match=says):
         TuneSettings(**wrong)

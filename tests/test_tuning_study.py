@@ -18,22 +18,48 @@ import pandas as pd
 import pytest
 import torch
 
-from llmfact_nb import resources, tasks, tuning_figures
+from llmfact_nb.base import resources
+from llmfact_nb.tuning import tasks
+from llmfact_nb.show import tuning_figures
 from llmfact_nb.evaluate import EvalSet, label_accuracy, perplexity
-from llmfact_nb.experiments import Settings
-from llmfact_nb.files import digest
+from llmfact_nb.ablation import Settings
+from llmfact_nb.base.files import digest
 from llmfact_nb.finetune import neuron_parameters
 from llmfact_nb.masks import NeuronMask
-from llmfact_nb.tasks import Example, Scores, TuningTask, batch_nats, excerpts, labelled_examples, score, speeches_task, window_examples
-from llmfact_nb.tuning_study import (
+from llmfact_nb.tuning.tasks import (
+    Example,
+    Scores,
+    TuningTask,
+    batch_nats,
+    excerpts,
+    labelled_examples,
+    score,
+    speeches_task,
+    window_examples,
+)
+from llmfact_nb.tuning.comparison import (
     ARMS, RATES, CandidateNeurons, TuningSettings, arm_training, check_arms, choose_rate, document_interval, gradient_scores, lora_rank, mlp_maps, next_rate, orders, read_tuning, set_aside,
     sweep_losses, train_run, tuning_study,
 )  # fmt: skip
 
 module = sys.modules[tuning_study.__module__]  # of the same name as its function
-pytestmark = [pytest.mark.filterwarnings("ignore:FastICA has not converged"), pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FastICA has not converged"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
 FIND = Settings(n_components=3, n_init=2, fit_tokens=200, fit_length=40, fraction=0.15)
-SMALL = dict(steps=12, sweep_steps=4, eval_every=4, batch_size=2, max_length=16, gradient_batches=4, patience=None, sweep_seeds=(0,), further_rates=1, find=FIND)
+SMALL = dict(
+    steps=12,
+    sweep_steps=4,
+    eval_every=4,
+    batch_size=2,
+    max_length=16,
+    gradient_batches=4,
+    patience=None,
+    sweep_seeds=(0,),
+    further_rates=1,
+    find=FIND,
+)
 CLOCKS = ["step_seconds", "step_processor_seconds", "seconds"]
 WIDTHS = (families.HIDDEN,) * families.LAYERS
 N = sum(WIDTHS)
@@ -45,7 +71,9 @@ def planted_task(name="planted"):
     texts = [families.words(6, seed=i) for i in range(40)]
     labels = [int(int(t.split()[0][1:]) >= 20) for t in texts]
     examples = labelled_examples(tokenizer, texts, labels, "{text} w30", ("w40", "w41"), 16)
-    return TuningTask(name, examples[:24], examples[:24], examples[24:], [families.words(40, seed=100 + i) for i in range(8)])
+    return TuningTask(
+        name, examples[:24], examples[:24], examples[24:], [families.words(40, seed=100 + i) for i in range(8)]
+    )
 
 
 ELSEWHERE = window_examples(families.tokenizer(), [families.words(30, seed=200 + i) for i in range(3)], 6, 12)
@@ -54,12 +82,24 @@ ELSEWHERE = window_examples(families.tokenizer(), [families.words(30, seed=200 +
 def study(folder=None, arms=("key", "full"), seeds=(0, 1), model=None, task=None, **changes):
     model = model or families.build("llama")
     settings = SMALL | {"lrs": {a: (1e-4, 1e-3, 3e-2) for a in ARMS}} | changes
-    return tuning_study((model, families.tokenizer()), task or planted_task(), arms, seeds, folder, ELSEWHERE, progress=False, **settings)
+    return tuning_study(
+        (model, families.tokenizer()),
+        task or planted_task(),
+        arms,
+        seeds,
+        folder,
+        ELSEWHERE,
+        progress=False,
+        **settings,
+    )
 
 
 def timeless(results):
     "The tables without what a clock says."
-    return [f.drop(columns=[c for c in CLOCKS if c in f]) for f in (results.runs, results.curves, results.sweep, results.intervals)]
+    return [
+        f.drop(columns=[c for c in CLOCKS if c in f])
+        for f in (results.runs, results.curves, results.sweep, results.intervals)
+    ]
 
 
 def same(a, b):
@@ -79,17 +119,34 @@ def finished(tmp_path_factory):
 def test_two_arms_two_seeds_from_end_to_end(finished):
     _, results = finished
     runs = results.runs
-    assert list(runs["arm"]) == ["key", "key", "full", "full"] and list(runs["seed"]) == [0, 1, 0, 1] and set(runs["task"]) == {"planted"}
+    assert (
+        list(runs["arm"]) == ["key", "key", "full", "full"]
+        and list(runs["seed"]) == [0, 1, 0, 1]
+        and set(runs["task"]) == {"planted"}
+    )
     assert (runs["steps"] == 12).all() and (runs["test_loss"] < runs["test_loss_before"] - 0.3).all()
-    assert runs["test_loss_before"].nunique() == 1 and runs["wiki_loss_before"].nunique() == 1 and (runs["wiki_loss"] != runs["wiki_loss_before"]).all()
+    assert (
+        runs["test_loss_before"].nunique() == 1
+        and runs["wiki_loss_before"].nunique() == 1
+        and (runs["wiki_loss"] != runs["wiki_loss_before"]).all()
+    )
     assert runs["test_accuracy"].between(0, 1).all() and runs["test_loss"].nunique() == 4
-    assert runs.loc[runs["arm"] == "key", "frozen_intact"].eq(True).all() and runs.loc[runs["arm"] == "full", "frozen_intact"].isna().all()
+    assert (
+        runs.loc[runs["arm"] == "key", "frozen_intact"].eq(True).all()
+        and runs.loc[runs["arm"] == "full", "frozen_intact"].isna().all()
+    )
     final = results.curves[results.curves["phase"] == "final"]
     assert list(final[(final["arm"] == "key") & (final["seed"] == 0)]["step"]) == [0, 4, 8, 12] and len(final) == 16
     swept = results.curves[results.curves["phase"] == "sweep"]
-    assert (swept.groupby("arm")["lr"].nunique() == runs.groupby("arm")["rates_tried"].first()).all() and set(swept["step"]) == {0, 4}
+    assert (swept.groupby("arm")["lr"].nunique() == runs.groupby("arm")["rates_tried"].first()).all() and set(
+        swept["step"]
+    ) == {0, 4}
     facts = results.facts["planted"]
-    assert facts["chance"] == 0.5 and 0.5 <= facts["majority"] < 1 and facts["chance choice loss"] == pytest.approx(math.log(2))
+    assert (
+        facts["chance"] == 0.5
+        and 0.5 <= facts["majority"] < 1
+        and facts["chance choice loss"] == pytest.approx(math.log(2))
+    )
     assert facts["seconds to find the key neurons"] > 0 and facts["seconds to score the gradients"] > 0
     assert "chance choice loss 0.693" in repr(results) and "seconds to score the gradients" in repr(results)
     assert "networks" in results.facts["planted"] and "learning rates" in repr(results)
@@ -148,10 +205,16 @@ def test_finished_study_trains_nothing(finished, monkeypatch):
     [
         (dict(steps=13), "steps: 12 there, 13 now"),
         (dict(batch_size=3), "batch_size: 2 there, 3 now"),
-        (dict(lrs={a: (1e-4, 1e-3, 3e-2 if a != "full" else 2e-2) for a in ARMS}), "lrs full: [0.0001, 0.001, 0.03] there, [0.0001, 0.001, 0.02] now"),
+        (
+            dict(lrs={a: (1e-4, 1e-3, 3e-2 if a != "full" else 2e-2) for a in ARMS}),
+            "lrs full: [0.0001, 0.001, 0.03] there, [0.0001, 0.001, 0.02] now",
+        ),
         (dict(sweep_seeds=(0, 1)), "sweep_seeds: [0] there, [0, 1] now"),
         (dict(further_rates=2), "further_rates: 1 there, 2 now"),
-        (dict(find=Settings(n_components=4, n_init=2, fit_tokens=200, fit_length=40, fraction=0.15)), "find n_components: 3 there, 4 now"),
+        (
+            dict(find=Settings(n_components=4, n_init=2, fit_tokens=200, fit_length=40, fraction=0.15)),
+            "find n_components: 3 there, 4 now",
+        ),
     ],
 )
 def test_changed_configuration_is_refused_with_the_difference(finished, change, words):
@@ -204,8 +267,18 @@ def test_threads_are_recorded_and_do_not_stop_a_resumption(finished, tmp_path):
 
 def test_examples_of_the_gradient_are_not_trained_on(monkeypatch):
     task, scored, trained, real, train = planted_task(), [], [], module.gradient_scores, module.train_run
-    monkeypatch.setattr(module, "gradient_scores", lambda model, batches, like: scored.extend(ids for rows in batches for ids, _ in rows) or real(model, batches, like))
-    monkeypatch.setattr(module, "train_run", lambda model, ready, t, *a, **k: trained.append([e.ids for e in t.train]) or train(model, ready, t, *a, **k))
+    monkeypatch.setattr(
+        module,
+        "gradient_scores",
+        lambda model, batches, like: (
+            scored.extend(ids for rows in batches for ids, _ in rows) or real(model, batches, like)
+        ),
+    )
+    monkeypatch.setattr(
+        module,
+        "train_run",
+        lambda model, ready, t, *a, **k: trained.append([e.ids for e in t.train]) or train(model, ready, t, *a, **k),
+    )
     study(arms=["key"], seeds=[0], task=task)
     assert len(scored) == 8 and all(len(ids) == 16 for ids in trained)
     assert all(sorted(scored + ids) == sorted(e.ids for e in task.train) for ids in trained)
@@ -227,15 +300,30 @@ def test_all_seven_arms(tmp_path):
     model = families.build("llama")
     before, weights = families.state(model), [p.clone() for p in model.parameters()]
     results = study(tmp_path, arms=ARMS, seeds=[1], model=model, steps=4)
-    assert families.state(model) == before and all(torch.equal(p, w) for p, w in zip(model.parameters(), weights)) and not hasattr(model, "peft_config")
+    assert (
+        families.state(model) == before
+        and all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
+        and not hasattr(model, "peft_config")
+    )
     runs = results.runs.set_index("arm")
     assert list(runs.index) == list(ARMS)
     key = runs.loc["key"]
     assert key["neurons"] == round(0.15 * N) == sum(map(int, key["counts"].split()))
     for matched in ("random", "top variance"):
-        assert runs.loc[matched, "counts"] == key["counts"] and runs.loc[matched, "trained_parameters"] == key["trained_parameters"]
-    assert runs.loc["top gradient", "neurons"] == key["neurons"] and runs.loc["rest", "neurons"] == N - key["neurons"] and runs.loc["full", "neurons"] == N
-    assert runs.loc["full", "trained_parameters"] == sum(p.numel() for p in model.parameters()) == runs.loc["rest", "trained_parameters"] + key["trained_parameters"]
+        assert (
+            runs.loc[matched, "counts"] == key["counts"]
+            and runs.loc[matched, "trained_parameters"] == key["trained_parameters"]
+        )
+    assert (
+        runs.loc["top gradient", "neurons"] == key["neurons"]
+        and runs.loc["rest", "neurons"] == N - key["neurons"]
+        and runs.loc["full", "neurons"] == N
+    )
+    assert (
+        runs.loc["full", "trained_parameters"]
+        == sum(p.numel() for p in model.parameters())
+        == runs.loc["rest", "trained_parameters"] + key["trained_parameters"]
+    )
     assert runs.loc["key", "key_share"] == 1 and runs.loc["random", "key_share"] == 0
     assert runs["frozen_intact"].drop("full").eq(True).all() and runs["rank"].notna().sum() == 1
     # AdamW holds two numbers beside each gradient, and a counter for each tensor
@@ -251,7 +339,10 @@ def test_a_task_of_windows_has_no_accuracy():
     task = TuningTask("windows", examples, examples[:4], examples[4:8], [families.words(40, seed=i) for i in range(8)])
     results = study(arms=["key"], seeds=[0], task=task)
     assert results.runs["test_accuracy"].isna().all() and results.facts["windows"]["chance"] is None
-    assert set(results.intervals["measure"]) == {"test loss", "wiki loss"} and results.curves["val_choice_loss"].isna().all()
+    assert (
+        set(results.intervals["measure"]) == {"test loss", "wiki loss"}
+        and results.curves["val_choice_loss"].isna().all()
+    )
     assert results.facts["windows"]["chance choice loss"] is None
 
 
@@ -262,20 +353,29 @@ def test_intervals_are_paired_differences_of_the_stored_items(finished):
     differences = [np.array(read("key", s)["wiki"]["nats"]) - np.array(read("full", s)["wiki"]["nats"]) for s in (0, 1)]
     tokens = np.array([len(e.ids) - 1 for e in ELSEWHERE])
     values = [d.sum() / tokens.sum() for d in differences]
-    assert row["value"] == pytest.approx(np.mean(values)) and (row["seed_low"], row["seed_high"]) == pytest.approx((min(values), max(values)))
+    assert row["value"] == pytest.approx(np.mean(values)) and (row["seed_low"], row["seed_high"]) == pytest.approx(
+        (min(values), max(values))
+    )
     assert (row["items"], row["documents"], row["seeds"]) == (6, 3, 2) and row["ci_low"] < row["value"] < row["ci_high"]
-    assert (row["ci_low"], row["ci_high"]) == pytest.approx(document_interval(np.mean(differences, axis=0), tokens, [e.document for e in ELSEWHERE]))
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(
+        document_interval(np.mean(differences, axis=0), tokens, [e.document for e in ELSEWHERE])
+    )
     absolute = results.intervals.query("arm == 'key' and reference == '' and measure == 'test accuracy'").iloc[0]
     assert absolute["value"] == pytest.approx(results.runs.query("arm == 'key'")["test_accuracy"].mean())
     choice = results.intervals.query("arm == 'key' and reference == 'before' and measure == 'test choice loss'").iloc[0]
     start = json.loads((folder / "planted" / "start.json").read_text())["test"]["choice_nats"]
-    assert choice["value"] == pytest.approx(np.mean([np.mean(read("key", s)["test"]["choice_nats"]) for s in (0, 1)]) - np.mean(start))
+    assert choice["value"] == pytest.approx(
+        np.mean([np.mean(read("key", s)["test"]["choice_nats"]) for s in (0, 1)]) - np.mean(start)
+    )
     assert (results.runs["test_choice_loss"] < results.runs["test_choice_loss_before"]).all()
 
 
 def test_interval_draws_documents_not_items():
     sums, counts = np.tile([0.0, 1.0], 20), np.ones(40)
-    wide, narrow = document_interval(sums, counts, [i % 2 for i in range(40)]), document_interval(sums, counts, range(40))
+    wide, narrow = (
+        document_interval(sums, counts, [i % 2 for i in range(40)]),
+        document_interval(sums, counts, range(40)),
+    )
     assert wide == (0.0, 1.0) and 0.3 < narrow[0] < 0.5 < narrow[1] < 0.7
     assert np.isnan(document_interval(sums, counts, [0] * 40)).all()
 
@@ -285,26 +385,49 @@ def test_interval_draws_documents_not_items():
 
 def test_sweep_takes_the_better_rate_and_says_where_it_lies():
     results = study(arms=["full"], seeds=[0], lrs={"full": (1e-9, 1e-2, 1e2)})
-    assert results.runs["lr"].item() == 1e-2 and results.runs["edge"].item() == "" and results.runs["rates_tried"].item() == 3
-    assert list(results.sweep["chosen"]) == [False, True, False] and results.sweep["val_choice_loss"].iloc[1] < results.sweep["val_choice_loss"].iloc[0]
+    assert (
+        results.runs["lr"].item() == 1e-2
+        and results.runs["edge"].item() == ""
+        and results.runs["rates_tried"].item() == 3
+    )
+    assert (
+        list(results.sweep["chosen"]) == [False, True, False]
+        and results.sweep["val_choice_loss"].iloc[1] < results.sweep["val_choice_loss"].iloc[0]
+    )
     assert not results.sweep["further"].any()
 
 
 @pytest.mark.parametrize("rates, edge", [((1e-9, 1e-8, 3e-3), "highest"), ((3e-3, 1.0, 10.0), "lowest")])
 def test_edge_of_the_rates_is_reported(rates, edge):
     results = study(arms=["full"], seeds=[0], lrs={"full": rates}, further_rates=0)
-    assert results.runs["lr"].item() == 3e-3 and results.runs["edge"].item() == edge == results.sweep.query("chosen")["edge"].item()
+    assert (
+        results.runs["lr"].item() == 3e-3
+        and results.runs["edge"].item() == edge == results.sweep.query("chosen")["edge"].item()
+    )
     assert f"full ({edge} rate, 0.003)" in repr(results)
 
 
-@pytest.mark.parametrize("further, tried", [(0, [1e-9, 1e-8, 1e-7]), (1, [1e-9, 1e-8, 1e-7, 1e-6]), (2, [1e-9, 1e-8, 1e-7, 1e-6, 1e-5])])
+@pytest.mark.parametrize(
+    "further, tried", [(0, [1e-9, 1e-8, 1e-7]), (1, [1e-9, 1e-8, 1e-7, 1e-6]), (2, [1e-9, 1e-8, 1e-7, 1e-6, 1e-5])]
+)
 def test_sweep_goes_on_beyond_the_edge(tmp_path, monkeypatch, further, tried):
     """While the rate is far too small, the largest is the best of those tried. The same rule for every arm."""
-    settings = dict(arms=["key", "full"], seeds=[0], lrs={"key": tried[:3], "full": tried[:3]}, further_rates=further, batch_size=1, steps=4)
+    settings = dict(
+        arms=["key", "full"],
+        seeds=[0],
+        lrs={"key": tried[:3], "full": tried[:3]},
+        further_rates=further,
+        batch_size=1,
+        steps=4,
+    )
     results = study(tmp_path, **settings)
     for arm in ("key", "full"):
         own = results.sweep[results.sweep["arm"] == arm]
-        assert list(own["lr"]) == pytest.approx(tried) and list(own["further"]) == [False] * 3 + [True] * further and own["chosen"].iloc[-1]
+        assert (
+            list(own["lr"]) == pytest.approx(tried)
+            and list(own["further"]) == [False] * 3 + [True] * further
+            and own["chosen"].iloc[-1]
+        )
     assert (results.runs["rates_tried"] == 3 + further).all() and (results.runs["edge"] == "highest").all()
     monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
     same(study(tmp_path, **settings), results)
@@ -324,18 +447,36 @@ def test_choose_rate():
 
 def test_a_rates_value_is_the_mean_choice_loss_over_the_seeds():
     """Rate 2 has the smaller vocabulary loss, rate 1 the smaller choice loss; with its first seed alone rate 3 would win; rate 4 diverged once."""
-    made_up = lambda lr, seed, loss, choice, diverged=False: {"lr": lr, "seed": seed, "diverged": diverged, "curve": [{"val_loss": loss, "val_choice_loss": choice}]}
-    runs = [made_up(1.0, 0, 5, 0.6), made_up(1.0, 1, 5, 0.7), made_up(2.0, 0, 1, 0.7), made_up(2.0, 1, 1, 0.8), made_up(3.0, 0, 5, 0.1), made_up(3.0, 1, 5, 1.9)]
+    made_up = lambda lr, seed, loss, choice, diverged=False: {
+        "lr": lr,
+        "seed": seed,
+        "diverged": diverged,
+        "curve": [{"val_loss": loss, "val_choice_loss": choice}],
+    }
+    runs = [
+        made_up(1.0, 0, 5, 0.6),
+        made_up(1.0, 1, 5, 0.7),
+        made_up(2.0, 0, 1, 0.7),
+        made_up(2.0, 1, 1, 0.8),
+        made_up(3.0, 0, 5, 0.1),
+        made_up(3.0, 1, 5, 1.9),
+    ]
     runs += [made_up(4.0, 0, 1, 0.1), made_up(4.0, 1, None, None, True)]
     losses = sweep_losses(runs)
-    assert losses == {1.0: pytest.approx(0.65), 2.0: pytest.approx(0.75), 3.0: pytest.approx(1.0), 4.0: None} and choose_rate(losses)[0] == 1.0
+    assert (
+        losses == {1.0: pytest.approx(0.65), 2.0: pytest.approx(0.75), 3.0: pytest.approx(1.0), 4.0: None}
+        and choose_rate(losses)[0] == 1.0
+    )
 
 
 def test_every_rate_is_tried_with_every_sweep_seed():
     results = study(arms=["key"], seeds=[0], sweep_seeds=(0, 3))
     swept = results.curves.query("phase == 'sweep' and step > 0")
     assert len(swept) == 2 * len(results.sweep) and set(swept["seed"]) == {0, 3} and (results.sweep["seeds"] == 2).all()
-    assert set(study(arms=["key"], seeds=[0], eval_every=1, patience=1).curves.query("phase == 'sweep'")["step"]) == {0, 4}  # at the end only, and all to the end
+    assert set(study(arms=["key"], seeds=[0], eval_every=1, patience=1).curves.query("phase == 'sweep'")["step"]) == {
+        0,
+        4,
+    }  # at the end only, and all to the end
     for r in results.sweep.itertuples():
         assert r.val_choice_loss == pytest.approx(swept.query("lr == @r.lr")["val_choice_loss"].mean())
 
@@ -350,17 +491,25 @@ def test_defaults_depend_on_the_task():
     windows = TuningTask("windows", *[[Example((4, 5, 6), 1)]] * 3, ["w4"])
     default = TuningSettings()
     labelled, other = default.of(planted_task()), default.of(windows)
-    assert (labelled.batch_size, other.batch_size) == (8, 2) and labelled.steps != other.steps and labelled.max_length > other.max_length
+    assert (
+        (labelled.batch_size, other.batch_size) == (8, 2)
+        and labelled.steps != other.steps
+        and labelled.max_length > other.max_length
+    )
     assert all(s.sweep_steps == s.steps // 2 and s.patience * s.eval_every < s.steps for s in (labelled, other))
     assert len(default.sweep_seeds) == 2 and TuningSettings(steps=61, sweep_steps=7).of(windows).sweep_steps == 7
 
 
-@pytest.mark.parametrize("steps, patience, accepted", [(45, 3, False), (46, 3, True), (31, 2, True), (30, 2, False), (5, None, True)])
+@pytest.mark.parametrize(
+    "steps, patience, accepted", [(45, 3, False), (46, 3, True), (31, 2, True), (30, 2, False), (5, None, True)]
+)
 def test_a_patience_that_could_never_act_is_refused(steps, patience, accepted):
     if accepted:
         TuningSettings(steps=steps, patience=patience)
     else:
-        with pytest.raises(ValueError, match=f"patience={patience} with eval_every=15 and steps={steps} could never stop"):
+        with pytest.raises(
+            ValueError, match=f"patience={patience} with eval_every=15 and steps={steps} could never stop"
+        ):
             TuningSettings(steps=steps, patience=patience)
 
 
@@ -384,7 +533,17 @@ def test_bad_settings_are_named(name, value):
         TuningSettings(**{name: value})
 
 
-@pytest.mark.parametrize("arms, seeds, words", [([], [0], "arms="), (["key", "key"], [0], "arms="), (["keys"], [0], "arms="), (["key"], [], "seeds="), (["key"], [0, 0], "seeds="), (["key"], [-1], "seeds=")])
+@pytest.mark.parametrize(
+    "arms, seeds, words",
+    [
+        ([], [0], "arms="),
+        (["key", "key"], [0], "arms="),
+        (["keys"], [0], "arms="),
+        (["key"], [], "seeds="),
+        (["key"], [0, 0], "seeds="),
+        (["key"], [-1], "seeds="),
+    ],
+)
 def test_bad_arms_and_seeds(arms, seeds, words):
     with pytest.raises(ValueError, match=words):
         check_arms(arms, seeds, TuningSettings())
@@ -411,7 +570,11 @@ def candidates(model, n=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros(N, dtype=torch.bool)
     chosen[torch.randperm(N, generator=generator)[:n]] = True
-    return CandidateNeurons(NeuronMask.from_flat(chosen, WIDTHS, "mlp_hidden"), torch.rand(N, generator=generator), torch.rand(N, generator=generator))
+    return CandidateNeurons(
+        NeuronMask.from_flat(chosen, WIDTHS, "mlp_hidden"),
+        torch.rand(N, generator=generator),
+        torch.rand(N, generator=generator),
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
@@ -426,7 +589,9 @@ def test_gradient_score_finds_planted_neurons(family):
     scores = gradient_scores(model, [[(tuple(range(4, 20)), 1)], [(tuple(range(20, 40)), 3)]], planted)
     assert families.state(model) == before
     neurons = CandidateNeurons(candidates(model, 7).key, torch.rand(N), scores)
-    assert neurons.mask("top gradient", 0) == planted and (scores[~planted.flat] < 1e-3 * scores[planted.flat].min()).all()
+    assert (
+        neurons.mask("top gradient", 0) == planted and (scores[~planted.flat] < 1e-3 * scores[planted.flat].min()).all()
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
@@ -438,7 +603,10 @@ def test_gradient_score_is_the_norm_over_a_neurons_own_weights(family):
     for neuron in (0, 25, 71):
         one = torch.zeros(N, dtype=torch.bool)
         one[neuron] = True
-        own = [model.get_parameter(p.name).grad.index_select(p.axis, p.index).flatten() for p in neuron_parameters(model, NeuronMask.from_flat(one, WIDTHS, "mlp_hidden"))]
+        own = [
+            model.get_parameter(p.name).grad.index_select(p.axis, p.index).flatten()
+            for p in neuron_parameters(model, NeuronMask.from_flat(one, WIDTHS, "mlp_hidden"))
+        ]
         assert float(torch.cat(own).norm()) == pytest.approx(float(scores[neuron]), rel=1e-4)
 
 
@@ -450,7 +618,9 @@ def test_lora_rank_is_the_nearest(family):
     with arm_training(model, "LoRA", 0, neurons) as ready:
         ours = ready.about["trained_parameters"]
         rank = ready.about["rank"]
-        assert sum(p.numel() for g in ready.groups for p in g["params"]) == ours and rank == lora_rank(model, maps, size)
+        assert sum(p.numel() for g in ready.groups for p in g["params"]) == ours and rank == lora_rank(
+            model, maps, size
+        )
     one = ours // rank
     assert abs(ours - size) == min(abs(r * one - size) for r in range(1, 100)) and lora_rank(model, maps, 1) == 1
     assert (lora_rank(model, maps, int(2.6 * one)), lora_rank(model, maps, int(2.4 * one))) == (3, 2)
@@ -475,13 +645,19 @@ def test_order_depends_on_the_seed_and_visits_everything():
 @pytest.mark.parametrize("arm", ARMS)
 def test_arm_starts_from_the_model_and_gives_it_back(arm):
     model = families.build("gpt2")
-    before, weights, rows = families.state(model), {n: p.clone() for n, p in model.named_parameters()}, [(tuple(range(4, 20)), 1)]
+    before, weights, rows = (
+        families.state(model),
+        {n: p.clone() for n, p in model.named_parameters()},
+        [(tuple(range(4, 20)), 1)],
+    )
     alone = torch.cat(batch_nats(model, rows)).detach()
     with pytest.raises(RuntimeError, match="in the middle"), arm_training(model, arm, 0, candidates(model)) as ready:
         assert torch.equal(torch.cat(batch_nats(model, rows)), alone)
         torch.cat(batch_nats(model, rows)).mean().backward()
         torch.optim.AdamW(ready.groups, lr=0.1).step()
-        assert not torch.equal(torch.cat(batch_nats(model, rows)), alone) and ready.intact() is (None if arm == "full" else True)
+        assert not torch.equal(torch.cat(batch_nats(model, rows)), alone) and ready.intact() is (
+            None if arm == "full" else True
+        )
         raise RuntimeError("in the middle")
     assert families.state(model) == before and all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
 
@@ -518,15 +694,24 @@ def test_model_changed_during_the_study_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("arm, lr", [("key", 3e-2), ("full", 1e-2)])
 def test_early_stopping_keeps_the_best_state(arm, lr):
     """Four windows of the same few words to learn by heart: at first other windows gain, since the same words come up in them; then they lose."""
-    draw = lambda seed: [Example(tuple(ids), 1) for ids in np.random.default_rng(seed).integers(5, 20, (4, 12)).tolist()]
+    draw = lambda seed: [
+        Example(tuple(ids), 1) for ids in np.random.default_rng(seed).integers(5, 20, (4, 12)).tolist()
+    ]
     model, task = families.build("llama"), TuningTask("windows", draw(0), draw(1), draw(1), ["unused"])
-    settings, start = TuningSettings(**SMALL | dict(steps=60, eval_every=2, patience=3, batch_size=4)), score(model, task.val)
+    settings, start = (
+        TuningSettings(**SMALL | dict(steps=60, eval_every=2, patience=3, batch_size=4)),
+        score(model, task.val),
+    )
     with arm_training(model, arm, 0, candidates(model, 40)) as ready:
         run = train_run(model, ready, task, start, lr, 60, 0, settings)
         kept = score(model, task.val)
     losses = [r["val_loss"] for r in run["curve"]]
     best = losses.index(min(losses))
-    assert 0 < best == len(losses) - 4 and run["steps"] == run["curve"][-1]["step"] < 60 and run["best_step"] == run["curve"][best]["step"]
+    assert (
+        0 < best == len(losses) - 4
+        and run["steps"] == run["curve"][-1]["step"] < 60
+        and run["best_step"] == run["curve"][best]["step"]
+    )
     assert losses[best] < losses[0] and all(x > losses[best] for x in losses[best + 1 :]) and kept.loss == losses[best]
     with arm_training(model, arm, 0, candidates(model, 40)) as ready:
         run = train_run(model, ready, task, start, lr, run["best_step"], 0, settings)
@@ -541,7 +726,9 @@ def test_the_choice_loss_chooses_the_best_step(monkeypatch):
     made_up = lambda loss, choice: Scores([loss], [1], [0], [True], [choice])
     monkeypatch.setattr(module, "score", lambda *a: made_up(*next(told)))
     with arm_training(model, "full", 0, candidates(model)) as ready:
-        run = train_run(model, ready, task, made_up(5.0, 0.69), 1e-3, 4, 0, TuningSettings(**SMALL | dict(eval_every=1)))
+        run = train_run(
+            model, ready, task, made_up(5.0, 0.69), 1e-3, 4, 0, TuningSettings(**SMALL | dict(eval_every=1))
+        )
     assert run["best_step"] == 2 and [r["val_choice_loss"] for r in run["curve"]] == [0.69, 0.6, 0.5, 0.55, 0.6]
 
 
@@ -554,18 +741,28 @@ def test_diverged_run_ends_at_once():
 
 def test_training_is_what_it_says_it_is():
     "Against a loop written by hand: AdamW, decay of matrices only, clipping, warmup, order of the examples."
-    model, task, settings = families.build("llama"), planted_task(), TuningSettings(**SMALL | dict(weight_decay=0.5, clip=0.1, warmup=2))
+    model, task, settings = (
+        families.build("llama"),
+        planted_task(),
+        TuningSettings(**SMALL | dict(weight_decay=0.5, clip=0.1, warmup=2)),
+    )
     with arm_training(model, "full", 0, candidates(model), 0.5) as ready:
         train_run(model, ready, task, Scores([1e9], [1], [0], []), 1e-2, 4, 5, settings)
         ours = [p.detach().clone() for p in model.parameters()]
     net = families.build("llama").train()
-    groups = [{"params": [p for p in net.parameters() if (p.dim() > 1) == m], "weight_decay": 0.5 * m} for m in (True, False)]
+    groups = [
+        {"params": [p for p in net.parameters() if (p.dim() > 1) == m], "weight_decay": 0.5 * m} for m in (True, False)
+    ]
     optimizer, order = torch.optim.AdamW(groups, lr=1e-2), orders(len(task.train), 5)
     for factor in (1 / 3, 2 / 3, 1, 1):
         nats = []
         for e in (task.train[next(order)] for _ in range(2)):
             logits = net(torch.tensor([e.ids])).logits[0]
-            nats.append(torch.nn.functional.cross_entropy(logits[e.start - 1 : -1], torch.tensor(e.ids[e.start :]), reduction="none"))
+            nats.append(
+                torch.nn.functional.cross_entropy(
+                    logits[e.start - 1 : -1], torch.tensor(e.ids[e.start :]), reduction="none"
+                )
+            )
         for g in optimizer.param_groups:
             g["lr"] = 1e-2 * factor
         torch.cat(nats).mean().backward()
@@ -594,7 +791,9 @@ def test_losses_do_not_depend_on_the_company(family, start):
 def test_a_model_that_gives_all_logits_will_do():
     model, rows = families.build("llama"), [(tuple(range(4, 20)), 6), (tuple(range(30, 38)), 5)]
     wanted, forward = batch_nats(model, rows), model.forward
-    model.forward = lambda input_ids, attention_mask, use_cache: forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+    model.forward = lambda input_ids, attention_mask, use_cache: forward(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache
+    )
     for a, b in zip(batch_nats(model, rows), wanted):
         torch.testing.assert_close(a, b)
 
@@ -606,29 +805,61 @@ def test_label_accuracy_agrees_with_the_one_of_the_evaluation(words):
     theirs = label_accuracy(model, tokenizer, data, "{text} w30", words, progress=False)
     ours = score(model, labelled_examples(tokenizer, *map(list, zip(*data)), "{text} w30", words))
     assert ours.correct == (theirs.labels == theirs.predictions).tolist() and 0 < ours.accuracy < 1
-    torch.testing.assert_close(torch.tensor(ours.nats), -theirs.log_likelihoods.gather(1, theirs.labels[:, None])[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(ours.nats), -theirs.log_likelihoods.gather(1, theirs.labels[:, None])[:, 0], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_choice_loss_is_that_of_the_label_among_the_labels():
     model, tokenizer = families.build("gpt2"), families.tokenizer()
-    ours = score(model, labelled_examples(tokenizer, [families.words(4, seed=i) for i in range(6)], [0, 1, 2] * 2, "{text} w30", ("w40", "w41 w7", "w42"), 16))
-    for e, choice, right in zip(labelled_examples(tokenizer, [families.words(4, seed=i) for i in range(6)], [0, 1, 2] * 2, "{text} w30", ("w40", "w41 w7", "w42"), 16), ours.choice_nats, ours.correct):
+    ours = score(
+        model,
+        labelled_examples(
+            tokenizer,
+            [families.words(4, seed=i) for i in range(6)],
+            [0, 1, 2] * 2,
+            "{text} w30",
+            ("w40", "w41 w7", "w42"),
+            16,
+        ),
+    )
+    for e, choice, right in zip(
+        labelled_examples(
+            tokenizer,
+            [families.words(4, seed=i) for i in range(6)],
+            [0, 1, 2] * 2,
+            "{text} w30",
+            ("w40", "w41 w7", "w42"),
+            16,
+        ),
+        ours.choice_nats,
+        ours.correct,
+    ):
         likely = []
         for ids, start in e.rows:
             logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
             likely.append(sum(logits[p - 1, ids[p]] for p in range(start, len(ids))).exp().item())
-        assert choice == pytest.approx(-math.log(likely[e.label] / sum(likely)), rel=1e-4) and right == (likely[e.label] == max(likely))
+        assert choice == pytest.approx(-math.log(likely[e.label] / sum(likely)), rel=1e-4) and right == (
+            likely[e.label] == max(likely)
+        )
     assert ours.choice_loss == pytest.approx(np.mean(ours.choice_nats)) == ours.criterion != ours.loss
     plain = score(model, [Example((4, 5, 6), 1)])
     assert plain.choice_loss is None and plain.criterion == plain.loss and plain.choice_nats == []
 
 
 def test_texts_of_the_speeches_span_all_years(monkeypatch):
-    speeches = {"fit": [f"first half {i} . year {i} goes on" for i in range(100)], "eval": [f"year {i} of the others" for i in range(100, 110)]}
+    speeches = {
+        "fit": [f"first half {i} . year {i} goes on" for i in range(100)],
+        "eval": [f"year {i} of the others" for i in range(100, 110)],
+    }
     monkeypatch.setattr(resources, "load_texts", lambda name, split: {"text": speeches[split]})
     task = speeches_task(lambda text: {"input_ids": list(range(len(text.split())))}, 200, 20, 10, 8)
     years = [int(re.search(r"year (\d+)", t).group(1)) for t in task.texts]
-    assert len(years) == 90 and not set(years) & set(range(5, 100, 10)) and {e.document for e in task.val} == set(range(10))
+    assert (
+        len(years) == 90
+        and not set(years) & set(range(5, 100, 10))
+        and {e.document for e in task.val} == set(range(10))
+    )
     for n in (6, 10, 20):
         assert all(any(part <= y < part + 25 for y in years[:n]) for part in (0, 25, 50, 75))
 
@@ -637,13 +868,22 @@ def test_window_loss_agrees_with_the_perplexity():
     model, tokenizer = families.build("llama"), families.tokenizer()
     texts = [families.words(9, seed=i) for i in range(5)]
     ours = score(model, [Example(tuple(ids), 1) for ids in EvalSet(tokenizer, texts).ids])
-    assert ours.loss == pytest.approx(perplexity(model, tokenizer, texts, progress=False).nats, rel=1e-5) and ours.accuracy is None
+    assert (
+        ours.loss == pytest.approx(perplexity(model, tokenizer, texts, progress=False).nats, rel=1e-5)
+        and ours.accuracy is None
+    )
 
 
 def test_label_examples_are_cut_in_the_text_not_in_the_prompt():
     tokenizer = families.tokenizer()
     long = labelled_examples(tokenizer, [families.words(50)], [1], "w4 {text} w30", ("w40", "w41"), 12)[0]
-    assert len(long.ids) == 12 and long.ids[0] == 4 and long.ids[-2:] == (30, 41) and long.start == 11 and long.choices == ((40,), (41,))
+    assert (
+        len(long.ids) == 12
+        and long.ids[0] == 4
+        and long.ids[-2:] == (30, 41)
+        and long.start == 11
+        and long.choices == ((40,), (41,))
+    )
     with pytest.raises(ValueError, match="max_length=2 is too short"):
         labelled_examples(tokenizer, ["w5"], [0], "w4 {text} w30", ("w40", "w41"), 2)
     with pytest.raises(ValueError, match="label_words="):
@@ -653,7 +893,11 @@ def test_label_examples_are_cut_in_the_text_not_in_the_prompt():
 def test_excerpts_spread_over_documents_and_within():
     texts = [" ".join(f"{d}.{i}" for i in range(100)) for d in range(3)]
     found = excerpts(texts, 6, 40)
-    assert [d for d, _ in found] == [0, 1, 2, 0, 1, 2] and len({t for _, t in found}) == 6 and all(t in texts[d] for d, t in found)
+    assert (
+        [d for d, _ in found] == [0, 1, 2, 0, 1, 2]
+        and len({t for _, t in found}) == 6
+        and all(t in texts[d] for d, t in found)
+    )
     assert all(t.split()[0] in texts[d].split() for d, t in found)
     assert [d for d, _ in excerpts(texts, 2, 40)] == [0, 1] and excerpts(["ab"], 1, 40) == [(0, "ab")]
 
@@ -664,9 +908,33 @@ def test_excerpts_spread_over_documents_and_within():
 def test_command_line(finished, tmp_path, monkeypatch, capsys):
     asked = {}
     monkeypatch.setattr(module, "tuning_study", lambda *a, **k: asked.update(a=a, k=k) or finished[1])
-    module._main(["--task", "speeches", "--folder", str(tmp_path), "--arms", "key", "top variance", "--seeds", "3", "--steps", "7", "--lr", "key=1e-4,1e-3", "--lr", "top variance=1,2"])
-    assert asked["a"] == ("smollm2-135m", "speeches", ["key", "top variance"], [3], str(tmp_path)) and asked["k"]["steps"] == 7
-    assert asked["k"]["lrs"] == {"key": (1e-4, 1e-3), "top variance": (1.0, 2.0)} and "learning rates" in capsys.readouterr().out
+    module._main(
+        [
+            "--task",
+            "speeches",
+            "--folder",
+            str(tmp_path),
+            "--arms",
+            "key",
+            "top variance",
+            "--seeds",
+            "3",
+            "--steps",
+            "7",
+            "--lr",
+            "key=1e-4,1e-3",
+            "--lr",
+            "top variance=1,2",
+        ]
+    )
+    assert (
+        asked["a"] == ("smollm2-135m", "speeches", ["key", "top variance"], [3], str(tmp_path))
+        and asked["k"]["steps"] == 7
+    )
+    assert (
+        asked["k"]["lrs"] == {"key": (1e-4, 1e-3), "top variance": (1.0, 2.0)}
+        and "learning rates" in capsys.readouterr().out
+    )
     assert len(pd.read_csv(tmp_path / "speeches" / "runs.csv")) == 4
 
 
@@ -686,7 +954,11 @@ def test_a_folder_of_the_first_release_is_read(finished, tmp_path):
         if path.name.startswith("sweep-"):
             path.rename(old / path.name.replace("-seed0", ""))
     read = read_tuning(tmp_path)
-    assert read.runs["test_choice_loss"].isna().all() and read.curves["val_choice_loss"].isna().all() and not (read.intervals["measure"] == "test choice loss").any()
+    assert (
+        read.runs["test_choice_loss"].isna().all()
+        and read.curves["val_choice_loss"].isna().all()
+        and not (read.intervals["measure"] == "test choice loss").any()
+    )
     for column in ("test_loss", "test_accuracy", "wiki_loss"):
         assert (read.runs[column] == results.runs[column]).all()
     for arm in ("key", "full"):
@@ -701,7 +973,9 @@ def test_a_diverged_run_is_said(finished, tmp_path):
     shutil.copytree(finished[0] / "planted", tmp_path / "planted")
     path = tmp_path / "planted" / "run-full-seed1.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"diverged": True}))
-    assert "full, seed 1, diverged at step 12" in repr(read_tuning(tmp_path)) and "seed 1, diverged" not in repr(finished[1])
+    assert "full, seed 1, diverged at step 12" in repr(read_tuning(tmp_path)) and "seed 1, diverged" not in repr(
+        finished[1]
+    )
 
 
 def test_saved_tables_are_read_as_they_were(finished, tmp_path):
@@ -728,10 +1002,17 @@ def test_estimate_is_right_although_the_first_passes_are_slow(tmp_path, monkeypa
     def passes(model, rows):
         kind = "train" if torch.is_grad_enabled() else "score"
         seen[kind] += 1
-        now[0] += sum(len(ids) for ids in dict.fromkeys(ids[:-1] for ids, _ in rows)) * {"train": 1, "score": 1 / 3}[kind] * (100 if seen[kind] == 1 else 1)
+        now[0] += (
+            sum(len(ids) for ids in dict.fromkeys(ids[:-1] for ids, _ in rows))
+            * {"train": 1, "score": 1 / 3}[kind]
+            * (100 if seen[kind] == 1 else 1)
+        )
         return real(model, rows)
 
-    clock, ready = types.SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0]), module._Study.announce
+    clock, ready = (
+        types.SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0]),
+        module._Study.announce,
+    )
     monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(module, "gradient_scores", lambda model, batches, like: torch.ones(like.n_neurons))
     for place in (module, tasks):
@@ -739,7 +1020,15 @@ def test_estimate_is_right_although_the_first_passes_are_slow(tmp_path, monkeypa
     begun = []
     monkeypatch.setattr(module._Study, "announce", lambda *a: ready(*a) or begun.append(now[0]))
     study_settings = SMALL | dict(further_rates=0, lrs={"key": (1e-4, 1e-3, 1e-2)})
-    tuning_study((families.build("llama"), families.tokenizer()), planted_task(), ["key"], [0, 1], tmp_path, ELSEWHERE, **study_settings)
+    tuning_study(
+        (families.build("llama"), families.tokenizer()),
+        planted_task(),
+        ["key"],
+        [0, 1],
+        tmp_path,
+        ELSEWHERE,
+        **study_settings,
+    )
     out, took = capsys.readouterr().out, now[0] - begun[0]
     assert "3 sweep runs of 4 steps and 2 final runs of 12 steps" in out and "s a step" in out
     assert float(re.search(r"about ([\d.]+) minutes", out).group(1)) == pytest.approx(took / 60, rel=0.1)
@@ -760,11 +1049,18 @@ FIGURES = {
 def test_figures_draw_on_given_axes_and_from_csv_files(finished, tmp_path, name):
     results, settings = finished[1], dict(plt.rcParams)
     results.save(tmp_path)
-    read = module.TuningResults(*(pd.read_csv(tmp_path / f"{n}.csv") for n in ("runs", "curves", "sweep", "intervals")), results.facts)
+    read = module.TuningResults(
+        *(pd.read_csv(tmp_path / f"{n}.csv") for n in ("runs", "curves", "sweep", "intervals")), results.facts
+    )
     drawn = []
     for r in (results, read):
         fig, ax = plt.subplots()
-        assert FIGURES[name](r, ax=ax) is ax and ("bootstrap over" in ax.get_title("left")) == (name in ("outcome", "difference")) and ax.get_title("left") and ax.get_xlabel()
+        assert (
+            FIGURES[name](r, ax=ax) is ax
+            and ("bootstrap over" in ax.get_title("left")) == (name in ("outcome", "difference"))
+            and ax.get_title("left")
+            and ax.get_xlabel()
+        )
         fig.canvas.draw()
         drawn.append(np.asarray(fig.canvas.buffer_rgba()).copy())
         plt.close(fig)
@@ -773,7 +1069,9 @@ def test_figures_draw_on_given_axes_and_from_csv_files(finished, tmp_path, name)
 
 def test_whole_figure_and_refusals(finished):
     r = finished[1]
-    fig = tuning_figures.plot_tuning(r.runs, r.curves, pd.concat([r.intervals, r.intervals.query("reference == 'full'").assign(reference="random")]))
+    fig = tuning_figures.plot_tuning(
+        r.runs, r.curves, pd.concat([r.intervals, r.intervals.query("reference == 'full'").assign(reference="random")])
+    )
     assert len(fig.axes) == 6
     plt.close(fig)
     _, ax = plt.subplots()
@@ -783,7 +1081,10 @@ def test_whole_figure_and_refusals(finished):
     for measure, wanted in ((None, "choice loss"), ("val_loss", "validation loss")):
         _, ax = plt.subplots()
         assert wanted in tuning_figures.plot_learning(r.curves, measure, ax=ax).get_ylabel()
-    assert "choice loss" in tuning_figures.plot_forgetting(r.runs).get_xlabel() and "choice loss" in tuning_figures.plot_outcome(r.intervals).get_xlabel()
+    assert (
+        "choice loss" in tuning_figures.plot_forgetting(r.runs).get_xlabel()
+        and "choice loss" in tuning_figures.plot_outcome(r.intervals).get_xlabel()
+    )
     plt.close("all")
     two = pd.concat([r.runs, r.runs.assign(task="other")])
     with pytest.raises(ValueError, match="does not choose one task"):
@@ -793,4 +1094,6 @@ def test_whole_figure_and_refusals(finished):
     with pytest.raises(ValueError, match="lacks the columns"):
         tuning_figures.plot_forgetting(r.runs.drop(columns="wiki_loss"))
     looks = list(tuning_figures.TUNING_LOOKS.values())
-    assert set(tuning_figures.TUNING_LOOKS) == set(ARMS) and len({c for c, _, _ in looks}) == len({m for _, m, _ in looks}) == len(ARMS)
+    assert set(tuning_figures.TUNING_LOOKS) == set(ARMS) and len({c for c, _, _ in looks}) == len(
+        {m for _, m, _ in looks}
+    ) == len(ARMS)

@@ -19,11 +19,19 @@ COLAB = "https://colab.research.google.com/github/llmfact-nb/llmfact_nb/blob/mai
 
 def cells(name: str) -> list[tuple[str, str]]:
     "(kind, source) of each cell."
-    return [(c["cell_type"], "".join(c["source"])) for c in json.loads((FOLDER / name).read_text(encoding="utf-8"))["cells"]]
+    return [
+        (c["cell_type"], "".join(c["source"])) for c in json.loads((FOLDER / name).read_text(encoding="utf-8"))["cells"]
+    ]
 
 
 def test_the_promised_tutorials_are_there():
-    assert {"quickstart.ipynb", "functional_networks.ipynb", "paper_figures.ipynb", "selective_finetuning.ipynb", "coming_from_llmfact.ipynb"} <= set(TUTORIALS)
+    assert {
+        "quickstart.ipynb",
+        "functional_networks.ipynb",
+        "paper_figures.ipynb",
+        "selective_finetuning.ipynb",
+        "coming_from_llmfact.ipynb",
+    } <= set(TUTORIALS)
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
@@ -64,7 +72,12 @@ def test_quick_cells_need_no_slow_ones(name):
         names = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Name)]
         made = {n.id for n in names if isinstance(n.ctx, ast.Store)}
         made |= {n.name for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-        made |= {(a.asname or a.name).split(".")[0] for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+        made |= {
+            (a.asname or a.name).split(".")[0]
+            for n in ast.walk(ast.parse(source))
+            if isinstance(n, (ast.Import, ast.ImportFrom))
+            for a in n.names
+        }
         if "#| slow" in source:
             from_slow |= made
         else:
@@ -90,7 +103,10 @@ def test_every_name_of_ours_exists():
     from llmfact_nb.masks import NeuronMask
     from llmfact_nb.networks import NetworkMatch
 
-    classes = [getattr(llmfact_nb, n) for n in ("Activations", "FunctionalNetworks", "GroupICA", "ICA", "MaskedModel", "NeuronMask")] + [NetworkMatch, NeuronMask]
+    classes = [
+        getattr(llmfact_nb, n)
+        for n in ("Activations", "FunctionalNetworks", "GroupICA", "ICA", "MaskedModel", "NeuronMask")
+    ] + [NetworkMatch, NeuronMask]
     seen = set()
     for _, here, _ in dictionary():
         for code in re.findall(r"`([^`]+)`", here):
@@ -102,11 +118,21 @@ def test_every_name_of_ours_exists():
                     function = getattr(llmfact_nb, node.func.id)
                     parameters = inspect.signature(function).parameters.values()
                     unknown = {k.arg for k in node.keywords} - {p.name for p in parameters}
-                    assert not unknown or (any(p.kind is p.VAR_KEYWORD for p in parameters) and unknown <= set(inspect.signature(llmfact_nb.ICA).parameters)), (code, unknown)
+                    assert not unknown or (
+                        any(p.kind is p.VAR_KEYWORD for p in parameters)
+                        and unknown <= set(inspect.signature(llmfact_nb.ICA).parameters)
+                    ), (code, unknown)
                     seen.add(node.func.id)
-                elif isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in ("torch", "model", "scipy")):
+                elif isinstance(node, ast.Attribute) and not (
+                    isinstance(node.value, ast.Name) and node.value.id in ("torch", "model", "scipy")
+                ):
                     kept = rf"self\.{node.attr}\b|\"{node.attr}\""  # what `fit` leaves behind
-                    assert any(hasattr(c, node.attr) or node.attr in getattr(c, "__dataclass_fields__", ()) or re.search(kept, inspect.getsource(c)) for c in classes), code
+                    assert any(
+                        hasattr(c, node.attr)
+                        or node.attr in getattr(c, "__dataclass_fields__", ())
+                        or re.search(kept, inspect.getsource(c))
+                        for c in classes
+                    ), code
     assert {"capture", "MaskedModel", "FunctionalNetworks", "functional_connectivity", "prune"} <= seen
 
 
@@ -119,7 +145,9 @@ def test_the_readme_runs(tiny_model, tiny_tokenizer, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     assert len(blocks) == 2 and len(blocks[0].splitlines()) <= 10, "ten lines, as the heading says"
     monkeypatch.setattr(llmfact_nb, "load_model", lambda name: (model, tiny_tokenizer()))
-    monkeypatch.setattr(llmfact_nb, "load_texts", lambda name, split, n: [families.words(60, seed) for seed in range(n)])
+    monkeypatch.setattr(
+        llmfact_nb, "load_texts", lambda name, split, n: [families.words(60, seed) for seed in range(n)]
+    )
     before, names = families.state(model), {}
     exec(blocks[0], names)
     assert capsys.readouterr().out.strip(), "the masked model has written something"

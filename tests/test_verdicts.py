@@ -12,9 +12,9 @@ import planted
 import pytest
 import torch
 
-from llmfact_nb.recurrence import METHODS, standard_library_code, recurrence_counts, recurrence_study
-from llmfact_nb.statistics import document_estimate
-from llmfact_nb.verdicts import CLAIMS, verdict_table
+from llmfact_nb.across.recurrence import METHODS, standard_library_code, recurrence_counts, recurrence_study
+from llmfact_nb.base.statistics import document_estimate
+from llmfact_nb.study.verdicts import CLAIMS, verdict_table
 
 TOKENIZER = families.tokenizer()
 NAN, INF = math.nan, math.inf
@@ -37,31 +37,106 @@ def models(*similar):
 
 
 def sizes(shares=(0.002, 0.004, 0.006), raw=0.9, z=0.9, units=(40, 50, 60)):
-    rows = [{"setting": s, "network": i, "units": u, "share": share, "depth": d + 0.02 * i} for s, d in (("published", raw), ("published, z-scored", z)) for i, (share, u) in enumerate(zip(shares, units))]
+    rows = [
+        {"setting": s, "network": i, "units": u, "share": share, "depth": d + 0.02 * i}
+        for s, d in (("published", raw), ("published, z-scored", z))
+        for i, (share, u) in enumerate(zip(shares, units))
+    ]
     return pd.DataFrame([*rows, {"setting": "published", "network": 9, "units": 0, "share": 0.0, "depth": NAN}])
 
 
 def contrast(against="random", damage=1.0, theirs=0.2, low=0.7, high=0.9, seeds=19, p=0.05, **more):
-    row = {"study": "union", "setting": "baseline", "arm": "key", "measure": "nats", "against": against, "seeds": seeds, "damage": damage, "against_damage": theirs, "against_low": theirs - 0.05, "against_high": theirs + 0.05}
+    row = {
+        "study": "union",
+        "setting": "baseline",
+        "arm": "key",
+        "measure": "nats",
+        "against": against,
+        "seeds": seeds,
+        "damage": damage,
+        "against_damage": theirs,
+        "against_low": theirs - 0.05,
+        "against_high": theirs + 0.05,
+    }
     return row | {"difference": damage - theirs, "ci_low": low, "ci_high": high, "p": p, "note": ""} | more
 
 
 def union(damage=1.0, low=0.9, high=1.1, ratio=1.0, overlap=0.3):
-    key = {"setting": "baseline", "measure": "nats", "arm": "key", "items": 900, "unmasked": 3.0, "value": 3.0 + damage, "damage": damage, "ci_low": low, "ci_high": high}
-    controls = [{"setting": "baseline", "measure": "nats", "arm": "matched shuffle", "items": 400, "variance_ratio": ratio, "overlap": overlap} for _ in range(3)]
+    key = {
+        "setting": "baseline",
+        "measure": "nats",
+        "arm": "key",
+        "items": 900,
+        "unmasked": 3.0,
+        "value": 3.0 + damage,
+        "damage": damage,
+        "ci_low": low,
+        "ci_high": high,
+    }
+    controls = [
+        {
+            "setting": "baseline",
+            "measure": "nats",
+            "arm": "matched shuffle",
+            "items": 400,
+            "variance_ratio": ratio,
+            "overlap": overlap,
+        }
+        for _ in range(3)
+    ]
     return pd.DataFrame([key, key | {"items": 400}, *controls])
 
 
 def networks(damages=(1.0, 0.1, 0.2), draws=19, spread=0.05):
     rows = []
     for n, damage in enumerate(damages):
-        rows.append({"measure": "nats", "arm": "network", "network": n, "seed": NAN, "units": 30, "damage": damage, "note": ""})
-        rows += [{"measure": "nats", "arm": "random", "network": n, "seed": s, "units": 30, "damage": 0.1 + spread * ((7 * s + 3 * n) % draws) / draws, "note": ""} for s in range(draws)]
-    return pd.DataFrame([*rows, {"measure": "nats", "arm": "network", "network": 9, "seed": NAN, "units": 0, "damage": NAN, "note": "no unit passes the threshold"}])
+        rows.append(
+            {"measure": "nats", "arm": "network", "network": n, "seed": NAN, "units": 30, "damage": damage, "note": ""}
+        )
+        rows += [
+            {
+                "measure": "nats",
+                "arm": "random",
+                "network": n,
+                "seed": s,
+                "units": 30,
+                "damage": 0.1 + spread * ((7 * s + 3 * n) % draws) / draws,
+                "note": "",
+            }
+            for s in range(draws)
+        ]
+    return pd.DataFrame(
+        [
+            *rows,
+            {
+                "measure": "nats",
+                "arm": "network",
+                "network": 9,
+                "seed": NAN,
+                "units": 0,
+                "damage": NAN,
+                "note": "no unit passes the threshold",
+            },
+        ]
+    )
 
 
 def random_share(*recovered, width=0.01):
-    return pd.DataFrame([{"arm": "random 15 %", "about": "zero", "positions": "all", "measure": "nats", "damage": 1 - r, "recovered": r, "recovered_low": r - width, "recovered_high": r + width} for r in recovered])
+    return pd.DataFrame(
+        [
+            {
+                "arm": "random 15 %",
+                "about": "zero",
+                "positions": "all",
+                "measure": "nats",
+                "damage": 1 - r,
+                "recovered": r,
+                "recovered_low": r - width,
+                "recovered_high": r + width,
+            }
+            for r in recovered
+        ]
+    )
 
 
 def preservation(value=0.95, low=0.92, high=0.97, k=128, rival=0.5, late=None):
@@ -71,20 +146,44 @@ def preservation(value=0.95, low=0.92, high=0.97, k=128, rival=0.5, late=None):
     rows = [of("keep key", 10, late_binding, 0.93, 0.91, 0.95) for late_binding in (False, True)]
     rows += [of("keep key", k, False, value, low, high), of("keep key", k, True, *(late or (value, low, high)))]
     rows += [of("keep random", k, late_binding, rival, rival - 0.05, rival + 0.05) for late_binding in (False, True)]
-    rows += [of("keep key", k, False, 0.99, 0.98, 1.0, fraction=0.3), of("keep random", k, False, 0.4, 0.3, 0.5, fraction=0.3)]
+    rows += [
+        of("keep key", k, False, 0.99, 0.98, 1.0, fraction=0.3),
+        of("keep random", k, False, 0.4, 0.3, 0.5, fraction=0.3),
+    ]
     return pd.DataFrame([*rows, of("keep key", 5000, False, NAN, NAN, NAN) | {"note": "too many"}])
 
 
-def amplification(nats=((-0.05, -0.03), (0.2, 0.3)), accuracy=((0.0, 0.0), (-0.02, 0.04)), most=((1.0, 1.2), (0.4, 0.6)), **more):
-    of = lambda measure, gain, about, interval, add=0.0: {"arm": "key", "measure": measure, "gain": gain, "about": about, "add_sd": add, "damage": sum(interval) / 2, "ci_low": interval[0], "ci_high": interval[1], "broken": False}
-    rows = [of(m, 1.5, about, i) for m, intervals in (("nats", nats), ("accuracy", accuracy)) for about, i in zip(("zero", "mean"), intervals)]
+def amplification(
+    nats=((-0.05, -0.03), (0.2, 0.3)), accuracy=((0.0, 0.0), (-0.02, 0.04)), most=((1.0, 1.2), (0.4, 0.6)), **more
+):
+    of = lambda measure, gain, about, interval, add=0.0: {
+        "arm": "key",
+        "measure": measure,
+        "gain": gain,
+        "about": about,
+        "add_sd": add,
+        "damage": sum(interval) / 2,
+        "ci_low": interval[0],
+        "ci_high": interval[1],
+        "broken": False,
+    }
+    rows = [
+        of(m, 1.5, about, i)
+        for m, intervals in (("nats", nats), ("accuracy", accuracy))
+        for about, i in zip(("zero", "mean"), intervals)
+    ]
     rows += [of("nats", 4.0, about, i) for about, i in zip(("zero", "mean"), most)]
     return pd.DataFrame([*rows, of("nats", 0.0, "zero", (0.9, 1.0)), of("nats", 1.0, "zero", (-0.9, -0.8), add=2.0)])
 
 
 def cross_task(*lows, seeds=3, theirs=0.2):
     pairs = [("wiki", "code, short"), ("wiki", "reviews, short"), ("code", "wiki, short"), ("wiki", "wiki, short")]
-    return pd.DataFrame([contrast(study="cross-task", found_on=a, data=b, low=low, high=low + 0.2, seeds=seeds, p=NAN, theirs=theirs) for (a, b), low in zip(pairs, (*lows, 0.5))])
+    return pd.DataFrame(
+        [
+            contrast(study="cross-task", found_on=a, data=b, low=low, high=low + 0.2, seeds=seeds, p=NAN, theirs=theirs)
+            for (a, b), low in zip(pairs, (*lows, 0.5))
+        ]
+    )
 
 
 contrasts = lambda **of: pd.DataFrame([contrast(a, **of) for a in ("random", "matched shuffle")])
@@ -137,35 +236,67 @@ def test_every_verdict_can_be_reached(claim):
 
 def some(table):
     "Rows that stand for the others: the first of each arm, method, setting, k, gain and network, and of each seed up to 1."
-    kinds = [c for c in ("arm", "method", "setting", "against", "k", "gain", "about", "measure", "found_on", "items", "network", "seed", "similar", "parameters", "recovered") if c in table]
+    kinds = [
+        c
+        for c in (
+            "arm",
+            "method",
+            "setting",
+            "against",
+            "k",
+            "gain",
+            "about",
+            "measure",
+            "found_on",
+            "items",
+            "network",
+            "seed",
+            "similar",
+            "parameters",
+            "recovered",
+        )
+        if c in table
+    ]
     return table[table.get("seed", pd.Series(0, table.index)).fillna(0) < 2].drop_duplicates(kinds).index
 
 
-@pytest.mark.parametrize("claim", [c for c in CASES if c not in ("T1b", "T3", "T6", "T9 late", "T10")])  # they are judged by the same tables
+@pytest.mark.parametrize(
+    "claim", [c for c in CASES if c not in ("T1b", "T3", "T6", "T9 late", "T10")]
+)  # they are judged by the same tables
 def test_a_missing_number_never_ends_the_table_and_never_makes_a_claim_hold(claim):
     for tables, values in ((CASES[claim]["fails"][0], (NAN,)), (CASES[claim]["undecided"][0], (NAN, INF))):
         before = verdict_table(tables).set_index("id").verdict
         for name, table in tables.items():
-            numbers = [c for c in table if pd.api.types.is_numeric_dtype(table[c]) and c not in ("late_binding", "broken")]
+            numbers = [
+                c for c in table if pd.api.types.is_numeric_dtype(table[c]) and c not in ("late_binding", "broken")
+            ]
             for row, column, value in itertools.product(some(table), numbers, values):
                 damaged = table.astype({column: object})
                 damaged.loc[row, column] = value
                 after = verdict_table(tables | {name: damaged.infer_objects()}).set_index("id")
                 assert list(after.index) == list(before.index) and after.why.ne("").all()
-                if not (name == "amplification" and column == "damage" and value == INF and table.gain[row] > 2):  # too much that breaks the model hurts
+                if not (
+                    name == "amplification" and column == "damage" and value == INF and table.gain[row] > 2
+                ):  # too much that breaks the model hurts
                     wrong = after.index[(after.verdict == "holds") & (before != "holds")]
                     assert not len(wrong), (name, row, column, value, after.why[wrong].tolist())
 
 
 def test_what_is_missing_is_said():
-    say = lambda claim, **tables: verdict_table({k.replace("_", " "): v for k, v in tables.items()}).set_index("id").why[claim]
+    say = lambda claim, **tables: (
+        verdict_table({k.replace("_", " "): v for k, v in tables.items()}).set_index("id").why[claim]
+    )
     table = networks()
     table.loc[(table.arm == "random") & (table.network == 1) & (table.seed == 4), "damage"] = NAN
     assert "18 draws have a number for every network, 19 are needed; 1 lack one" in say("T7", networks=table)
-    assert "1 networks without a unit are left out" in say("T7", networks=networks()) and "; 1 more without a unit" in say("T4", sizes=sizes())
+    assert "1 networks without a unit are left out" in say(
+        "T7", networks=networks()
+    ) and "; 1 more without a unit" in say("T4", sizes=sizes())
     broken = pd.DataFrame([contrast(damage=INF) | {"difference": NAN, "p": NAN, "note": "the loss is not finite"}])
     assert "lack a finite number (damage): the loss is not finite" in say("T6", contrasts=broken)
-    assert "1 changed nothing" in say("T11", amplification=amplification()) and "as many random units: 0.96, as good" in say("T9", preservation=preservation(rival=0.96))
+    assert "1 changed nothing" in say(
+        "T11", amplification=amplification()
+    ) and "as many random units: 0.96, as good" in say("T9", preservation=preservation(rival=0.96))
     assert "no table 'contrasts'" in say("T6", networks=networks())
     unplaced = preservation(rival=0.96)
     unplaced.loc[unplaced.arm == "keep random", "k"] = NAN
@@ -202,7 +333,13 @@ def test_intervals_of_broken_and_of_single_documents():
     minus = lambda a, b: a - b
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for sums, n in (([gone, fine], 6), ([fine, gone], 6), ([np.full(6, INF), fine], 6), ([np.append(fine[:5], NAN), fine], 6), ([fine[:1], fine[:1]], 1)):
+        for sums, n in (
+            ([gone, fine], 6),
+            ([fine, gone], 6),
+            ([np.full(6, INF), fine], 6),
+            ([np.append(fine[:5], NAN), fine], 6),
+            ([fine[:1], fine[:1]], 1),
+        ):
             of = document_estimate(minus, sums, counts[:n])
             assert math.isnan(of.low) and math.isnan(of.high), sums
             assert math.isfinite(of.value) == (n == 1)
@@ -213,16 +350,38 @@ def test_intervals_of_broken_and_of_single_documents():
 
 @pytest.mark.filterwarnings("ignore:FastICA has not converged")
 def test_recurrence_and_its_folder(tmp_path):
-    model, single = planted.model(), {"a": planted.texts(2, 60, seed=3) + ["w5 w6"], "b / ü": planted.texts(1, 60, seed=4)}
+    model, single = (
+        planted.model(),
+        {"a": planted.texts(2, 60, seed=3) + ["w5 w6"], "b / ü": planted.texts(1, 60, seed=4)},
+    )
     kinds = {"a": planted.texts(3, 60, seed=1), "b": planted.texts(2, 60, seed=2)}
-    run = lambda model, **kw: recurrence_study(model, TOKENIZER, kinds, single, n_templates=4, site="mlp_hidden", standardize=True, alpha=2.0, folder=tmp_path / "of", progress=False, **kw)
+    run = lambda model, **kw: recurrence_study(
+        model,
+        TOKENIZER,
+        kinds,
+        single,
+        n_templates=4,
+        site="mlp_hidden",
+        standardize=True,
+        alpha=2.0,
+        folder=tmp_path / "of",
+        progress=False,
+        **kw,
+    )
     with pytest.warns(UserWarning, match="1 of 4 texts do not carry 4 networks"):
         whole = run(model)
-    assert len(whole) == 3 * 4 * len(METHODS) and whole.groupby(["method", "texts"]).text.nunique().loc["ICA"].to_dict() == {"a": 2, "b / ü": 1}
-    assert whole[whole.method == "ICA"].r.mean() > whole[whole.method == "shuffled"].r.mean() + 0.2 and whole.r.between(0, 1).all()
+    assert len(whole) == 3 * 4 * len(METHODS) and whole.groupby(["method", "texts"]).text.nunique().loc[
+        "ICA"
+    ].to_dict() == {"a": 2, "b / ü": 1}
+    assert (
+        whole[whole.method == "ICA"].r.mean() > whole[whole.method == "shuffled"].r.mean() + 0.2
+        and whole.r.between(0, 1).all()
+    )
     assert (whole[whole.matched].similar >= 1).all() and recurrence_counts(whole)["all"].sum() == whole.similar.sum()
     (killed,) = (tmp_path / "of").glob("b*-0.json")
-    assert killed.name.isascii() and {p.parent for p in tmp_path.rglob("*.json")} == {tmp_path / "of"}, "a kind's name makes no folders"
+    assert killed.name.isascii() and {p.parent for p in tmp_path.rglob("*.json")} == {tmp_path / "of"}, (
+        "a kind's name makes no folders"
+    )
     killed.unlink()
     other = copy.deepcopy(model)
     with torch.no_grad():

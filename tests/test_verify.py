@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 from test_faults import SMALL, small_run, small_world
 
-from llmfact_nb import measures, run as run_module
-from llmfact_nb.files import HEADER, save_tensors, write_json
-from llmfact_nb.resources import load_model
-from llmfact_nb.verify import COLUMNS, compared, disagreements, kind_of, verification_report, verify
+from llmfact_nb.study import measures
+from llmfact_nb.command import run as run_module
+from llmfact_nb.base.files import HEADER, save_tensors, write_json
+from llmfact_nb.base.resources import load_model
+from llmfact_nb.command.verify import COLUMNS, compared, disagreements, kind_of, verification_report, verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:FastICA has not converged")
 N_ROWS = 1 + 2 * 9
@@ -53,18 +54,28 @@ def test_an_untouched_run_is_confirmed(finished):
     table = verify(finished, sample=N_ROWS)
     assert list(table.columns) == list(COLUMNS) and not len(disagreements(table)), verification_report(table)
     losses = table[table.part == "losses"]
-    assert len(losses) == 1 + 4 * (N_ROWS - 1) and (losses.difference == 0).all(), "the same machine: the same to the last bit"
+    assert len(losses) == 1 + 4 * (N_ROWS - 1) and (losses.difference == 0).all(), (
+        "the same machine: the same to the last bit"
+    )
     results = pd.read_csv(finished / "results.csv")
-    assert losses.here.iloc[0] == pytest.approx(results.nats[0], abs=1e-12) and set(results.arm) - {"unmasked"} == {re.split(r",| \d", w)[0] for w in losses.what[1:]}
+    assert losses.here.iloc[0] == pytest.approx(results.nats[0], abs=1e-12) and set(results.arm) - {"unmasked"} == {
+        re.split(r",| \d", w)[0] for w in losses.what[1:]
+    }
     assert {"table", "model", "texts", "losses", "environment"} <= set(table.part)
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in finished.rglob("*")} == before, "nothing is written"
     said = verification_report(table)
-    assert said.splitlines()[0] == "environment: as it was" and said.splitlines()[-1] == "The numbers are confirmed." and "within 0.001 nats" in said
+    assert (
+        said.splitlines()[0] == "environment: as it was"
+        and said.splitlines()[-1] == "The numbers are confirmed."
+        and "within 0.001 nats" in said
+    )
 
 
 def test_the_sample_is_drawn_with_the_headline_in_it(finished):
     drawn = [set(verify(finished, sample=3, seed=s).query("part == 'losses'").what) for s in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2] and all("key, mean, after the first token: damage" in d and len(d) == 1 + 4 * 3 for d in drawn)
+    assert drawn[0] == drawn[1] != drawn[2] and all(
+        "key, mean, after the first token: damage" in d and len(d) == 1 + 4 * 3 for d in drawn
+    )
     assert set(verify(finished, sample=0).query("part == 'losses'").what) == {"unmasked: nats"}
 
 
@@ -97,7 +108,12 @@ def other_means(out):
     exchanged(out / "parts" / "statistics.safetensors", lambda tensors: {k: v + 1 for k, v in tensors.items()})
 
 
-TAMPERED = {changed_cell: ("table", "kept losses"), lost_row: ("table", "rows that are missing"), other_maps: ("table", "units of each layer"), other_means: ("losses", "key, mean")}
+TAMPERED = {
+    changed_cell: ("table", "kept losses"),
+    lost_row: ("table", "rows that are missing"),
+    other_maps: ("table", "units of each layer"),
+    other_means: ("losses", "key, mean"),
+}
 
 
 @pytest.mark.parametrize("tamper, where", TAMPERED.items(), ids=lambda x: getattr(x, "__name__", ""))
@@ -131,7 +147,11 @@ def test_another_environment_is_told_and_is_no_fault(copied):
     manifest["versions"]["torch"], manifest["machine"]["device"], manifest["found"]["threads"] = "1.0", "cuda:0", 77
     (copied / "manifest.json").write_text(json.dumps(manifest))
     table = verify(copied, sample=1)
-    assert not len(disagreements(table)) and set(table[(table.verdict == "differs")].what) == {"torch", "device", "threads"}
+    assert not len(disagreements(table)) and set(table[(table.verdict == "differs")].what) == {
+        "torch",
+        "device",
+        "threads",
+    }
     first = verification_report(table).splitlines()[0]
     assert f"torch 1.0 there, {torch.__version__.partition('+')[0]}" in first and "threads 77 there" in first
 
@@ -143,9 +163,18 @@ def test_networks_are_found_again(finished):
 
 def test_the_tolerance_is_what_decides():
     for off, verdict in ((0.9e-3, "agrees"), (1.1e-3, "differs")):
-        assert compared("losses", "x", 0.5, 0.5 + off, 1e-3).verdict == compared("losses", "x", 20.0, 20 * (1 + off), 1e-3).verdict == verdict
+        assert (
+            compared("losses", "x", 0.5, 0.5 + off, 1e-3).verdict
+            == compared("losses", "x", 20.0, 20 * (1 + off), 1e-3).verdict
+            == verdict
+        )
     for odd in (float("nan"), float("inf")):
-        assert compared("losses", "x", odd, odd, 1e-3).verdict == "agrees" and compared("losses", "x", odd, 1.0, 1e-3).verdict == compared("losses", "x", 1.0, odd, 1e-3).verdict == "differs"
+        assert (
+            compared("losses", "x", odd, odd, 1e-3).verdict == "agrees"
+            and compared("losses", "x", odd, 1.0, 1e-3).verdict
+            == compared("losses", "x", 1.0, odd, 1e-3).verdict
+            == "differs"
+        )
 
 
 def test_what_takes_long_is_said_and_a_library_can_be_silent(finished, capsys):
@@ -174,12 +203,30 @@ def test_folders_that_are_no_run(finished, copied, tmp_path):
             verify(folder)
         assert str(folder) in str(e.value)
     assert kind_of(finished) == "run"
-    for wrong in (dict(sample=-1), dict(sample=1.5), dict(sample=True), dict(tolerance=-1.0), dict(tolerance=float("nan"))):
+    for wrong in (
+        dict(sample=-1),
+        dict(sample=1.5),
+        dict(sample=True),
+        dict(tolerance=-1.0),
+        dict(tolerance=float("nan")),
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             verify(finished, **wrong)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "settings.json", "results.csv", "networks.safetensors", "parts/statistics.safetensors", "parts/facts.json", "parts/courses.safetensors", "parts/arms/unmasked.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json",
+        "settings.json",
+        "results.csv",
+        "networks.safetensors",
+        "parts/statistics.safetensors",
+        "parts/facts.json",
+        "parts/courses.safetensors",
+        "parts/arms/unmasked.safetensors",
+    ],
+)
 def test_a_damaged_file_is_named(name, copied):
     path = copied / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if path.suffix != ".csv" else b"condition,arm\n")
@@ -206,7 +253,7 @@ def test_settings_of_another_version_are_named(copied):
 def test_a_folder_cannot_ask_for_remote_code(copied, monkeypatch):
     settings = json.loads((copied / "settings.json").read_text())
     (copied / "settings.json").write_text(json.dumps(settings | {"trust_remote_code": True}))
-    monkeypatch.setattr("llmfact_nb.resources.load_model", lambda *a, **kw: pytest.fail(f"loaded with {kw}"))
+    monkeypatch.setattr("llmfact_nb.base.resources.load_model", lambda *a, **kw: pytest.fail(f"loaded with {kw}"))
     with pytest.raises(ValueError, match="code that came with its checkpoint.*trust_remote_code=True"):
         verify(copied)
 
@@ -217,8 +264,15 @@ def test_a_folder_cannot_ask_for_remote_code(copied, monkeypatch):
 def test_a_manifest_says_what_is_needed(finished):
     manifest = json.loads((finished / "manifest.json").read_text())
     assert {"llmfact_nb", "model", "texts", "settings", "seeds", "versions", "machine", "found"} <= set(manifest)
-    assert {k: manifest["settings"][k] for k in SMALL if k != "conditions"} == {k: v for k, v in SMALL.items() if k != "conditions"}
-    assert manifest["found"]["threads"] == torch.get_num_threads() and {"torch", "transformers", "numpy", "python"} <= set(manifest["versions"])
+    assert {k: manifest["settings"][k] for k in SMALL if k != "conditions"} == {
+        k: v for k, v in SMALL.items() if k != "conditions"
+    }
+    assert manifest["found"]["threads"] == torch.get_num_threads() and {
+        "torch",
+        "transformers",
+        "numpy",
+        "python",
+    } <= set(manifest["versions"])
 
 
 def test_a_manifest_identifies_model_texts_and_files(finished):
@@ -243,7 +297,9 @@ def test_no_home_and_no_secret_in_what_a_run_writes(world, tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(run_module, "publish", lambda run: None)
-    settings = run_module.settings_from(model=str(home / "data" / "model"), texts=str(home / "data" / "texts.jsonl"), **SMALL)
+    settings = run_module.settings_from(
+        model=str(home / "data" / "model"), texts=str(home / "data" / "texts.jsonl"), **SMALL
+    )
     run_module.run_settings(settings, tmp_path / "out", progress=False, token="hf_secret")
     for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
         for word in (b"some-user", b"hf_secret", os.uname().nodename.encode()):
@@ -253,7 +309,9 @@ def test_no_home_and_no_secret_in_what_a_run_writes(world, tmp_path, monkeypatch
 def test_nothing_of_this_machine_in_a_manifest(finished):
     "No user, no host, no environment variable."
     said = (finished / "manifest.json").read_text() + (finished / "parts" / "loaded.json").read_text()
-    nouns = [os.uname().nodename, str(Path.home()) + "/"] + [v for k, v in os.environ.items() if re.search("TOKEN|SECRET|PASSWORD|API_KEY", k) and len(v) > 5]
+    nouns = [os.uname().nodename, str(Path.home()) + "/"] + [
+        v for k, v in os.environ.items() if re.search("TOKEN|SECRET|PASSWORD|API_KEY", k) and len(v) > 5
+    ]
     assert not [w for w in nouns if w in said]
 
 
@@ -294,15 +352,23 @@ def test_an_untouched_study_is_confirmed(study, copied_study):
     table = verified(study / "study", study, sample=6)
     assert not len(disagreements(table)), verification_report(table)
     named = {what.partition(":")[0].replace(" ", "-") for what in table[table.part == "table"].what}
-    assert named == {p.stem for p in (study / "study" / "tables").glob("*.csv")} >= {"verdicts", "recurrence", "facts", "contrasts"}
+    assert (
+        named
+        == {p.stem for p in (study / "study" / "tables").glob("*.csv")}
+        >= {"verdicts", "recurrence", "facts", "contrasts"}
+    )
     assert len(table[table.part == "losses"]) >= 7 and (table[table.part == "losses"].difference.abs() < 1e-6).all()
-    write_json(copied_study / "asked.json", {"model": str(study / "model"), "quick": True})  # what `llmfact figures --model` leaves there
+    write_json(
+        copied_study / "asked.json", {"model": str(study / "model"), "quick": True}
+    )  # what `llmfact figures --model` leaves there
     assert not len(disagreements(verify(copied_study, sample=0, texts=study_texts(), progress=False)))
 
 
 def cell(column: str, row: int, to):
     "Change one cell; to what, or how."
-    return lambda t: t.assign(**{column: [(to(v) if callable(to) else to) if i == row else v for i, v in enumerate(t[column])]})
+    return lambda t: t.assign(
+        **{column: [(to(v) if callable(to) else to) if i == row else v for i, v in enumerate(t[column])]}
+    )
 
 
 FALSIFIED = {  # table -> how its cells, all words, are changed (None: it is deleted), and the row that says so
@@ -345,7 +411,9 @@ def test_what_was_changed_in_a_study_is_found(changes, study, copied_study):
             change(pd.read_csv(path, dtype=str, keep_default_na=False)).to_csv(path, index=False)
     table = verified(copied_study, study)
     wrong = sorted(disagreements(table).what)
-    assert len(wrong) == len(changes) and all(what.startswith(says) for what, says in zip(wrong, sorted(says for _, says in changes.values()))), verification_report(table)
+    assert len(wrong) == len(changes) and all(
+        what.startswith(says) for what, says in zip(wrong, sorted(says for _, says in changes.values()))
+    ), verification_report(table)
     assert verification_report(table).splitlines()[-1] == f"NOT confirmed: {len(changes)} differ."
 
 
@@ -356,7 +424,11 @@ def test_a_table_too_many_and_another_recurrence_are_found(study, copied_study):
     kept = json.loads(path.read_text())
     kept["rows"][0]["similar"] += 1
     path.write_text(json.dumps(kept))
-    assert [what.partition(",")[0] for what in disagreements(verified(copied_study, study)).what] == ["recurrence: largest relative difference", "verdicts: why", "models: the table"]
+    assert [what.partition(",")[0] for what in disagreements(verified(copied_study, study)).what] == [
+        "recurrence: largest relative difference",
+        "verdicts: why",
+        "models: the table",
+    ]
 
 
 @pytest.mark.parametrize("flipped, verdict", [(1, "agrees"), (2, "differs")])
@@ -373,7 +445,13 @@ def test_of_an_accuracy_one_sentence_may_differ(flipped, verdict, study, monkeyp
         return dataclasses.replace(found, predictions=predictions)
 
     monkeypatch.setattr(measures, "label_accuracy", elsewhere)
-    table = verified(study / "study", study, sample=999)  # all: what a smaller sample holds depends on the versions, which are in the names
+    table = verified(
+        study / "study", study, sample=999
+    )  # all: what a smaller sample holds depends on the versions, which are in the names
     accuracy = table.what.str.contains(": accuracy, one of 4 may flip")
-    assert accuracy.sum() > 1 and set(table[accuracy].verdict) == {verdict} and set(table[accuracy].difference.abs()) == {flipped / 4}
+    assert (
+        accuracy.sum() > 1
+        and set(table[accuracy].verdict) == {verdict}
+        and set(table[accuracy].difference.abs()) == {flipped / 4}
+    )
     assert set(disagreements(table[~accuracy]).what) == set()
