@@ -231,9 +231,7 @@ def suggestion(
     return nearly(quoted[0], [w for w in quoted[1:] if w != quoted[0]]) if quoted else ""
 
 
-def one_line(
-    e: BaseException,
-) -> str:
+def one_line(e: BaseException) -> str:
     "Return an error's message as one line, in the words of the command under way."
     text = " ".join(str(e).split()) or type(e).__name__
     return in_options(text, _asked.shown, _asked.values) + suggestion(text)

@@ -32,9 +32,7 @@ def unwrapped(
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def require_causal(
-    model: nn.Module,
-) -> None:
+def require_causal(model: nn.Module) -> None:
     "Raise TypeError unless `model` is a causal language model of transformers (wrapped by PEFT or torch.compile or not)."
     from transformers.models.auto import modeling_auto as known
 

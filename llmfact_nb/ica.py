@@ -128,9 +128,7 @@ class DataError(ValueError):
     "The data do not carry what was asked of them: too few tokens or directions, no unit above the threshold, values that are not finite."
 
 
-def _refuse_non_finite(
-    data: CentredX,
-) -> None:
+def _refuse_non_finite(data: CentredX) -> None:
     "Raise the DataError that counts the values that are nan or infinite and names the first one's row and column."
     count, first = 0, None
     for a in range(0, data.long, data.width):

@@ -101,7 +101,7 @@ class NeuronMask:
     widths: tuple[int, ...]  # units of each layer
     site: str | tuple[str, ...] | None = None  # "mlp_out", "mlp_hidden", module names, or None: unknown
     depths: tuple[int, ...] = field(
-        default=None,  # type: ignore[arg-type]
+        default=None  # type: ignore[arg-type]
     )  # layer number of each block; None: 0, 1, 2, ...
 
     def __post_init__(self):

@@ -328,9 +328,7 @@ def find_resource(
     return RESOURCES[name]
 
 
-def cached_file(
-    resource: Resource,
-) -> Path:
+def cached_file(resource: Resource) -> Path:
     "Return where the resource's file stands once it is fetched."
     return cache_folder() / "files" / resource.name / resource.filename
 

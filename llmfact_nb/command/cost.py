@@ -273,18 +273,14 @@ class Cost:
         return dataclasses.asdict(self) | {"assumptions": list(self.assumptions)}
 
 
-def duration(
-    seconds: float,
-) -> str:
+def duration(seconds: float) -> str:
     "Return a time in words, no more exact than a guess can be."
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def bytes_text(
-    n: int,
-) -> str:
+def bytes_text(n: int) -> str:
     "Return a number of bytes in words."
     for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= of:

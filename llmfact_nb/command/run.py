@@ -498,9 +498,7 @@ class Run(NamedTuple):
         return summary(self.found, self.results, self.settings)
 
 
-def publish(
-    run: Run,
-) -> Path:
+def publish(run: Run) -> Path:
     "Draw the figures and write report.html, both from the run's tables; return the page's path."
     pictures = _draw_figures(run.found, run.results, run.settings, run.held_out, run.folder / "figures")
     return write_report(

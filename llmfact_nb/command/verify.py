@@ -111,9 +111,7 @@ def _environment(
     ]
 
 # %% ../../nbs/command/05_verify.ipynb #94f7c714
-def kind_of(
-    folder: str | os.PathLike,
-) -> str:
+def kind_of(folder: str | os.PathLike) -> str:
     'Return "run" or "whole study". Raises FileNotFoundError if there is no such folder, or nothing finished in it; ValueError if it holds something else.'
     folder, has = Path(folder), lambda name: (Path(folder) / name).exists()
     if not folder.is_dir():
@@ -273,9 +271,7 @@ def _model_checks(
     ]
 
 
-def _text_mark(
-    texts: EvalSet,
-) -> str:
+def _text_mark(texts: EvalSet) -> str:
     "Return a short checksum of what is scored, token by token."
     return texts.fingerprint[:16]
 

@@ -162,9 +162,7 @@ def distinct(
     return len(set(runs)) / len(runs) if runs else math.nan
 
 
-def generation_row(
-    new: Continuation,
-) -> dict:
+def generation_row(new: Continuation) -> dict:
     "Return the measures of one text."
     loops = distinct(new.tokens, 4)
     measured = dict(

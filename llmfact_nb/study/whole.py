@@ -473,10 +473,7 @@ class CountingBench(Bench):
         return scores
 
 
-def placeholder(
-    model: nn.Module,
-    wanted: "_Wanted | str",
-) -> "Candidates | str":
+def placeholder(model: nn.Module, wanted: "_Wanted | str") -> "Candidates | str":
     "Return random maps in place of networks, for counting."
     if isinstance(wanted, str):
         return wanted

@@ -232,9 +232,7 @@ class TuningTask:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def examples_fingerprint(
-    examples: Sequence[Example],
-) -> str:
+def examples_fingerprint(examples: Sequence[Example]) -> str:
     "Return a checksum of examples."
     return hashlib.sha256(
         repr([(e.ids, e.start, e.choices, e.label, e.document) for e in examples]).encode()
