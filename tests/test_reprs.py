@@ -1,4 +1,5 @@
-"""What a notebook shows of an object: true facts, one picture that is well-formed and harmless, at once, whatever state the object is in."""
+"""What a notebook shows of an object: true facts, one picture that is well-formed and harmless, at once, whatever
+state the object is in."""
 
 import inspect
 import time
@@ -10,7 +11,7 @@ import torch
 from llmfact_nb.activations import Activations
 from llmfact_nb.base.display import bars, card, dots, plain_text
 from llmfact_nb.masked_model import MaskedModel
-from llmfact_nb.masks import NeuronMask
+from llmfact_nb.masks import Layout, NeuronMask
 from llmfact_nb.networks import FunctionalNetworks
 
 EVIL = "</b><script>alert(1)</script><img src=x onerror=alert(1)>\u202e"
@@ -35,7 +36,8 @@ def activations(n_tokens=60, model="model", n_texts=3):
 
 
 def parsed(markup):
-    "The card as a tree; fails unless it is well formed and holds nothing but plain, inert elements in the reader's own colour."
+    """The card as a tree; fails unless it is well formed and holds nothing but plain, inert elements in the reader's
+    own colour."""
     tree = ElementTree.fromstring(markup.replace("&ensp;", " "))
     assert {e.tag for e in tree.iter()} <= {"div", "b", "svg", "rect", "circle", "path", "title"}
     names = {k for e in tree.iter() for k in e.attrib}
@@ -71,8 +73,9 @@ def test_activations_show_their_texts_and_never_trust_a_name():
     assert "60 tokens x 12 neurons" in repr(acts) and "float32, 2.88 kB" in repr(acts) and "2 layers" in repr(acts)
     tree = parsed(acts._repr_html_())
     for fact in (
-        "60 tokens of 3 texts x 12 neurons",
-        "3 sink tokens (5.00%)",
+        "3 texts",
+        "60 tokens x 12 neurons",
+        "3 sink tokens",
         "float32, 2.88 kB",
         "2 texts were cut",
         plain_text(EVIL),
@@ -131,7 +134,7 @@ def test_a_masked_model_shows_what_is_changed_now(tiny_model):
         inside = parsed(masked._repr_html_())
         assert f"{mask.n} units changed now" in repr(masked) and "and 1 more open" in said(inside)
         assert [t.text for t in inside.iter("title")] == ["layer 0: 2", "layer 1: 3", "layer 2: 4"]
-    with pytest.raises(RuntimeError, match="on purpose"), masked.ablate(mask):
+    with pytest.raises(RuntimeError), masked.ablate(mask):
         raise RuntimeError("on purpose")
     assert repr(masked) == before
     odd = MaskedModel(torch.nn.Linear(2, 2))  # not a model of a known kind: shown all the same
@@ -162,7 +165,8 @@ def test_a_large_mask_and_large_networks_are_shown_at_once():
     mask = NeuronMask.full((14_336,) * 80)
     networks = FunctionalNetworks(20)
     networks.__dict__ |= dict(
-        maps_=torch.zeros(20, 80 * 1000), widths=(1000,) * 80, depths=tuple(range(80)), site="mlp_out", model="", rows_=torch.ones(10) > 0, method_="ica", converged_=True, n_iter_=3,
+        maps_=torch.zeros(20, 80 * 1000), layout=Layout((1000,) * 80, site="mlp_out"), model="",
+        rows_=torch.ones(10) > 0, method_="ica", converged_=True, n_iter_=3,
         stability_=torch.ones(20),
     )  # fmt: skip
     start = time.process_time()
