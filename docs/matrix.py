@@ -1,6 +1,7 @@
 """Write docs/pages/architectures.md: what the package does with each family of models, as the checks of the tests say.
 
-Run it when a family, a check or a refusal has changed; tests/test_matrix.py says so when it is out of step. It builds small random models and needs no network, a minute of one core."""
+Run it when a family, a check or a refusal has changed; tests/test_matrix.py says so when it is out of step. It
+builds small random models and needs no network, a minute of one core."""
 
 import os
 import re
@@ -25,28 +26,32 @@ HEADINGS = (
 OPENING = """# Architectures
 
 {.lead}
-Which families of models were tried, what works with each, and what is refused in which words.
+The families of models that were tried, what works with each of them, and which are refused and why.
 
-Every row is a test. A random model of three narrow layers is built from the family's own configuration, the package does each thing with it, and the result is compared with hooks, weights and gradients that the test handles itself, without the package. The down projection is written down by hand for every
-family. The tests are {test}`test_matrix.py::test_family`; `docs/matrix.py` writes this page from them.
+Every row is a test. A random model of three narrow layers is built from the family's own configuration. The package
+does each thing with it, and the result is compared with hooks, weights and gradients that the test handles itself,
+without the package. The down projection of every family is written down by hand. The tests are
+{test}`test_matrix.py::test_family`; `docs/matrix.py` writes this page from them.
 
 capture
 : The rows of a padded batch equal those of a plain hook on each text alone, at both sites.
 
 ablate
-: The masked model answers as one whose weights were zeroed by hand: columns of the down projection at `mlp_hidden`, rows and bias at `mlp_out`.
+: The masked model gives the logits of a model whose weights were set to zero by hand: columns of the down projection
+  at `mlp_hidden`, rows and bias at `mlp_out`.
 
 keep
 : The same for everything but the mask, and equal to ablating its complement.
 
 bake
-: The baked copy answers as the masked model and holds no hook.
+: The baked copy gives the logits of the masked model and has no hook.
 
 generate
 : A left-padded batch is continued under the mask as by the model with zeroed weights. Encoders write no text.
 
 tune selected
-: Three steps of AdamW with weight decay 0.1 move every entry that belongs to the mask's neurons and no other by a single bit. Which entries belong to a neuron is found by gradients.
+: Three steps of AdamW with weight decay 0.1 move every entry that belongs to the mask's neurons and no other by a
+  single bit. Gradients show which entries belong to a neuron.
 
 restored
 : After all of it weights and answers are equal bit for bit, and no hook is left.
@@ -56,7 +61,9 @@ restored
 REFUSED = """
 ## Families that are refused
 
-Most have no one MLP per layer that a mask could mean; a few let the rest of a batch into every text. Sites, capture, masks and tuning all refuse them in the same words, and leave the model as it was. Where the words say so, modules can be given by name.
+Most of these do not have exactly one MLP in each layer; in a few, the rest of the batch influences every text. Sites,
+capture, masks and tuning refuse them with the same message and leave the model as it was. Where the message says so,
+modules can be given by name.
 """
 TUNING = """
 ## Families that are masked but not tuned
@@ -65,7 +72,10 @@ TUNING = """
 SURVEY = """
 ## All other types
 
-transformers {version} knows {n} types of causal and masked language models. Beside the families above, each was built small, from a configuration guessed from its own, and asked where its neurons are ({{test}}`test_matrix.py::test_types_nobody_thought_of`). No activations were compared. {unbuilt} types could not be built in this way.
+transformers {version} has {n} types of causal and masked language models. Each of those that are not listed above was
+built small, from a guessed configuration, and searched for its neurons
+({{test}}`test_matrix.py::test_types_nobody_thought_of`). No activations were compared. {unbuilt} types could not be
+built in this way.
 
 Placed: {placed}.
 

@@ -1,6 +1,8 @@
-"""What the package does with one family, from sites to tuning: each column of the table of architectures is a check against hooks, weights and gradients of this file's own.
+"""What the package does with one family, from sites to tuning: each column of the table of architectures is a check
+against hooks, weights and gradients of this file's own.
 
-A check returns "works", or the words of the refusal it got; it raises AssertionError where the package does something else than it says. docs/matrix.py writes what they return down as a page."""
+A check returns "works", or the words of the refusal it got; it raises AssertionError where the package does
+something else than it says. docs/matrix.py writes what they return down as a page."""
 
 import copy
 import functools
@@ -19,6 +21,23 @@ from llmfact_nb.sites import neuron_sites
 
 SITES = ("mlp_out", "mlp_hidden")
 COLUMNS = ("site", "capture", "ablate", "keep", "bake", "generate", "tune", "restored")
+# One of each layout: Conv1D, residual inside the MLP, fused gate, MLP without a module of its own, parallel block,
+# window and many norms, convolutions, encoder, experts, experts that hide, two stacks.
+ALWAYS = [
+    "gpt2",
+    "bloom",
+    "phi3",
+    "opt",
+    "gpt_neox",
+    "gemma3_text",
+    "lfm2",
+    "llama",
+    "bert",
+    "distilbert",
+    "mixtral",
+    "doge",
+    "t5",
+]
 WORKS, NO_TEXT = "works", "writes no text"
 TEXTS = [families.words(9, 1), families.words(4, 2)]
 IDS = torch.tensor([[5, 9, 17, 30, 8, 41, 11, 26], [7, 7, 22, 4, 46, 12, 39, 20]])
@@ -45,7 +64,8 @@ class Subject:
         return NeuronMask.from_layers([torch.rand(n, generator=g) < 0.4 for _ in range(LAYERS)], site)
 
     def zeroed(self, mask: NeuronMask) -> torch.nn.Module:
-        "A copy whose weights are zeroed by hand: columns of the down projection for hidden neurons, rows and entries of the bias for its outputs."
+        """A copy whose weights are zeroed by hand: columns of the down projection for hidden neurons, rows and entries
+        of the bias for its outputs."""
         other = Subject(self.name, copy.deepcopy(self.model))
         with torch.no_grad():
             for chosen, (_, module) in zip(mask.layers, other.down):
@@ -148,7 +168,8 @@ def check_generate(s: Subject) -> str:
 
 
 def expected_slices(s: Subject, mask: NeuronMask) -> dict[str, torch.Tensor]:
-    "Which entries of which parameter are the mask's neurons': those that their activations depend on, in linear maps beside the down projection, and its own columns. By gradients."
+    """Which entries of which parameter are the mask's neurons': those that their activations depend on, in linear maps
+    beside the down projection, and its own columns. By gradients."""
     entries = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in s.model.named_parameters()}
     names = {id(p): n for n, p in s.model.named_parameters()}
     seen = {}
@@ -199,7 +220,8 @@ def check_tune(s: Subject) -> str:
         for n, p in s.model.named_parameters():
             moved = p.detach() != before[n]
             assert torch.equal(moved, expected[n]), (
-                f"{n}: {int((moved & ~expected[n]).sum())} entries moved that are frozen, {int((expected[n] & ~moved).sum())} did not learn"
+                f"{n}: {int((moved & ~expected[n]).sum())} entries moved that are frozen, "
+                f"{int((expected[n] & ~moved).sum())} did not learn"
             )
         words = WORKS
     assert families.state(s.model) == hooks and (
@@ -209,7 +231,8 @@ def check_tune(s: Subject) -> str:
 
 
 def examine(name: str) -> dict[str, str]:
-    "The row of one family: for each column 'works' or the words of the refusal. 'restored' is last: after all of it the model is as it was."
+    """The row of one family: for each column 'works' or the words of the refusal. 'restored' is last: after all of it
+    the model is as it was."""
     if name in families.REFUSED:
         return refused(name)
     s = Subject(name, families.build(name))

@@ -1,4 +1,5 @@
-"""Tiny random models of many families, and where their down projections are: a table written down by hand, independent of the package."""
+"""Tiny random models of many families, and where their down projections are: a table written down by hand, independent
+of the package."""
 
 import copy
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ FURTHER = {
     ),
 }
 FAMILIES = {**NAMED, **FURTHER}
-# Layouts that none of those has: an MLP without a module of its own, one in a Sequential, post-norm decoders, recurrent blocks with an MLP. Examined in test_matrix.py alone.
+# Layouts that none of those has: an MLP without a module of its own, one in a Sequential, post-norm decoders,
+# recurrent blocks with an MLP. Examined in test_matrix.py alone.
 MORE = {
     "openai-gpt": _family("h.{}.mlp.c_proj", 4 * D, n_embd=D, n_layer=LAYERS, n_head=2, n_positions=CONTEXT),
     "ctrl": _family("h.{}.ffn.2", n_embd=D, dff=HIDDEN, n_layer=LAYERS, n_head=2, n_positions=CONTEXT),
@@ -281,7 +283,8 @@ def down_projections(name: str, model) -> list[tuple[str, torch.nn.Module]]:
 
 
 def tokenizer(pad: bool = True, side: str = "right", special: bool = False, **options):
-    "A word-level tokenizer of the words w4 ... w47, built offline; special=True puts <s> before and </s> after each text."
+    """A word-level tokenizer of the words w4 ... w47, built offline; special=True puts <s> before and </s> after each
+    text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,5 @@
-"""A tiny model in which everybody knows which neurons matter: eight topics, each with its own neurons, which alone tell what comes next; and louder neurons that do nothing."""
+"""A tiny model in which everybody knows which neurons matter: eight topics, each with its own neurons, which alone
+tell what comes next; and louder neurons that do nothing."""
 
 import families
 import torch

