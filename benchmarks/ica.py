@@ -1,4 +1,5 @@
-"""How fast, how lean and how faithful is ICA here, beside scikit-learn, picard and nilearn on the same activations? And how does it grow?"""
+"""How fast, how lean and how faithful is ICA here, beside scikit-learn, picard and nilearn on the same activations?
+And how does it grow?"""
 
 import argparse
 import gc
@@ -38,7 +39,8 @@ def picard_default(X, k):
 
 
 def nilearn_canica(X, k):
-    "CanICA's own decomposition of one matrix: randomized SVD, ten runs of FastICA with cube in float64, the sparsest run kept."
+    """CanICA's own decomposition of one matrix: randomized SVD, ten runs of FastICA with cube in float64, the sparsest
+    run kept."""
     from nilearn.decomposition import CanICA
 
     model = CanICA(n_components=k, n_init=10, do_cca=False, threshold=None, random_state=0)
@@ -97,7 +99,8 @@ EXACT = {
 
 def write_activations(folder: Path) -> None:
     from llmfact_nb.activations import capture
-    from llmfact_nb.base.resources import load_model, load_texts
+    from llmfact_nb.base.models import load_model
+    from llmfact_nb.base.texts import load_texts
 
     model, tokenizer = load_model()
     texts = load_texts("wiki", "fit", n=24)["text"][:]
@@ -129,7 +132,8 @@ def forget_peak() -> None:
 
 
 def child(name: str, folder: Path) -> None:
-    "One fit in a process of its own; prints seconds, growth of peak memory and steps, and leaves maps and time courses in the folder."
+    """One fit in a process of its own; prints seconds, growth of peak memory and steps, and leaves maps and time
+    courses in the folder."""
     warnings.simplefilter("ignore")  # whether a peer has converged is seen in its steps
     if name.startswith("growth"):
         _, T, N = name.split()
@@ -239,7 +243,8 @@ def compare(args, folder: Path) -> tuple[list, dict]:
 
 
 def write_growth(folder: Path, T: int, N: int) -> None:
-    "A matrix on disk with the spectrum of real activations: real columns over and over, each with its own scale and noise."
+    """A matrix on disk with the spectrum of real activations: real columns over and over, each with its own scale and
+    noise."""
     X, g = np.load(folder / "mlp_hidden.npy", mmap_mode="r"), np.random.default_rng(0)
     big = np.lib.format.open_memmap(folder / "growth.npy", mode="w+", dtype=np.float32, shape=(T, N))
     for a in range(0, T, 256):
@@ -272,17 +277,17 @@ def growth(args, folder: Path) -> tuple[list, dict]:
 
 def crossover(folder: Path) -> None:
     "Whitening by both solvers over tokens and components: where do they meet?"
-    from llmfact_nb.ica import CentredX, choose_solver, whiten
+    from llmfact_nb.base.whitening import CentredX, choose_solver, whiten
 
     X, rows, results = torch.from_numpy(np.load(folder / "mlp_hidden.npy")), [], []
     for T in (256, 512, 1024, 2048):
         for k in (32, 64, 128):
             times = {}
             for solver in ("gram", "randomized"):
-                run = lambda: whiten(CentredX(X[:T]), k, solver, max(16, k // 4))
+                run = lambda: whiten(CentredX(X[:T]), k, solver)
                 run()
                 times[solver] = min(seconds(run)[0] for _ in range(3))
-            auto = choose_solver(T, X.shape[1], k + max(16, k // 4))[0]
+            auto = choose_solver(T, X.shape[1], k)[0]
             rows.append(
                 [
                     f"{T:,}",
@@ -305,7 +310,8 @@ def crossover(folder: Path) -> None:
 
 
 def group(T: int, N: int, k: int, device: str) -> None:
-    "One fit of a matrix as a large model gives it: a steep spectrum of heavy-tailed courses, with noise. Prints seconds and memory."
+    """One fit of a matrix as a large model gives it: a steep spectrum of heavy-tailed courses, with noise. Prints
+    seconds and memory."""
     g = torch.Generator(device).manual_seed(0)
     rank = 2 * k
     courses = (
@@ -411,8 +417,10 @@ if __name__ == "__main__":
                 "bar",
             ]
             note = (
-                f"smollm2-135m, wiki texts of 256 tokens, all tokens. Each fit in a fresh process, end to end, medians of {args.repeats} rounds; memory beside X; absolute r of matched maps (median, 10th percentile) with the baseline's "
-                "of the same seed; last, the variance in the subspace found relative to the exact float64 one, or r of the maps with those after an exact float64 decomposition."
+                "smollm2-135m, wiki texts of 256 tokens, all tokens. Each fit in a fresh process, end to end, "
+                f"medians of {args.repeats} rounds; memory beside X; absolute r of matched maps (median, 10th "
+                "percentile) with the baseline's of the same seed; last, the variance in the subspace found relative "
+                "to the exact float64 one, or r of the maps with those after an exact float64 decomposition."
             )
             if args.only:  # a part of the table is for the eye only
                 print(*(" | ".join(row) for row in [head, *rows]), sep="\n")
@@ -422,5 +430,8 @@ if __name__ == "__main__":
             crossover(folder)
         if "growth" not in args.skip:
             rows, results = growth(args, folder)
-            note = f"Time grows as N^{results['exponents']['N']:.2f} and T^{results['exponents']['T']:.2f}. X on disk as float32, k = 64, 50 FastICA iterations at most; memory includes the pages of X that the system keeps at hand."
+            note = (
+                f"Time grows as N^{results['exponents']['N']:.2f} and T^{results['exponents']['T']:.2f}. X on disk as "
+                "float32, k = 64, 50 FastICA iterations at most; memory includes the pages of X that the system keeps."
+            )
             publish("ica-growth", ["tokens", "neurons", "time", "extra memory", "whitening"], rows, note, results)

@@ -5,56 +5,64 @@
 # %% auto #0
 __all__ = ['network_time_courses', 'functional_connectivity']
 
-# %% ../nbs/07_connectivity.ipynb #bbeb5428
+# %% ../nbs/07_connectivity.ipynb #8547f8af
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
-from .masks import NeuronMask, common_site
+from .activations import Activations
+from .base.arguments import check_choice
+from .masks import NeuronMask, common_layout
 
-# %% ../nbs/07_connectivity.ipynb #d2bc374e
-def _read(
-    values: torch.Tensor | np.ndarray,  # (T, N), possibly on disk
-    columns: np.ndarray,  # neurons wanted
-    block: int,  # tokens at a time
-):
-    "Yield (slice of tokens, float32 tensor tokens x columns), fresh copies."
+# %% ../nbs/07_connectivity.ipynb #f250af58
+def _read(values, columns: np.ndarray, block: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    "Yield (slice of tokens, float32 copy (tokens, columns)) of a matrix that may lie on disk."
     for start in range(0, len(values), block):
         tokens = slice(start, start + block)
         yield tokens, torch.as_tensor(values[tokens][:, columns]).float()
 
 
-def _mean_and_scale(
-    values: torch.Tensor | np.ndarray,  # (T, N)
-    columns: np.ndarray,  # neurons wanted
-    used: torch.Tensor,  # (T,) bool, tokens to use
-    block: int,  # tokens at a time
-) -> tuple[torch.Tensor, torch.Tensor]:
-    "Return mean and population standard deviation of these neurons over these tokens, float32 each, summed in float64 in two walks over the data."
-    n = int(used.sum())
-    mean = sum(part[used[tokens]].double().sum(0) for tokens, part in _read(values, columns, block)) / n
-    variance = (
-        sum((part[used[tokens]].double() - mean).square().sum(0) for tokens, part in _read(values, columns, block)) / n
-    )
+def _mean_and_scale(values, columns: np.ndarray, used: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Mean and standard deviation of these neurons over the tokens used, summed in float64 in two walks."
+    n, parts = int(used.sum()), lambda: ((part[used[s]].double()) for s, part in _read(values, columns, block))
+    mean = sum(part.sum(0) for part in parts()) / n
+    variance = sum((part - mean).square().sum(0) for part in parts()) / n
     return mean.float(), variance.sqrt().float()
 
-# %% ../nbs/07_connectivity.ipynb #2d32e767
+# %% ../nbs/07_connectivity.ipynb #3a0712a1
+def _matched(activations, masks) -> tuple[torch.Tensor | np.ndarray, torch.Tensor, list[NeuronMask]]:
+    "The matrix, the tokens (T,) bool that set a neuron's scale, and the masks as a list."
+    masks = [masks] if isinstance(masks, NeuronMask) else list(masks)
+    if not masks or not all(isinstance(m, NeuronMask) for m in masks):
+        raise TypeError(f"masks is {masks!r}; accepted: a NeuronMask or a list of at least one.")
+    captured, used = isinstance(activations, Activations), None
+    values = activations.values if captured else activations
+    if captured:
+        own = NeuronMask.empty(activations.widths, activations.site, activations.depths)
+        used = None if activations.sinks.all() else ~activations.sinks
+    common_layout([own, *masks] if captured else masks)
+    if isinstance(values, np.ma.MaskedArray) or not isinstance(values, (torch.Tensor, np.ndarray)):
+        raise TypeError(f"activations is a {type(values).__name__}; accepted: Activations, a tensor or an array.")
+    if values.ndim != 2 or values.shape[1] != masks[0].n_neurons or not len(values):
+        seen = f"the shape {tuple(values.shape)}"
+        raise ValueError(f"activations has {seen}; accepted: (tokens, {masks[0].n_neurons}), as the masks have.")
+    return values, torch.ones(len(values), dtype=torch.bool) if used is None else used, masks
+
+# %% ../nbs/07_connectivity.ipynb #f1ca1f23
 def network_time_courses(
-    activations,  # Activations, or a matrix (T, N) of tokens x neurons, torch or numpy; only read, may be a memory map
+    activations,  # Activations, or a matrix (T, N), torch or numpy; only read, may be a memory map
     masks: Sequence[NeuronMask] | NeuronMask,  # k networks
-    standardize: bool = False,  # z-score each neuron over tokens first (over those that are no sinks, where activations know them)
+    standardize: bool = False,  # z-score each neuron first, over tokens that are no sinks
     block: int = 512,  # tokens in memory at a time
 ) -> torch.Tensor | np.ndarray:
-    """Return (T, k) float32: the signed mean activation of each network's units at every token (arXiv 2601.22692); a tensor, or an array if the matrix is one.
+    """Return (T, k) float32: the signed mean activation of each network's units at every token (arXiv 2601.22692).
 
-    An empty mask has no mean: its time course is nan, with a warning. A constant neuron has z-score 0. Raises ValueError if the masks do not fit the activations, or if an activation
-    in them is nan or infinite."""
+    A tensor, or an array if the matrix is one. The time course of an empty mask is nan, with a warning."""
     values, used, masks = _matched(activations, masks)
     member = torch.stack([m.flat for m in masks], 1)
-    columns = member.any(1).nonzero()[:, 0].numpy()
-    empty = member.sum(0) == 0
+    columns, empty = member.any(1).nonzero()[:, 0].numpy(), member.sum(0) == 0
     if empty.any():
         warnings.warn(f"masks {empty.nonzero()[:, 0].tolist()} are empty: their time courses are nan.", stacklevel=2)
     weights, shift = (member[columns].double() / member.sum(0)).float(), torch.zeros(len(columns))
@@ -62,73 +70,14 @@ def network_time_courses(
         shift, scale = (x.cpu() for x in _mean_and_scale(values, columns, used, block))
         weights = torch.where(scale[:, None] > 0, weights / scale[:, None], 0)
     courses = torch.cat([(part - shift.to(part)) @ weights.to(part) for _, part in _read(values, columns, block)])
-    bad = ~courses[:, ~empty].isfinite().all(1)
-    if bad.any():
-        raise ValueError(
-            f"activations of the masks' neurons are nan or infinite (at {int(bad.sum()):,} tokens, the first is token {int(bad.nonzero()[0])}). Capture in float32, and look at these tokens."
-        )
+    bad = (~courses[:, ~empty].isfinite().all(1)).nonzero()[:, 0]
+    if len(bad):
+        where = f"at {len(bad):,} tokens, the first is token {int(bad[0])}"
+        raise ValueError(f"activations of the masks' neurons hold nan or infinity ({where}). Capture in float32.")
     courses[:, empty] = torch.nan
     return courses.numpy() if isinstance(values, np.ndarray) else courses
 
-
-def _matched(activations, masks) -> tuple[torch.Tensor | np.ndarray, torch.Tensor, list[NeuronMask]]:
-    "Return the matrix, the tokens (T,) bool that set a neuron's scale, and the masks as a list. Raises TypeError or ValueError if they do not belong together."
-    masks = [masks] if isinstance(masks, NeuronMask) else list(masks)
-    if not masks or not all(isinstance(m, NeuronMask) for m in masks):
-        raise TypeError(f"masks must be a NeuronMask or a list of at least one, got {masks!r}.")
-    common_site(masks)
-    captured = hasattr(
-        activations, "widths"
-    )  # Activations, known by what they carry: this room stands beside theirs, not above it
-    if captured:
-        common_site([NeuronMask.empty(activations.widths, activations.site, activations.depths), *masks])
-    values = activations.values if captured else activations
-    if (
-        not isinstance(values, (torch.Tensor, np.ndarray))
-        or values.ndim != 2
-        or values.shape[1] != masks[0].n_neurons
-        or not len(values)
-    ):
-        got = tuple(values.shape) if hasattr(values, "shape") else type(values).__name__
-        raise ValueError(
-            f"activations must be tokens x neurons, with {masks[0].n_neurons:,} neurons as the masks have and at least one token; got {got}."
-        )
-    everywhere = torch.ones(len(values), dtype=torch.bool)
-    return values, everywhere if not captured or activations.sinks.all() else ~activations.sinks, masks
-
-# %% ../nbs/07_connectivity.ipynb #18a8ef3d
-def functional_connectivity(
-    time_courses: torch.Tensor | np.ndarray,  # (T, k) one column per network
-    kind: str = "correlation",  # "correlation" or "partial correlation"
-) -> torch.Tensor | np.ndarray:
-    """Return (k, k) float64, symmetric with unit diagonal; a tensor or an array, as the time courses are.
-
-    Constant or nan time courses give rows and columns of nan, with a warning. Partial correlations of nearly dependent courses are shrunk (Ledoit and Wolf 2004), with a warning.
-    Raises ValueError on an unknown kind, and on fewer than two tokens."""
-    if kind not in ("correlation", "partial correlation"):
-        raise ValueError(f"kind={kind!r}: expected 'correlation' or 'partial correlation'.")
-    X = time_courses.detach().cpu().numpy() if isinstance(time_courses, torch.Tensor) else np.asarray(time_courses)
-    if X.ndim != 2 or len(X) < 2 or X.shape[1] < 1:
-        raise ValueError(
-            f"time_courses must be tokens x networks, with at least two tokens and one network; got shape {X.shape}."
-        )
-    X = X.astype(np.float64)
-    usable = np.isfinite(X).all(0) & (X != X[0]).any(0)
-    if not usable.all():
-        warnings.warn(
-            f"networks {np.flatnonzero(~usable).tolist()} have a constant or undefined time course: their connectivity is nan.",
-            stacklevel=2,
-        )
-    result = np.full((X.shape[1],) * 2, np.nan)
-    if usable.any():
-        Z = X[:, usable] - X[:, usable].mean(0)
-        Z /= np.abs(Z).max(0)  # so that squares neither overflow nor vanish
-        Z /= np.sqrt((Z * Z).mean(0))
-        C = _tidy(Z.T @ Z / len(Z))
-        result[np.ix_(usable, usable)] = C if kind == "correlation" else _partial(Z, C)
-    return torch.from_numpy(result) if isinstance(time_courses, torch.Tensor) else result
-
-
+# %% ../nbs/07_connectivity.ipynb #a4b344a7
 def _tidy(C: np.ndarray) -> np.ndarray:
     "Remove the last digits' noise: exactly symmetric, within -1 and 1, diagonal 1."
     C = np.clip((C + C.T) / 2, -1, 1)
@@ -136,20 +85,44 @@ def _tidy(C: np.ndarray) -> np.ndarray:
     return C
 
 
-def _partial(
-    Z: np.ndarray,  # (T, k) standardised time courses
-    C: np.ndarray,  # (k, k) their correlations
-) -> np.ndarray:
-    "Return (k, k) partial correlations."
+def _partial(Z: np.ndarray, C: np.ndarray) -> np.ndarray:
+    "Partial correlations (k, k) of standardised time courses (T, k) with correlations C."
     if np.linalg.cond(C) > 1e4 or len(Z) <= len(C) + 1:
         from sklearn.covariance import ledoit_wolf
 
         C, shrinkage = ledoit_wolf(Z, assume_centered=True)
         warnings.warn(
-            f"{len(C)} time courses over {len(Z)} tokens are nearly dependent: correlations are shrunk by {shrinkage:.2g} (Ledoit-Wolf) before their partial correlations are taken. "
-            "Use more tokens, or leave out networks that repeat others.",
+            f"{len(C)} time courses over {len(Z)} tokens are nearly dependent: their correlations are shrunk by "
+            f"{shrinkage:.2g} (Ledoit-Wolf) first. Use more tokens, or leave out networks that repeat others.",
             stacklevel=3,
         )
     P = np.linalg.inv(C)
     scale = np.sqrt(np.diag(P))
     return _tidy(2 * np.eye(len(P)) - P / np.outer(scale, scale))
+
+# %% ../nbs/07_connectivity.ipynb #8c5f3005
+def functional_connectivity(
+    time_courses: torch.Tensor | np.ndarray,  # (T, k) one column per network
+    kind: str = "correlation",  # "correlation" or "partial correlation"
+) -> torch.Tensor | np.ndarray:
+    """Return (k, k) float64, symmetric with unit diagonal; a tensor or an array, as the time courses are.
+
+    Constant or nan time courses give rows and columns of nan, with a warning."""
+    check_choice("kind", kind, ("correlation", "partial correlation"))
+    if isinstance(time_courses, np.ma.MaskedArray):
+        raise TypeError("time_courses is a masked array, whose mask would be ignored. Leave those tokens out.")
+    X = time_courses.detach().cpu().numpy() if isinstance(time_courses, torch.Tensor) else np.asarray(time_courses)
+    if X.ndim != 2 or len(X) < 2 or X.shape[1] < 1:
+        raise ValueError(f"time_courses has the shape {X.shape}; accepted: at least two tokens by one network.")
+    X = X.astype(np.float64)
+    usable, result = np.isfinite(X).all(0) & (X != X[0]).any(0), np.full((X.shape[1],) * 2, np.nan)
+    if not usable.all():
+        dead = np.flatnonzero(~usable).tolist()
+        warnings.warn(f"networks {dead} have a constant or undefined time course: connectivity nan.", stacklevel=2)
+    if usable.any():
+        Z = X[:, usable] - X[:, usable].mean(0)
+        Z /= np.abs(Z).max(0)  # so that squares neither overflow nor vanish
+        Z /= np.sqrt((Z * Z).mean(0))
+        C = _tidy(Z.T @ Z / len(Z))
+        result[np.ix_(usable, usable)] = C if kind == "correlation" else _partial(Z, C)
+    return torch.from_numpy(result) if isinstance(time_courses, torch.Tensor) else result

