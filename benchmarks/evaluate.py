@@ -7,7 +7,8 @@ from table import in_turns, publish
 
 from llmfact_nb.evaluate import EvalSet, cloze_accuracy, label_accuracy, perplexity
 from llmfact_nb.scores.generation import generate_texts
-from llmfact_nb.base.resources import load_cloze, load_labelled, load_model, load_texts
+from llmfact_nb.base.texts import load_cloze, load_labelled, load_texts
+from llmfact_nb.base.models import load_model
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
@@ -64,7 +65,8 @@ if __name__ == "__main__":
         for r in results
     ]
     note = (
-        f"smollm2-135m; {args.reviews} sentences to label, {args.capitals} to complete, {args.texts} texts of {args.length} tokens, {args.prompts} to go on with; each run one at a time between two runs in batches, "
+        f"smollm2-135m; {args.reviews} sentences to label, {args.capitals} to complete, {args.texts} texts of "
+        f"{args.length} tokens, {args.prompts} to go on with; each run one at a time between two runs in batches, "
         f"medians of {args.repeats} repetitions. Both give the same numbers up to rounding."
     )
     publish(

@@ -1,13 +1,16 @@
-"""Pins what models write on small random ones of several families: equal to a plain loop in any batch and on any padding, equal luck between arms, settings of the checkpoint out of the way; questions by hand."""
+"""Pins what models write on small random ones of several families: equal to a plain loop in any batch and on any
+padding, equal luck between arms, settings of the checkpoint out of the way; questions by hand."""
 
 import math
 
 import families
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import GenerationConfig
 
-from llmfact_nb.scores.accuracy import paired_accuracy, wilson
+from llmfact_nb.evaluate import paired_accuracy
+from llmfact_nb.base.statistics import wilson
 from llmfact_nb.scores.generation import Continuation, distinct, generate_texts, generation_samples, generation_summary
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
@@ -124,7 +127,7 @@ def test_arms_in_one_table(tiny_model, tiny_tokenizer):
     )
     assert (summary.loc["whole", "empty_low"], summary.loc["whole", "empty_high"]) == wilson(
         float(whole.groupby("item")["empty"].mean().sum()), 4
-    )
+    ).ci
     assert (
         summary.loc["whole", "distinct_2_low"]
         <= summary.loc["whole", "distinct_2"]
@@ -138,7 +141,7 @@ def test_measures_by_hand():
 
 def test_too_long_prompts_are_counted(tiny_model, tiny_tokenizer):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    with pytest.warns(UserWarning, match="1 of 2 prompts with 10 new tokens are longer than the model's 64 positions"):
+    with pytest.warns(UserWarning):
         frame = generation_samples(
             model, tokenizer, [families.words(56), families.words(55)], max_new_tokens=10, progress=False
         )
@@ -148,30 +151,31 @@ def test_too_long_prompts_are_counted(tiny_model, tiny_tokenizer):
         and generation_summary(frame).n_too_long[0] == 1
         and generation_summary(frame).n[0] == 1
     )
-    with pytest.raises(ValueError, match="nothing is left"):
+    with pytest.raises(ValueError):
         generate_texts(model, tokenizer, [families.words(56)], 10, progress=False)
 
 
 @pytest.mark.parametrize(
-    "call, error, says",
+    "call, error, argument",
     [
-        (lambda m, t: generate_texts(m, t, []), ValueError, "prompts is empty"),
-        (lambda m, t: generate_texts(m, t, ["w4", ""]), ValueError, r"prompts\[1\]=''"),
-        (lambda m, t: generate_texts(m, t, ["w4"], 0), ValueError, "max_new_tokens=0"),
-        (lambda m, t: generate_texts(m, t, ["w4"], temperature=-1), ValueError, "temperature=-1"),
-        (lambda m, t: generate_texts(m, t, ["w4"], chat=True), ValueError, "no chat template"),
-        (lambda m, t: generate_texts(m.model, t, ["w4"]), TypeError, "LlamaModel"),
-        (lambda m, t: generation_samples(m, t, ["w4"], {}), ValueError, "at least one arm"),
-        (lambda m, t: generation_samples(m, t, ["w4"], seeds=(0, 1)), ValueError, "temperature above 0"),
-        (lambda m, t: question_accuracy(m, t, []), ValueError, "contexts is empty"),
-        (lambda m, t: question_accuracy(m, t, [("w4", "w5", "w6")], template="{context}"), ValueError, "{question}"),
-        (lambda m, t: question_accuracy(m, t, [("w4", "w5", 6)]), TypeError, r"answers\[0\]=6"),
+        (lambda m, t: generate_texts(m, t, []), ValueError, None),
+        (lambda m, t: generate_texts(m, t, ["w4", ""]), ValueError, None),
+        (lambda m, t: generate_texts(m, t, ["w4"], 0), ValueError, "max_new_tokens"),
+        (lambda m, t: generate_texts(m, t, ["w4"], temperature=-1), ValueError, "temperature"),
+        (lambda m, t: generate_texts(m, t, ["w4"], chat=True), ValueError, "chat"),
+        (lambda m, t: generate_texts(m.model, t, ["w4"]), TypeError, None),
+        (lambda m, t: generation_samples(m, t, ["w4"], {}), ValueError, "arms"),
+        (lambda m, t: generation_samples(m, t, ["w4"], seeds=(0, 1)), ValueError, "seeds"),
+        (lambda m, t: question_accuracy(m, t, []), ValueError, None),
+        (lambda m, t: question_accuracy(m, t, [("w4", "w5", "w6")], template="{context}"), ValueError, "template"),
+        (lambda m, t: question_accuracy(m, t, [("w4", "w5", 6)]), TypeError, None),
     ],
 )
-def test_refusals(tiny_model, tiny_tokenizer, call, error, says):
+def test_refusals(tiny_model, tiny_tokenizer, call, error, argument):
     model = tiny_model("llama")
-    with pytest.raises(error, match=says):
+    with pytest.raises(error) as e:
         call(model, tiny_tokenizer())
+    assert getattr(e.value, "argument", None) == argument
 
 
 def test_where_an_answer_is_found():
@@ -217,7 +221,7 @@ def test_questions_by_hand(tiny_model, tiny_tokenizer, monkeypatch):
     assert result.correct.tolist() == [True, False, False, False] and result.scores.f1_each.tolist() == pytest.approx(
         [1, 2 / 3, 0, 0]
     )
-    assert result.parse_rate == 0.5 and result.ci_parse_rate == wilson(2, 4) and result.exact_parsed == 0.5
+    assert result.parse_rate == 0.5 and result.ci_parse_rate == wilson(2, 4).ci and result.exact_parsed == 0.5
     assert (result.chance, result.chance_f1) == random_word_level(
         ["w4 w5 w9 w9 {context}", "w5 w6 q", "w7 q", "w8 q"], [("w4",), ("w6", "w1"), ("w7 w8",), ("",)]
     )
@@ -245,3 +249,33 @@ def test_questions_on_a_model_pair_between_arms(tiny_model, tiny_tokenizer):
     with MaskedModel(model).ablate(everything):
         masked = question_accuracy(model, tokenizer, data, **settings)
     assert paired_accuracy(masked, whole).difference == masked.scores.exact - 1
+
+
+SMALL_DECODER = dict(
+    d_model=16, decoder_layers=2, encoder_layers=2, decoder_ffn_dim=24, encoder_ffn_dim=24, decoder_attention_heads=2,
+    encoder_attention_heads=2, max_position_embeddings=64, is_encoder_decoder=False,
+)  # fmt: skip
+LEFT_PADDING_SHIFTS = {
+    "rwkv": dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, context_length=64),
+    **dict.fromkeys(["bart", "mbart", "marian", "pegasus", "trocr"], SMALL_DECODER),
+}
+
+
+@pytest.mark.parametrize("kind", [*LEFT_PADDING_SHIFTS, "llama", "gpt2"])
+def test_texts_do_not_depend_on_the_batch(kind, tiny_model, tiny_tokenizer):
+    "Where left padding changes what a model writes, prompts go one by one."
+    torch.manual_seed(0)
+    if kind in LEFT_PADDING_SHIFTS:
+        config = AutoConfig.for_model(
+            kind, vocab_size=48, pad_token_id=0, bos_token_id=2, eos_token_id=3, **LEFT_PADDING_SHIFTS[kind]
+        )
+        model = AutoModelForCausalLM.from_config(config).eval()
+    else:
+        model = tiny_model(kind)
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data.normal_(0, 0.4)
+    prompts = ["w5 w9 w17 w30 w8", "w7 w22", "w11 w4 w40"]
+    options = dict(max_new_tokens=5, progress=False)
+    alone, together = (generate_texts(model, tiny_tokenizer(), prompts, batch_size=n, **options) for n in (1, 3))
+    assert alone == together

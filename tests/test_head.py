@@ -1,12 +1,13 @@
-"""Pins the classification head on small random models: found where it is, fitted to the optimum, equal in any batch, masked like any model, and refusals."""
+"""Pins the classification head on small random models: found where it is, fitted to the optimum, equal in any batch,
+masked like any model, and refusals."""
 
 import families
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
-from llmfact_nb.scores.accuracy import paired_accuracy
-from llmfact_nb.scores.head import _linear_head, classifier_accuracy, fit_classifier, solve_head
+from llmfact_nb.evaluate import paired_accuracy
+from llmfact_nb.scores.head import linear_head, classifier_accuracy, fit_classifier, solve_head
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
 
@@ -40,9 +41,9 @@ def test_an_encoder_reads_its_first_token(tiny_model, tiny_tokenizer):
     fit = fit_classifier(model, tokenizer, DATA, l2=1e-4)
     assert (
         classifier_accuracy(model, tokenizer, DATA).accuracy == fit.accuracy > 0.6
-        and _linear_head(model) is model.classifier
+        and linear_head(model) is model.classifier
     )
-    with pytest.raises(NotImplementedError, match="classifier.out_proj.*trains='all'"):
+    with pytest.raises(NotImplementedError):
         fit_classifier(tiny_model("roberta", "classification"), tokenizer, DATA)
     assert (
         len(fit_classifier(tiny_model("roberta", "classification"), tokenizer, DATA, trains="all", steps=2).losses) == 2
@@ -87,7 +88,8 @@ def test_masks_act_on_fit_and_judgement(tiny_model, tiny_tokenizer):
 
 
 def test_the_penalised_optimum():
-    "At the solution the gradient of mean cross-entropy and of the penalty cancel; with three labels and an intercept too."
+    """At the solution the gradient of mean cross-entropy and of the penalty cancel; with three labels and an intercept
+    too."""
     x, y = (
         torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10, 0.1, 1]),
         [i % 3 for i in range(50)],
@@ -103,49 +105,46 @@ def test_the_penalised_optimum():
 
 def test_too_long_texts_are_counted(tiny_model, tiny_tokenizer):
     model, tokenizer = tiny_model("llama", "classification"), tiny_tokenizer()
-    with pytest.warns(UserWarning, match="1 of 37 texts are longer than the model's 64 positions"):
+    with pytest.warns(UserWarning):
         fit = fit_classifier(model, tokenizer, [*DATA, (families.words(65), 0)])
-    with pytest.warns(UserWarning, match="1 of 3 texts"):
+    with pytest.warns(UserWarning):
         result = classifier_accuracy(model, tokenizer, [DATA[0], (families.words(65), 0), DATA[1]])
     assert (fit.n, fit.n_too_long, result.n, result.n_too_long, result.items) == (36, 1, 2, 1, (0, 2))
 
 
 @pytest.mark.parametrize(
-    "call, error, says",
+    "call, error, argument",
     [
-        (
-            lambda m, t: fit_classifier(m, t, [d for d in DATA if d[1] != 1]),
-            ValueError,
-            "label 1 does not occur among the 24 texts",
-        ),
-        (lambda m, t: fit_classifier(m, t, [("w4", 3)]), ValueError, r"labels \[3\].*num_labels=3.*num_labels=4"),
-        (lambda m, t: classifier_accuracy(m, t, [("w4", -1)]), ValueError, r"labels \[-1\]"),
-        (lambda m, t: classifier_accuracy(m, t, []), ValueError, "empty"),
-        (lambda m, t: classifier_accuracy(m, t, [("w4", 0), ("", 1)]), ValueError, r"texts\[1\]=''"),
-        (lambda m, t: classifier_accuracy(m, t, [("w4", "good")]), TypeError, r"labels\[0\]='good'"),
-        (lambda m, t: classifier_accuracy(m.model, t, DATA), TypeError, "task='classification'"),
-        (lambda m, t: fit_classifier(m, t, DATA, trains="body"), ValueError, "trains='body'"),
-        (lambda m, t: fit_classifier(m, t, DATA, l2=0), ValueError, "l2=0"),
-        (lambda m, t: fit_classifier(m, t, DATA, trains="all", steps=0), ValueError, "steps=0"),
+        (lambda m, t: fit_classifier(m, t, [d for d in DATA if d[1] != 1]), ValueError, None),
+        (lambda m, t: fit_classifier(m, t, [("w4", 3)]), ValueError, None),
+        (lambda m, t: classifier_accuracy(m, t, [("w4", -1)]), ValueError, None),
+        (lambda m, t: classifier_accuracy(m, t, []), ValueError, None),
+        (lambda m, t: classifier_accuracy(m, t, [("w4", 0), ("", 1)]), ValueError, None),
+        (lambda m, t: classifier_accuracy(m, t, [("w4", "good")]), TypeError, None),
+        (lambda m, t: classifier_accuracy(m.model, t, DATA), TypeError, None),
+        (lambda m, t: fit_classifier(m, t, DATA, trains="body"), ValueError, "trains"),
+        (lambda m, t: fit_classifier(m, t, DATA, l2=0), ValueError, "l2"),
+        (lambda m, t: fit_classifier(m, t, DATA, trains="all", steps=0), ValueError, "steps"),
     ],
 )
-def test_refusals(tiny_model, tiny_tokenizer, call, error, says):
+def test_refusals(tiny_model, tiny_tokenizer, call, error, argument):
     model, tokenizer = tiny_model("llama", "classification"), tiny_tokenizer()
     before = families.state(model)
-    with pytest.raises(error, match=says):
+    with pytest.raises(error) as e:
         call(model, tokenizer)
+    assert getattr(e.value, "argument", None) == argument
     assert families.state(model) == before
 
 
 def test_class_names_must_be_as_many_as_the_head_has(tiny_model, tiny_tokenizer):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["good", "bad"])})
     data = Dataset.from_dict({"text": ["w4", "w5"], "label": [0, 1]}, features)
-    with pytest.raises(ValueError, match="num_labels=2"):
+    with pytest.raises(ValueError):
         classifier_accuracy(tiny_model("llama", "classification"), tiny_tokenizer(), data)
     model = tiny_model("llama", "classification", num_labels=2)
     fit_classifier(model, tiny_tokenizer(), data)
     result = classifier_accuracy(model, tiny_tokenizer(), data)
     assert result.label_words == ("good", "bad") and result.accuracy == 1
     model.config.pad_token_id = None
-    with pytest.raises(ValueError, match="pad_token_id is None"):
+    with pytest.raises(ValueError):
         classifier_accuracy(model, tiny_tokenizer(), data)
