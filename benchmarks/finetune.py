@@ -1,4 +1,5 @@
-"""What does a training step cost when only some neurons train, beside full fine-tuning and LoRA: time, memory, optimizer state?"""
+"""What does a training step cost when only some neurons train, beside full fine-tuning and LoRA: time, memory,
+optimizer state?"""
 
 import argparse
 import json
@@ -127,7 +128,8 @@ def memory(**arguments) -> dict:
 
 
 def largest_batch(family: str, limit: float, rows: int, length: int, share: float) -> tuple[int, float]:
-    "How many rows `selected` may have before it needs more memory than `limit`, to a quarter of `rows`: (rows, megabytes)."
+    """How many rows `selected` may have before it needs more memory than `limit`, to a quarter of `rows`: (rows,
+    megabytes)."""
     grain = max(1, rows // 4)
     used = {rows: memory(family=family, arm="selected", rows=rows, length=length, share=share)["peak_mb"]}
     used[2 * rows] = memory(family=family, arm="selected", rows=2 * rows, length=length, share=share)["peak_mb"]
@@ -238,8 +240,11 @@ if __name__ == "__main__":
                 ]
             )
     note = (
-        f"Random weights, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons of every layer, fused AdamW with clipping; ratios to full fine-tuning, each arm between two full steps, medians of {args.repeats} "
-        "repetitions. Memory: growth of a fresh process over three steps, weights included. State: gradients and both moments. Batch: the largest that stays within the memory of full."
+        f"Random weights, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons of every layer, "
+        f"fused AdamW with clipping; ratios to full fine-tuning, each arm between two full steps, medians of "
+        f"{args.repeats} "
+        "repetitions. Memory: growth of a fresh process over three steps, weights included. State: gradients and both "
+        "moments. Batch: the largest that stays within the memory of full."
     )
     note += (
         " Selected over LoRA r=8: "

@@ -1,4 +1,5 @@
-"""Pins selective fine-tuning: what is frozen stays bit for bit under every optimizer, what trains trains as it would densely, and a model comes back plain; one test for each trap of training parts of a tensor."""
+"""Pins selective fine-tuning: what is frozen stays bit for bit under every optimizer, what trains trains as it would
+densely, and a model comes back plain; one test for each trap of training parts of a tensor."""
 
 import copy
 import gc
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from llmfact_nb.activations import capture
+from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.finetune import (
     NeuronTuningConfig,
     get_neuron_model,
@@ -133,7 +135,7 @@ def test_several_networks_are_one_training_until_they_are_switched():
     one, many = families.build("llama"), families.build("llama")
     a, b = draw(one, seed=1), draw(one, seed=2)
     get_neuron_model(one, NeuronTuningConfig(masks=a | b), verbose=False)
-    with pytest.warns(UserWarning, match="more than one network"):
+    with pytest.warns(UserWarning):
         get_neuron_model(many, NeuronTuningConfig(masks=[a, b]), verbose=False)
     assert list(many.neuron_tuning.networks) == ["network 0", "network 1"]
     assert many.neuron_tuning.networks["network 0"] == a and many.neuron_tuning.networks["network 1"] == b - a
@@ -189,11 +191,11 @@ def test_gradients_of_the_frozen_part_are_gone_before_anybody_clips():
 
 def test_an_infinite_gradient_freezes_all_the_same():
     model, mask = families.build("llama"), draw(families.build("llama"))
-    with neuron_training(model, mask, "rest", verbose=False) as tuning:
-        for f in tuning.frozen:
-            f.parameter.grad = torch.full_like(f.parameter, torch.inf)
-            f.clear(f.parameter)
-            assert not f.parameter.grad.index_select(f.axis, f.index).any()
+    entries = inside(model, mask)
+    with neuron_training(model, mask, "rest", verbose=False):
+        (model(tokens()).logits.sum() * torch.inf).backward()
+        assert all(not p.grad[entries[n]].any() for n, p in model.named_parameters() if entries[n].any())
+        assert not model.lm_head.weight.grad.isfinite().all()
     with neuron_training(model, {"a": mask, "b": ~mask & draw(model, seed=3)}, verbose=False) as tuning:
         tuning.set_active(["a"])
         (model(tokens()).logits.sum() * torch.inf).backward()
@@ -218,7 +220,7 @@ def test_scaled_gradients_are_scaled_once(passes):
 def test_scaled_gradients_under_adam_are_called_what_they_are():
     model = families.build("llama")
     with neuron_training(model, draw(model), "rest", grad_scale=0.1, verbose=False):
-        with pytest.warns(UserWarning, match="changes next to nothing under AdamW"):
+        with pytest.warns(UserWarning):
             train(model, torch.optim.AdamW(model.parameters()), 1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -251,7 +253,7 @@ def test_an_optimizer_from_before_is_refused():
     get_neuron_model(model, NeuronTuningConfig(masks=draw(model)), verbose=False)
     other(torch.ones(1, 2)).sum().backward()
     torch.optim.SGD(other.parameters(), lr=0.1).step()  # somebody else's optimizer is not our business
-    with pytest.raises(RuntimeError, match="built before get_neuron_model"):
+    with pytest.raises(RuntimeError):
         train(model, early, 1)
 
 
@@ -273,7 +275,7 @@ def test_slices_of_other_neurons_are_not_loaded():
     get_neuron_model(same, NeuronTuningConfig(masks=mask), verbose=False).load_state_dict(model.state_dict())
     assert torch.equal(same(tokens()).logits, model(tokens()).logits)
     get_neuron_model(other, NeuronTuningConfig(masks=mask.matched_random(1)), verbose=False)
-    with pytest.raises(RuntimeError, match="slices of other neurons than the model's masks choose"):
+    with pytest.raises(RuntimeError):
         other.load_state_dict(model.state_dict(), strict=False)
 
 
@@ -377,7 +379,7 @@ def test_an_optimizer_with_copies_of_the_weights_is_noticed_and_undone():
     with torch.no_grad():  # what an optimizer does that is not torch's, or keeps master weights
         for p in model.parameters():
             p.mul_(0.99)
-    with pytest.raises(RuntimeError, match="frozen neurons have moved"):
+    with pytest.raises(RuntimeError):
         model(tokens())
     merge_and_unload(model)
     assert all(torch.equal(p[frozen[n]], before[n][frozen[n]]) for n, p in model.named_parameters())
@@ -428,12 +430,9 @@ def test_slices_of_a_coarse_base_are_fine_and_merging_says_what_it_loses(dtype):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert torch.equal(model(ids).logits, before) and before.dtype == dtype
     train(model, torch.optim.SGD(model.neuron_tuning.param_groups(lr=1e-5)), 1)
-    moved = [
-        float((s.joined("weight").detach() - s.rows(o.weight, s.index)).abs().max())
-        for o, s in model.neuron_tuning.slices()
-    ]
+    moved = [float(s.change(o, "weight").detach().abs().max()) for o, s in model.neuron_tuning.slices().values()]
     assert min(moved) > 0  # steps far below the base's rounding are kept
-    with pytest.warns(UserWarning, match="lost in the rounding"):
+    with pytest.warns(UserWarning):
         merge_and_unload(model)
     assert {p.dtype for p in model.parameters()} == {dtype}
 
@@ -501,17 +500,18 @@ def test_an_abandoned_model_is_not_kept_alive():
 def test_copies_are_refused_not_left_unprotected():
     model = families.build("llama")
     with neuron_training(model, draw(model), "rest", verbose=False):
-        with pytest.raises(TypeError, match="cannot be copied"):
+        with pytest.raises(TypeError):
             copy.deepcopy(model)
     copy.deepcopy(model)
 
 
 def test_replaced_parameters_are_noticed_in_mode_rest():
     model = families.build("llama")
-    with neuron_training(model, draw(model), "rest", verbose=False) as tuning:
-        owner = model.get_submodule(tuning.frozen[0].name.rpartition(".")[0])
+    first = neuron_parameters(model, draw(model))[0].name.rpartition(".")[0]
+    with neuron_training(model, draw(model), "rest", verbose=False):
+        owner = model.get_submodule(first)
         old, owner.weight = owner.weight, torch.nn.Parameter(owner.weight.detach().clone())
-        with pytest.raises(RuntimeError, match="was replaced after get_neuron_model"):
+        with pytest.raises(RuntimeError):
             model(tokens())
         owner.weight = old
 
@@ -521,9 +521,10 @@ def test_digests_find_the_entry_that_moved():
     for mode in ("selected", "rest"):
         with neuron_training(model, draw(model), mode, verbose=False, then="revert") as tuning:
             before = tuning.frozen_digests()
-            name = tuning.frozen[0].name if mode == "rest" else next(iter(tuning.requires_grad))
+            part = neuron_parameters(model, draw(model))[0]
+            name = part.name if mode == "rest" else next(iter(tuning.requires_grad))
             with torch.no_grad():
-                index = int(tuning.frozen[0].index[0]) if mode == "rest" else 0
+                index = int(part.index[0]) if mode == "rest" else 0
                 model.get_parameter(name)[index] += 1e-3
             after = tuning.frozen_digests()
             assert [n for n in before if before[n] != after[n]] == [name]
@@ -538,69 +539,238 @@ def refused(model, mask=None, mode="selected"):
 
 def test_what_cannot_be_tuned_is_refused_by_name():
     model = families.build("llama")
-    wrong = {
-        "select no neuron": NeuronMask.empty((families.HIDDEN,) * 3, site="mlp_hidden"),
-        "masks select every neuron": ~NeuronMask.empty((families.HIDDEN,) * 3, site="mlp_hidden"),
-        "find networks at site='mlp_hidden'": NeuronMask.from_layers(
-            [torch.arange(families.D) < 3] * 3, site="mlp_out"
-        ),
-        "units in layer 0, the model 24": NeuronMask.from_layers([torch.arange(7) < 3] * 3, site="mlp_hidden"),
-        "layers": NeuronMask.from_layers([torch.arange(families.HIDDEN) < 3] * 5, site="mlp_hidden"),
-    }
+    full = (families.HIDDEN,) * 3
+    wrong = [
+        NeuronMask.empty(full, site="mlp_hidden"),
+        ~NeuronMask.empty(full, site="mlp_hidden"),
+        NeuronMask.from_layers([torch.arange(families.D) < 3] * 3, site="mlp_out"),
+        NeuronMask.from_layers([torch.arange(7) < 3] * 3, site="mlp_hidden"),
+        NeuronMask.from_layers([torch.arange(families.HIDDEN) < 3] * 5, site="mlp_hidden"),
+    ]
     before = families.state(model)
-    for message, mask in wrong.items():
-        with pytest.raises(ValueError, match=message):
+    for mask in wrong:
+        with pytest.raises(ValueError):
             refused(model, mask)
     for masks, error in (("network 0", TypeError), ([1, 2], TypeError), (None, TypeError), ([], ValueError)):
-        with pytest.raises(error, match="masks"):
+        with pytest.raises(error):
             NeuronTuningConfig(masks=masks)
-    for arguments in (
-        dict(mode="freeze"),
-        dict(mode="selected", grad_scale=0.5),
-        dict(mode="rest", grad_scale=0),
-        dict(mode="rest", grad_scale=-1.0),
+    for name, arguments in (
+        ("mode", dict(mode="freeze")),
+        ("grad_scale", dict(mode="selected", grad_scale=0.5)),
+        ("grad_scale", dict(mode="rest", grad_scale=0)),
+        ("grad_scale", dict(mode="rest", grad_scale=-1.0)),
+        ("also", dict(mode="rest", also=["score"])),
+        ("also", dict(also="score")),
     ):
-        with pytest.raises(ValueError, match="mode=|grad_scale="):
-            NeuronTuningConfig(masks=draw(model), **arguments)
-    with pytest.raises(TypeError, match="expected NeuronTuningConfig"):
+        with pytest.raises(ArgumentError) as e:
+            NeuronTuningConfig(masks=draw(model), **{"mode": "selected"} | arguments)
+        assert e.value.argument == name
+    with pytest.raises(TypeError):
         get_neuron_model(model, draw(model))
-    with pytest.raises(ValueError, match="not in neuron tuning"):
+    with pytest.raises(ValueError):
         merge_and_unload(model)
-    with pytest.raises(ValueError, match="then='undo'"):
+    with pytest.raises(ArgumentError):
         neuron_training(model, draw(model), then="undo").__enter__()
     assert families.state(model) == before
+
+
+def a_layer(model, i=1):
+    return model.model.layers[i].mlp
+
+
+def is_quantised(model):
+    model.is_quantized, model.quantization_method = True, "bitsandbytes"
+
+
+def has_integers(model):
+    up = a_layer(model).up_proj
+    up.weight = torch.nn.Parameter(up.weight.detach().to(torch.int8), requires_grad=False)
+
+
+def is_offloaded(model):
+    a_layer(model).down_proj.weight = torch.nn.Parameter(torch.empty(families.D, families.HIDDEN, device="meta"))
+
+
+def has_a_forward_of_its_own(model):
+    a_layer(model).down_proj.forward = a_layer(model).down_proj.forward
+
+
+def has_a_new_parametrisation(model):
+    torch.nn.utils.parametrizations.weight_norm(a_layer(model).down_proj)
+
+
+def has_an_old_parametrisation(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.nn.utils.weight_norm(a_layer(model).up_proj)
+
+
+def is_pruned_by_torch(model):
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(a_layer(model).gate_proj, "weight", amount=0.5)
+
+
+def layers_share_a_weight(model):
+    a_layer(model, 2).up_proj.weight = a_layer(model, 1).up_proj.weight
+
+
+def layers_share_memory(model):
+    a_layer(model, 2).down_proj.weight = torch.nn.Parameter(a_layer(model, 1).down_proj.weight.data)
+
+
+def gate_and_up_share_a_weight(model):
+    a_layer(model).gate_proj.weight = a_layer(model).up_proj.weight
+
+
+def weights_overlap_in_one_flat_parameter(model):
+    flat, size = torch.randn(2 * families.D * families.HIDDEN), families.D * families.HIDDEN
+    a_layer(model, 1).up_proj.weight = torch.nn.Parameter(flat[:size].view(families.HIDDEN, families.D))
+    a_layer(model, 2).up_proj.weight = torch.nn.Parameter(flat[9 : size + 9].view(families.HIDDEN, families.D))
+
+
+def is_wrapped_by_peft(model):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"]))
+
+
+def is_compiled(model):
+    model.compile(backend="eager")
+
+
+UNPLAIN = [
+    is_quantised, has_integers, is_offloaded, has_a_forward_of_its_own, has_a_new_parametrisation,
+    has_an_old_parametrisation, is_pruned_by_torch, layers_share_a_weight, layers_share_memory,
+    gate_and_up_share_a_weight, weights_overlap_in_one_flat_parameter, is_wrapped_by_peft, is_compiled,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", UNPLAIN)
+@pytest.mark.parametrize("mode", ["selected", "rest"])
+def test_weights_that_are_not_the_whole_truth_are_refused_and_left_alone(spoil, mode):
+    model = families.build("llama")
+    mask = draw(model, 0.9)
+    spoil(model)
+    names, flags = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises((ValueError, NotImplementedError)):
+        refused(model, mask, mode)
+    assert list(model.state_dict()) == names and [p.requires_grad for p in model.parameters()] == flags
+    assert not hasattr(model, "neuron_tuning")
 
 
 def test_models_that_cannot_be_tuned_are_refused_by_name():
     model = families.build("llama")
     refused(model)
-    with pytest.raises(ValueError, match="already in neuron tuning"):
+    with pytest.raises(ValueError):
         refused(model)
     merge_and_unload(model)
-    compiled = torch.compile(families.build("llama"), backend="eager")
-    with pytest.raises(ValueError, match="compiled"):
-        refused(compiled, draw(families.build("llama")))
-    quantised = families.build("llama")
-    quantised.is_quantized, quantised.quantization_method = True, "bitsandbytes"
-    with pytest.raises(ValueError, match="quantised.*bitsandbytes"):
-        refused(quantised)
-    integers = families.build("llama")
-    up = integers.model.layers[1].mlp.up_proj
-    up.weight = torch.nn.Parameter(up.weight.detach().to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight has the dtype torch.int8"):
-        refused(integers)
-    placed = families.build("llama")
-    placed.model.layers[0].mlp.down_proj.forward = placed.model.layers[0].mlp.down_proj.forward
-    with pytest.raises(ValueError, match="layers.0.mlp.down_proj.weight is offloaded, or"):
-        refused(placed)
-    with pytest.raises(NotImplementedError, match="encoder.layer.0.output"):
+    for spoil, name in ((has_integers, "layers.1.mlp.up_proj"), (is_offloaded, "layers.1.mlp.down_proj")):
+        model = families.build("llama")
+        spoil(model)
+        with pytest.raises(ValueError) as e:
+            refused(model)
+        assert name in str(e.value)
+    with pytest.raises(NotImplementedError) as unplaced:
         refused(families.build("bert"))
-    peft = pytest.importorskip("peft")
-    with pytest.raises(NotImplementedError, match="merge the adapter first"):
-        refused(
-            peft.get_peft_model(families.build("llama"), peft.LoraConfig(target_modules=["up_proj"])),
-            draw(families.build("llama")),
-        )
+    assert "encoder.layer.0.output" in str(unplaced.value)
+
+
+def test_weights_that_other_layers_share_do_not_matter():
+    model = families.build("llama")
+    a_layer(model, 2).up_proj.weight = a_layer(model, 1).up_proj.weight
+    ids = tokens()
+    with neuron_training(model, draw(model, layers={0}), verbose=False) as tuning:
+        train(model, torch.optim.AdamW(tuning.param_groups(lr=1e-2)), 2)
+        tuned = model(ids).logits
+    torch.testing.assert_close(model(ids).logits, tuned, rtol=1e-4, atol=1e-5)
+    assert a_layer(model, 2).up_proj.weight is a_layer(model, 1).up_proj.weight
+
+
+def test_a_part_that_is_tied_trains_with_the_other_or_not_at_all():
+    model = families.build("llama", tie_word_embeddings=True)
+    for alone in (["lm_head"], ["model.embed_tokens"], ["lm_head.weight"]):
+        with pytest.raises(ArgumentError) as e:
+            get_neuron_model(model, NeuronTuningConfig(masks=draw(model), also=alone), verbose=False)
+        assert e.value.argument == "also"
+    before = model.lm_head.weight.detach().clone()
+    with neuron_training(model, draw(model), also=["lm_head", "model.embed_tokens"], verbose=False) as tuning:
+        train(model, torch.optim.AdamW(tuning.param_groups(lr=1e-2)), 2)
+    assert not torch.equal(model.lm_head.weight, before)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_map_that_its_parent_does_not_call_is_an_error_that_names_it():
+    class Reads(type(a_layer(families.build("llama")))):
+        def forward(self, x):
+            hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+            return torch.nn.functional.linear(hidden, self.down_proj.weight)
+
+    model = families.build("llama")
+    a_layer(model).__class__ = Reads
+    with neuron_training(model, draw(model), verbose=False, then="revert"):
+        with pytest.raises(RuntimeError) as e:
+            model(tokens())
+    assert "layers.1.mlp.down_proj" in str(e.value)
+    with neuron_training(model, draw(model, layers={0, 2}), verbose=False):
+        model(tokens())
+
+
+def saved_by_the_model(model, folder):
+    model.save_pretrained(folder)
+
+
+def saved_by_the_trainer(model, folder):
+    from transformers import Trainer, TrainingArguments
+
+    Trainer(model, TrainingArguments(str(folder), report_to="none", use_cpu=True)).save_model(str(folder))
+
+
+@pytest.mark.parametrize("save", [saved_by_the_model, saved_by_the_trainer])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_saved_model_in_tuning_is_never_taken_for_the_whole(family, save, tmp_path):
+    from safetensors.torch import load_file
+
+    model, ids = families.build(family), tokens()
+    mask = draw(model)
+    get_neuron_model(model, NeuronTuningConfig(masks=mask), verbose=False)
+    train(model, torch.optim.AdamW(model.neuron_tuning.param_groups(lr=1e-2)), 3)
+    save(model, tmp_path)
+    with pytest.raises(RuntimeError):
+        type(model).from_pretrained(tmp_path)
+    again = get_neuron_model(families.build(family), NeuronTuningConfig(masks=mask), verbose=False)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert torch.equal(again(ids).logits, model(ids).logits)  # nothing of the work is lost
+    merge_and_unload(model)
+    save(model, tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("wrap", ["data parallel", "copy of a part", "checkpointing", "compiled later", "accelerate"])
+def test_wrappers_around_a_model_in_tuning_keep_its_slices(wrap):
+    model, ids = families.build("llama").train(), tokens()
+    get_neuron_model(model, NeuronTuningConfig(masks=draw(model)), verbose=False)
+    train(model, torch.optim.AdamW(model.neuron_tuning.param_groups(lr=1e-2)), 2)
+    expected, call = model.model(ids)[0], model.model
+    if wrap == "data parallel":
+        wrapped = torch.nn.DataParallel(model)
+        expected, call = model(ids).logits, lambda ids: wrapped(ids).logits[None]
+    elif wrap == "copy of a part":
+        call = copy.deepcopy(model.model)
+    elif wrap == "checkpointing":
+        model.gradient_checkpointing_enable()
+    elif wrap == "compiled later":
+        torch._dynamo.reset()
+        call = torch.compile(model.model, backend="eager")
+    else:
+        from accelerate import Accelerator
+
+        prepared = Accelerator(cpu=True).prepare(model)
+        expected, call = model(ids).logits, lambda ids: prepared(ids).logits[None]
+    out = call(ids)[0]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    out.square().sum().backward()
+    of = model.model if wrap != "copy of a part" else call
+    assert all(p.grad is not None and p.grad.any() for n, p in of.named_parameters() if ".neurons." in n)
 
 
 def test_a_refusal_leaves_the_model_alone():
@@ -617,7 +787,7 @@ def test_networks_left_empty_by_an_overlap_are_named():
     mask = draw(model)
     with pytest.warns(UserWarning) as seen:
         get_neuron_model(model, NeuronTuningConfig(masks={"a": mask, "again": mask}), verbose=False)
-    assert any("without a neuron of their own: again" in str(w.message) for w in seen)
+    assert any("again" in str(w.message) for w in seen)
     train(model, torch.optim.AdamW(model.neuron_tuning.param_groups(lr=1e-3)), 1)
 
 
@@ -656,13 +826,8 @@ def test_a_new_head_can_train_along():
     merge_and_unload(model)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert "score.weight" in moved and all(".mlp." in n for n in moved - {"score.weight"})
-    for also, message in (
-        (["head"], "no module or parameter 'head'"),
-        (["model.layers.0.mlp"], "base of chosen neurons"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for also in (["head"], ["model.layers.0.mlp"]):
+        with pytest.raises(ArgumentError) as e:
             get_neuron_model(model, NeuronTuningConfig(masks=draw(model), also=also))
+        assert e.value.argument == "also"
     assert not hasattr(model, "neuron_tuning")
-    for arguments in (dict(mode="rest", also=["score"]), dict(also="score")):
-        with pytest.raises(ValueError, match="also="):
-            NeuronTuningConfig(masks=draw(model), **arguments)

@@ -1,4 +1,6 @@
-"""Pins that pruning is ablation without the cost: the pruned model answers and trains as the ablated one; on leaving, the model is whole and the removed neurons have not moved by a bit; a saved pruned model comes back bit for bit; what cannot be cut is refused before anything is touched."""
+"""Pins that pruning is ablation without the cost: the pruned model answers and trains as the ablated one; on leaving,
+the model is whole and the removed neurons have not moved by a bit; a saved pruned model comes back bit for bit;
+what cannot be cut is refused before anything is touched."""
 
 import copy
 import json
@@ -7,6 +9,7 @@ import families
 import pytest
 import torch
 from families import D, FAMILIES, HIDDEN, LAYERS
+from torch.nn.utils import prune as torch_pruning
 
 from llmfact_nb.finetune import neuron_parameters
 from llmfact_nb.masked_model import MaskedModel
@@ -201,7 +204,7 @@ def test_keep_and_restore_later():
     twin = copy.deepcopy(model)
     handle.restore()
     assert_whole(model, before, state, plain)
-    with pytest.raises(ValueError, match="restored already"):
+    with pytest.raises(ValueError):
         handle.restore()
     assert torch.equal(logits(twin), inside)  # a copy is pruned on its own
     twin.neuron_pruning.restore()
@@ -246,7 +249,7 @@ def test_a_layer_without_neurons(name, tmp_path):
 def test_gpt2_refuses_a_layer_without_neurons():
     model = families.build("gpt2")
     before, state = weights(model), families.state(model)
-    with pytest.raises(ValueError, match="layer 1.*Conv1D"):
+    with pytest.raises(ValueError):
         prune(model, drawn("gpt2", (0.3, 1.0, 0.3)))
     assert_whole(model, before, state)
 
@@ -274,7 +277,7 @@ def test_save_and_load(name, dtype, tmp_path):
     assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == (
         model.get_input_embeddings().weight is model.get_output_embeddings().weight
     )
-    with pytest.raises(ValueError, match="loaded from a file"):
+    with pytest.raises(ValueError):
         again.neuron_pruning.restore()
     assert torch.equal(
         logits(load_pruned(save_pruned(again, tmp_path / "second"))), logits(model)
@@ -322,7 +325,7 @@ def test_requires_grad_and_dtype_inside_the_block():
 def test_an_optimizer_from_before_is_refused():
     model, mask = families.build("llama"), drawn()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match="built before"):
+    with pytest.raises(RuntimeError):
         with pruned_training(model, mask, verbose=False):
             model(IDS, labels=IDS).loss.backward()
             optimizer.step()
@@ -335,7 +338,7 @@ def test_an_optimizer_from_before_is_refused():
 def test_empty_mask_warns_and_changes_nothing():
     model = families.build("llama")
     plain, before, state = logits(model), weights(model), families.state(model)
-    with pytest.warns(UserWarning, match="no neuron"):
+    with pytest.warns(UserWarning):
         with pruned_training(model, NeuronMask.empty([HIDDEN] * LAYERS, site="mlp_hidden"), verbose=False):
             assert torch.equal(logits(model), plain)
     assert_whole(model, before, state, plain)
@@ -344,19 +347,31 @@ def test_empty_mask_warns_and_changes_nothing():
 def test_bad_masks():
     model = families.build("llama")
     before, state = weights(model), families.state(model)
-    for mask, error, message in (
-        (NeuronMask.full([HIDDEN] * LAYERS, site="mlp_hidden"), ValueError, "all 72 neurons"),
-        (NeuronMask.full([D] * LAYERS, site="mlp_out"), ValueError, "mlp_out"),
-        (NeuronMask.full([HIDDEN + 1] * LAYERS), ValueError, "25 units in layer 0"),
-        (NeuronMask.full([HIDDEN] * 9), ValueError, "layers"),
-        ([0, 1, 2], TypeError, "NeuronMask"),
+    for mask, error in (
+        (NeuronMask.full([HIDDEN] * LAYERS, site="mlp_hidden"), ValueError),
+        (NeuronMask.full([D] * LAYERS, site="mlp_out"), ValueError),
+        (NeuronMask.full([HIDDEN + 1] * LAYERS), ValueError),
+        (NeuronMask.full([HIDDEN] * 9), ValueError),
+        ([0, 1, 2], TypeError),
     ):
         for call in (lambda: prune(model, mask), lambda: pruned_training(model, mask).__enter__()):
-            with pytest.raises(error, match=message):
+            with pytest.raises(error):
                 call()
-    with pytest.raises(ValueError, match="then='merge'"):
+    with pytest.raises(ValueError):
         pruned_training(model, drawn(), then="merge").__enter__()
     assert_whole(model, before, state)
+
+
+def parametrised():
+    model = families.build("llama")
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.down_proj)
+    return model
+
+
+def pruned_by_torch():
+    model = families.build("llama")
+    torch_pruning.l1_unstructured(model.model.layers[1].mlp.down_proj, "weight", amount=0.5)
+    return model
 
 
 def quantised():
@@ -427,28 +442,31 @@ def normed():
 
 
 @pytest.mark.parametrize(
-    "make, error, message",
+    "make, error, named",
     [
         (quantised, ValueError, "quantised"),
-        (offloaded, ValueError, "layers.1.mlp.up_proj.weight.*offloaded"),
+        (offloaded, ValueError, "layers.1.mlp.up_proj"),
         (compiled, ValueError, "compiled"),
-        (adapted, NotImplementedError, "merge the adapter"),
-        (tuned, ValueError, "merge_and_unload"),
-        (gated, ValueError, "detach"),
-        (already, ValueError, "pruned already"),
-        (hooked, ValueError, "layers.2.mlp.down_proj has hooks"),
-        (tied, ValueError, "layers.2.mlp.gate_proj.weight is tied to model.layers.2.mlp.up_proj.weight"),
+        (adapted, NotImplementedError, "layers.0.mlp"),
+        (tuned, ValueError, "model.neuron_tuning"),
+        (gated, ValueError, "model.neuron_gate"),
+        (already, ValueError, "model.neuron_pruning"),
+        (hooked, ValueError, "layers.2.mlp.down_proj"),
+        (tied, ValueError, "layers.2.mlp.gate_proj"),
+        (parametrised, ValueError, "layers.1.mlp.down_proj"),
+        (pruned_by_torch, ValueError, "layers.1.mlp.down_proj"),
         (normed, NotImplementedError, "layers.1.mlp.norm.weight"),
-        (lambda: families.build("mixtral"), NotImplementedError, "experts"),
-        (lambda: families.build("bert"), NotImplementedError, "up projection"),
+        (lambda: families.build("mixtral"), NotImplementedError, "mixtral"),
+        (lambda: families.build("bert"), NotImplementedError, "encoder.layer.0"),
     ],
     ids=lambda a: getattr(a, "__name__", None),
 )
-def test_models_that_cannot_be_cut(make, error, message):
+def test_models_that_cannot_be_cut(make, error, named):
     model = make()
     shapes = [p.shape for p in model.parameters()]
-    with pytest.raises(error, match=message):
+    with pytest.raises(error) as e:
         prune(model, drawn(), verbose=False)
+    assert named in str(e.value)
     assert [p.shape for p in model.parameters()] == shapes
     if make is tuned:
         model.neuron_tuning.close()
@@ -457,10 +475,10 @@ def test_models_that_cannot_be_cut(make, error, message):
 def test_open_masks_are_refused():
     model = families.build("llama")
     with MaskedModel(model).ablate(drawn()):
-        with pytest.raises(ValueError, match="has hooks"):
+        with pytest.raises(ValueError):
             prune(model, drawn(), verbose=False)
     prune(model, drawn(), verbose=False)
-    with pytest.raises(ValueError, match="units in layer"):
+    with pytest.raises(ValueError):
         MaskedModel(model).ablate(drawn()).__enter__()
 
 
@@ -471,35 +489,36 @@ def test_adapters_elsewhere_are_no_hindrance(tmp_path):
     plain = logits(model)
     with pruned_training(model, mask, verbose=False):
         assert not torch.allclose(logits(model), plain)
-        with pytest.raises(TypeError, match="Merge the adapter"):
+        with pytest.raises(TypeError):
             save_pruned(model, tmp_path)
     assert torch.equal(logits(model), plain)
 
 
 def test_files_that_are_not_whole(tmp_path):
     model = families.build("llama")
-    with pytest.raises(ValueError, match="not pruned"):
+    with pytest.raises(ValueError):
         save_pruned(model, tmp_path / "plain")
     model.save_pretrained(tmp_path / "plain")
-    with pytest.raises(FileNotFoundError, match="save_pruned"):
+    with pytest.raises(FileNotFoundError):
         load_pruned(tmp_path / "plain")
     prune(model, drawn(), verbose=False)
     path = save_pruned(model, tmp_path / "pruned")
     good = (path / "pruning.json").read_text()
     record = json.loads(good)
     other = {d: list(range(HIDDEN - w)) for d, w in zip(record["removed"], (5, 6, 7))}
-    for changed, message in (
-        ("{", "not a JSON"),
-        ("{}", "damaged"),
-        (json.dumps({**record, "widths": record["widths"][:2]}), "damaged"),
-        (json.dumps({**record, "widths": [9, 9, 9]}), "damaged"),
-        (json.dumps({**record, "removed": {"0": [99], "1": [], "2": []}}), "damaged"),
-        (json.dumps({**record, "removed": other, "widths": [5, 6, 7]}), "do not fit"),
-        (json.dumps({**record, "architecture": "NoSuchModel"}), "NoSuchModel"),
+    for changed in (
+        "{",
+        "{}",
+        json.dumps({**record, "widths": record["widths"][:2]}),
+        json.dumps({**record, "widths": [9, 9, 9]}),
+        json.dumps({**record, "removed": {"0": [99], "1": [], "2": []}}),
+        json.dumps({**record, "removed": other, "widths": [5, 6, 7]}),
+        json.dumps({**record, "architecture": "NoSuchModel"}),
     ):
         (path / "pruning.json").write_text(changed)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError) as e:
             load_pruned(path)
+        assert str(path) in str(e.value)
     (path / "pruning.json").write_text(good)
     load_pruned(path)
     from safetensors.torch import load_file, save_file
@@ -507,7 +526,7 @@ def test_files_that_are_not_whole(tmp_path):
     tensors = load_file(path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="up_proj"):
+    with pytest.raises(ValueError):
         load_pruned(path)
 
 
@@ -520,9 +539,9 @@ def test_an_interrupted_save_is_no_pruned_model(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(type(model), "save_pretrained", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError):
         save_pruned(model, tmp_path)
-    with pytest.raises(FileNotFoundError, match="pruning.json"):
+    with pytest.raises(FileNotFoundError):
         load_pruned(tmp_path)
 
 

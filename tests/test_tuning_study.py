@@ -1,11 +1,10 @@
-"""Pins the tuning study and its tasks: what the arms are, which loss chooses, which rates are tried, the same table twice and after an interruption, whose folder it is, and a model that comes back as it was."""
+"""Pins the tuning study and its tasks: what the arms are, which loss chooses, which rates are tried, the same table
+twice and after an interruption, whose folder it is, and a model that comes back as it was."""
 
 import json
 import math
 import re
 import shutil
-import sys
-import types
 from dataclasses import replace
 
 import families
@@ -18,88 +17,40 @@ import pandas as pd
 import pytest
 import torch
 
-from llmfact_nb.base import resources
-from llmfact_nb.tuning import tasks
-from llmfact_nb.show import tuning_figures
+from llmfact_nb.base import texts
+from llmfact_nb.base.arguments import ArgumentError
+from llmfact_nb.base.files import ClaimError, digest
 from llmfact_nb.evaluate import EvalSet, label_accuracy, perplexity
-from llmfact_nb.ablation import Settings
-from llmfact_nb.base.files import digest
 from llmfact_nb.finetune import neuron_parameters
 from llmfact_nb.masks import NeuronMask
-from llmfact_nb.tuning.tasks import (
-    Example,
-    Scores,
-    TuningTask,
-    batch_nats,
-    excerpts,
-    labelled_examples,
-    score,
-    speeches_task,
-    window_examples,
-)
+from llmfact_nb.show import tuning_figures
+from llmfact_nb.tuning import arms as arms_module
+from llmfact_nb.tuning import comparison
+from llmfact_nb.tuning.arms import ARMS, CandidateNeurons, arm_training, gradient_scores, lora_rank, mlp_maps
 from llmfact_nb.tuning.comparison import (
-    ARMS, RATES, CandidateNeurons, TuningSettings, arm_training, check_arms, choose_rate, document_interval, gradient_scores, lora_rank, mlp_maps, next_rate, orders, read_tuning, set_aside,
-    sweep_losses, train_run, tuning_study,
+    RATES,
+    TuningSettings,
+    check_arms,
+    choose_rate,
+    compare_tuning,
+    next_rate,
+    orders,
+    set_aside,
+    sweep_losses,
+    train_run,
+)
+from llmfact_nb.tuning.tables import TuningResults, document_interval, read_tuning
+from llmfact_nb.tuning.tasks import (
+    Example, Scores, TuningTask, batch_nats, excerpts, labelled_examples, score, speeches_task, window_examples,
 )  # fmt: skip
+from tuning_task import ELSEWHERE, SMALL, planted_task, study, timeless
 
-module = sys.modules[tuning_study.__module__]  # of the same name as its function
 pytestmark = [
     pytest.mark.filterwarnings("ignore:FastICA has not converged"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]
-FIND = Settings(n_components=3, n_init=2, fit_tokens=200, fit_length=40, fraction=0.15)
-SMALL = dict(
-    steps=12,
-    sweep_steps=4,
-    eval_every=4,
-    batch_size=2,
-    max_length=16,
-    gradient_batches=4,
-    patience=None,
-    sweep_seeds=(0,),
-    further_rates=1,
-    find=FIND,
-)
-CLOCKS = ["step_seconds", "step_processor_seconds", "seconds"]
 WIDTHS = (families.HIDDEN,) * families.LAYERS
 N = sum(WIDTHS)
-
-
-def planted_task(name="planted"):
-    "The label is w40 if the first word is below w20, else w41: as easy as it gets."
-    tokenizer = families.tokenizer()
-    texts = [families.words(6, seed=i) for i in range(40)]
-    labels = [int(int(t.split()[0][1:]) >= 20) for t in texts]
-    examples = labelled_examples(tokenizer, texts, labels, "{text} w30", ("w40", "w41"), 16)
-    return TuningTask(
-        name, examples[:24], examples[:24], examples[24:], [families.words(40, seed=100 + i) for i in range(8)]
-    )
-
-
-ELSEWHERE = window_examples(families.tokenizer(), [families.words(30, seed=200 + i) for i in range(3)], 6, 12)
-
-
-def study(folder=None, arms=("key", "full"), seeds=(0, 1), model=None, task=None, **changes):
-    model = model or families.build("llama")
-    settings = SMALL | {"lrs": {a: (1e-4, 1e-3, 3e-2) for a in ARMS}} | changes
-    return tuning_study(
-        (model, families.tokenizer()),
-        task or planted_task(),
-        arms,
-        seeds,
-        folder,
-        ELSEWHERE,
-        progress=False,
-        **settings,
-    )
-
-
-def timeless(results):
-    "The tables without what a clock says."
-    return [
-        f.drop(columns=[c for c in CLOCKS if c in f])
-        for f in (results.runs, results.curves, results.sweep, results.intervals)
-    ]
 
 
 def same(a, b):
@@ -147,9 +98,7 @@ def test_two_arms_two_seeds_from_end_to_end(finished):
         and 0.5 <= facts["majority"] < 1
         and facts["chance choice loss"] == pytest.approx(math.log(2))
     )
-    assert facts["seconds to find the key neurons"] > 0 and facts["seconds to score the gradients"] > 0
-    assert "chance choice loss 0.693" in repr(results) and "seconds to score the gradients" in repr(results)
-    assert "networks" in results.facts["planted"] and "learning rates" in repr(results)
+    assert facts["seconds to find the neurons"] > 0 and "chance choice loss 0.693" in repr(results)
 
 
 def test_best_state_is_what_is_tested(finished):
@@ -169,7 +118,7 @@ def test_without_a_folder(finished):
 
 @pytest.mark.parametrize("interrupted_at", [2, 8])
 def test_interrupted_study_goes_on_to_an_equal_table(finished, tmp_path, monkeypatch, interrupted_at):
-    calls, real, model = [], module.train_run, families.build("llama")
+    calls, real, model = [], comparison.train_run, families.build("llama")
     weights, before = [p.clone() for p in model.parameters()], families.state(model)
 
     def interrupt(*args, **kwargs):
@@ -180,7 +129,7 @@ def test_interrupted_study_goes_on_to_an_equal_table(finished, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "train_run", interrupt)
+    monkeypatch.setattr(comparison, "train_run", interrupt)
     with pytest.raises(KeyboardInterrupt):
         study(tmp_path, model=model)
     assert families.state(model) == before and all(torch.equal(p, w) for p, w in zip(model.parameters(), weights))
@@ -195,63 +144,63 @@ def test_interrupted_study_goes_on_to_an_equal_table(finished, tmp_path, monkeyp
 
 def test_finished_study_trains_nothing(finished, monkeypatch):
     folder, results = finished
-    monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(comparison, "train_run", lambda *a, **k: pytest.fail("trained again"))
     same(study(folder), results)
     same(read_tuning(folder), results)
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, name",
     [
-        (dict(steps=13), "steps: 12 there, 13 now"),
-        (dict(batch_size=3), "batch_size: 2 there, 3 now"),
-        (
-            dict(lrs={a: (1e-4, 1e-3, 3e-2 if a != "full" else 2e-2) for a in ARMS}),
-            "lrs full: [0.0001, 0.001, 0.03] there, [0.0001, 0.001, 0.02] now",
-        ),
-        (dict(sweep_seeds=(0, 1)), "sweep_seeds: [0] there, [0, 1] now"),
-        (dict(further_rates=2), "further_rates: 1 there, 2 now"),
-        (
-            dict(find=Settings(n_components=4, n_init=2, fit_tokens=200, fit_length=40, fraction=0.15)),
-            "find n_components: 3 there, 4 now",
-        ),
+        (dict(steps=13), "steps"),
+        (dict(batch_size=3), "batch_size"),
+        (dict(lrs={a: (1e-4, 1e-3, 3e-2 if a != "full" else 2e-2) for a in ARMS}), "lrs full"),
+        (dict(sweep_seeds=(0, 1)), "sweep_seeds"),
+        (dict(further_rates=2), "further_rates"),
+        (dict(n_components=4), "n_components"),
     ],
 )
-def test_changed_configuration_is_refused_with_the_difference(finished, change, words):
-    with pytest.raises(ValueError, match="holds a tuning study with other settings") as e:
+def test_changed_configuration_is_refused_with_the_difference(finished, change, name):
+    with pytest.raises(ClaimError) as e:
         study(finished[0], **change)
-    assert f"({words})" in str(e.value) and "Choose another folder" in str(e.value)
+    assert list(e.value.differences) == [name]
 
 
 def test_other_data_and_other_weights_are_refused(finished):
     task = planted_task()
-    with pytest.raises(ValueError, match="data: "):
+    with pytest.raises(ValueError):
         study(finished[0], task=TuningTask("planted", task.train[1:], task.val, task.test, task.texts))
     model = families.build("llama")
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1
-    with pytest.raises(ValueError, match="weights: "):
+    with pytest.raises(ValueError):
         study(finished[0], model=model)
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_another_release_is_refused(finished, monkeypatch, name):
-    found = module.package_versions()
-    monkeypatch.setattr(module, "package_versions", lambda: found | {name: "0.1"})
-    with pytest.raises(ValueError, match=rf"{name}: '{re.escape(found[name])}' there, '0.1' now"):
+    real = comparison.version
+    monkeypatch.setattr(comparison, "version", lambda n: "0.1" if n == name else real(n))
+    with pytest.raises(ClaimError) as e:
         study(finished[0])
+    assert list(e.value.differences) == [name]
 
 
-def test_peft_counts_only_where_it_is_used(tmp_path, monkeypatch):
-    found = module.package_versions()
-    study(tmp_path, arms=["key"], seeds=[0])
-    monkeypatch.setattr(module, "package_versions", lambda: found | {"peft": "0.1"})
-    study(tmp_path, arms=["key"], seeds=[0])
-    monkeypatch.setattr(module, "package_versions", lambda: found)
-    assert len(study(tmp_path, arms=["key", "LoRA"], seeds=[0]).runs) == 2
-    monkeypatch.setattr(module, "package_versions", lambda: found | {"peft": "0.1"})
-    with pytest.raises(ValueError, match="peft: "):
-        study(tmp_path, arms=["key", "LoRA"], seeds=[0])
+def test_only_lora_says_which_peft_it_was(tmp_path):
+    study(tmp_path, arms=["key", "LoRA"], seeds=[0])
+    of = lambda arm: json.loads((tmp_path / "planted" / f"run-{arm}-seed0.json").read_text())
+    assert "peft" in of("LoRA") and "peft" not in of("key")
+
+
+def test_several_processes_make_the_same_tables(finished, tmp_path):
+    same(study(tmp_path, n_jobs=2), finished[1])
+
+
+def test_two_calls_at_once_in_one_folder_are_refused(tmp_path):
+    from llmfact_nb.base.files import hold
+
+    with hold(tmp_path / "planted"), pytest.raises(BlockingIOError):
+        study(tmp_path)
 
 
 def test_threads_are_recorded_and_do_not_stop_a_resumption(finished, tmp_path):
@@ -266,16 +215,16 @@ def test_threads_are_recorded_and_do_not_stop_a_resumption(finished, tmp_path):
 
 
 def test_examples_of_the_gradient_are_not_trained_on(monkeypatch):
-    task, scored, trained, real, train = planted_task(), [], [], module.gradient_scores, module.train_run
+    task, scored, trained, real, train = planted_task(), [], [], arms_module.gradient_scores, comparison.train_run
     monkeypatch.setattr(
-        module,
+        arms_module,
         "gradient_scores",
         lambda model, batches, like: (
             scored.extend(ids for rows in batches for ids, _ in rows) or real(model, batches, like)
         ),
     )
     monkeypatch.setattr(
-        module,
+        comparison,
         "train_run",
         lambda model, ready, t, *a, **k: trained.append([e.ids for e in t.train]) or train(model, ready, t, *a, **k),
     )
@@ -283,14 +232,14 @@ def test_examples_of_the_gradient_are_not_trained_on(monkeypatch):
     assert len(scored) == 8 and all(len(ids) == 16 for ids in trained)
     assert all(sorted(scored + ids) == sorted(e.ids for e in task.train) for ids in trained)
     assert scored != [e.ids for e in task.train[:8]] and scored != [e.ids for e in task.train[-8:]]
-    with pytest.raises(ValueError, match="fewer gradient_batches"):
+    with pytest.raises(ValueError):
         set_aside(task, 24)
 
 
 def test_more_seeds_and_arms_train_only_what_is_new(tmp_path, monkeypatch):
     first = study(tmp_path, arms=["key"], seeds=[0])
-    trained, real = [], module.train_run
-    monkeypatch.setattr(module, "train_run", lambda *a, **k: trained.append(1) or real(*a, **k))
+    trained, real = [], comparison.train_run
+    monkeypatch.setattr(comparison, "train_run", lambda *a, **k: trained.append(1) or real(*a, **k))
     more = study(tmp_path, arms=["key"], seeds=[0, 3])
     assert len(trained) == 1 and list(more.runs["seed"]) == [0, 3]
     pd.testing.assert_frame_equal(more.runs.iloc[:1], first.runs)
@@ -404,7 +353,7 @@ def test_edge_of_the_rates_is_reported(rates, edge):
         results.runs["lr"].item() == 3e-3
         and results.runs["edge"].item() == edge == results.sweep.query("chosen")["edge"].item()
     )
-    assert f"full ({edge} rate, 0.003)" in repr(results)
+    assert f"{edge} of those tried (0.003)" in repr(results)
 
 
 @pytest.mark.parametrize(
@@ -429,7 +378,7 @@ def test_sweep_goes_on_beyond_the_edge(tmp_path, monkeypatch, further, tried):
             and own["chosen"].iloc[-1]
         )
     assert (results.runs["rates_tried"] == 3 + further).all() and (results.runs["edge"] == "highest").all()
-    monkeypatch.setattr(module, "train_run", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(comparison, "train_run", lambda *a, **k: pytest.fail("trained again"))
     same(study(tmp_path, **settings), results)
 
 
@@ -441,12 +390,13 @@ def test_next_rate():
 def test_choose_rate():
     assert choose_rate({1e-3: 1.0, 1e-2: 0.5, 1e-1: None}) == (1e-2, "")
     assert choose_rate({1e-3: 0.2, 1e-2: 0.5}) == (1e-3, "lowest") and choose_rate({1e-3: 0.2}) == (1e-3, "")
-    with pytest.raises(ValueError, match="diverged at every learning rate"):
+    with pytest.raises(ValueError):
         choose_rate({1e-3: None, 1.0: float("inf")})
 
 
 def test_a_rates_value_is_the_mean_choice_loss_over_the_seeds():
-    """Rate 2 has the smaller vocabulary loss, rate 1 the smaller choice loss; with its first seed alone rate 3 would win; rate 4 diverged once."""
+    """Rate 2 has the smaller vocabulary loss, rate 1 the smaller choice loss; with its first seed alone rate 3 would
+    win; rate 4 diverged once."""
     made_up = lambda lr, seed, loss, choice, diverged=False: {
         "lr": lr,
         "seed": seed,
@@ -483,8 +433,8 @@ def test_every_rate_is_tried_with_every_sweep_seed():
 
 def test_every_arm_gets_the_same_number_of_rates():
     assert {len(r) for r in RATES.values()} == {3}
-    with pytest.raises(ValueError, match="same number"):
-        check_arms(["key", "full"], [0], TuningSettings(lrs={"key": (1e-3, 1e-2)}))
+    with pytest.raises(ValueError):
+        check_arms(["key", "full"], TuningSettings(lrs={"key": (1e-3, 1e-2)}))
 
 
 def test_defaults_depend_on_the_task():
@@ -501,66 +451,66 @@ def test_defaults_depend_on_the_task():
 
 
 @pytest.mark.parametrize(
-    "steps, patience, accepted", [(45, 3, False), (46, 3, True), (31, 2, True), (30, 2, False), (5, None, True)]
+    "steps, patience, accepted", [(45, 3, False), (46, 3, True), (31, 2, True), (30, 2, False), (5, 0, True)]
 )
 def test_a_patience_that_could_never_act_is_refused(steps, patience, accepted):
     if accepted:
         TuningSettings(steps=steps, patience=patience)
     else:
-        with pytest.raises(
-            ValueError, match=f"patience={patience} with eval_every=15 and steps={steps} could never stop"
-        ):
+        with pytest.raises(ValueError):
             TuningSettings(steps=steps, patience=patience)
 
 
 BAD = {
-    "steps": [0, 1.5, True],
-    "batch_size": [0],
-    "max_length": [3],
-    "patience": [0],
-    "n_val": [0],
+    "steps": [-1, 1.5, True],
+    "batch_size": [-1],
+    "eval_every": [0],
     "clip": [0, float("inf")],
     "weight_decay": [-1],
     "further_rates": [-1],
     "sweep_seeds": [(), (0, 0)],
-    "lrs": [{"keys": [1]}, {"key": []}, {"key": [0.0]}],
+    "lrs": [{"keys": [1]}],
+    "lrs['key']": [{"key": []}, {"key": [0.0]}, {"key": [1, 1]}],
+    "fraction": [0, 1],
 }
 
 
 @pytest.mark.parametrize("name, value", [(n, v) for n, values in BAD.items() for v in values])
 def test_bad_settings_are_named(name, value):
-    with pytest.raises(ValueError, match=name):
-        TuningSettings(**{name: value})
+    with pytest.raises(ArgumentError) as e:
+        TuningSettings(**{name.partition("[")[0]: value})
+    assert e.value.argument == name
 
 
 @pytest.mark.parametrize(
-    "arms, seeds, words",
+    "arms, seeds, argument",
     [
-        ([], [0], "arms="),
-        (["key", "key"], [0], "arms="),
-        (["keys"], [0], "arms="),
-        (["key"], [], "seeds="),
-        (["key"], [0, 0], "seeds="),
-        (["key"], [-1], "seeds="),
+        ([], [0], "arms"),
+        (["key", "key"], [0], "arms"),
+        (["keys"], [0], "arms"),
+        (["key"], [], "seeds"),
+        (["key"], [0, 0], "seeds"),
+        (["key"], [-1], "seeds"),
     ],
 )
-def test_bad_arms_and_seeds(arms, seeds, words):
-    with pytest.raises(ValueError, match=words):
-        check_arms(arms, seeds, TuningSettings())
+def test_bad_arms_and_seeds(arms, seeds, argument):
+    with pytest.raises(ArgumentError) as e:
+        compare_tuning(arms=arms, seeds=seeds)
+    assert e.value.argument == argument
 
 
 def test_unknown_task_and_setting():
-    with pytest.raises(ValueError, match="'reviews', 'speeches'"):
-        tuning_study(task="poems")
-    with pytest.raises(TypeError, match="stepps"):
-        tuning_study(stepps=3)
+    with pytest.raises(ValueError):
+        compare_tuning(task="poems")
+    with pytest.raises(TypeError):
+        compare_tuning(stepps=3)
 
 
 def test_lora_without_peft_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r"llmfact_nb\[peft\]"):
-        check_arms(["LoRA"], [0], TuningSettings())
-    check_arms(["key", "full"], [0], TuningSettings())
+    monkeypatch.setattr(comparison, "find_spec", lambda name: None)
+    with pytest.raises(ImportError):
+        check_arms(["LoRA"], TuningSettings())
+    check_arms(["key", "full"], TuningSettings())
 
 
 # the arms
@@ -651,7 +601,7 @@ def test_arm_starts_from_the_model_and_gives_it_back(arm):
         [(tuple(range(4, 20)), 1)],
     )
     alone = torch.cat(batch_nats(model, rows)).detach()
-    with pytest.raises(RuntimeError, match="in the middle"), arm_training(model, arm, 0, candidates(model)) as ready:
+    with pytest.raises(RuntimeError), arm_training(model, arm, 0, candidates(model)) as ready:
         assert torch.equal(torch.cat(batch_nats(model, rows)), alone)
         torch.cat(batch_nats(model, rows)).mean().backward()
         torch.optim.AdamW(ready.groups, lr=0.1).step()
@@ -676,15 +626,15 @@ def test_a_frozen_weight_that_moves_is_noticed(arm):
 
 
 def test_model_changed_during_the_study_is_noticed(tmp_path, monkeypatch):
-    model, real = families.build("llama"), module.write_json
+    model, real = families.build("llama"), comparison.write_json
 
     def meddle(path, content):
         if path.name.startswith("sweep-"):
             model.get_input_embeddings().weight.data[0, 0] += 1
         return real(path, content)
 
-    monkeypatch.setattr(module, "write_json", meddle)
-    with pytest.raises(RuntimeError, match="embed_tokens.weight changed"):
+    monkeypatch.setattr(comparison, "write_json", meddle)
+    with pytest.raises(RuntimeError):
         study(tmp_path, model=model)
 
 
@@ -693,7 +643,8 @@ def test_model_changed_during_the_study_is_noticed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("arm, lr", [("key", 3e-2), ("full", 1e-2)])
 def test_early_stopping_keeps_the_best_state(arm, lr):
-    """Four windows of the same few words to learn by heart: at first other windows gain, since the same words come up in them; then they lose."""
+    """Four windows of the same few words to learn by heart: at first other windows gain, since the same words come up
+    in them; then they lose."""
     draw = lambda seed: [
         Example(tuple(ids), 1) for ids in np.random.default_rng(seed).integers(5, 20, (4, 12)).tolist()
     ]
@@ -703,7 +654,7 @@ def test_early_stopping_keeps_the_best_state(arm, lr):
         score(model, task.val),
     )
     with arm_training(model, arm, 0, candidates(model, 40)) as ready:
-        run = train_run(model, ready, task, start, lr, 60, 0, settings)
+        run = train_run(model, ready, task, start, lr, 0, settings)
         kept = score(model, task.val)
     losses = [r["val_loss"] for r in run["curve"]]
     best = losses.index(min(losses))
@@ -714,20 +665,20 @@ def test_early_stopping_keeps_the_best_state(arm, lr):
     )
     assert losses[best] < losses[0] and all(x > losses[best] for x in losses[best + 1 :]) and kept.loss == losses[best]
     with arm_training(model, arm, 0, candidates(model, 40)) as ready:
-        run = train_run(model, ready, task, start, lr, run["best_step"], 0, settings)
+        run = train_run(model, ready, task, start, lr, 0, replace(settings, steps=run["best_step"], patience=0))
         assert score(model, task.val).nats == kept.nats  # the state of that step, bit for bit
     with arm_training(model, arm, 0, candidates(model, 40)) as ready:
-        assert train_run(model, ready, task, start, lr, 60, 0, replace(settings, patience=None))["steps"] == 60
+        assert train_run(model, ready, task, start, lr, 0, replace(settings, patience=0))["steps"] == 60
 
 
 def test_the_choice_loss_chooses_the_best_step(monkeypatch):
     """The vocabulary loss is best at the fourth step, the choice loss at the second."""
     model, task, told = families.build("llama"), planted_task(), iter([(4.0, 0.6), (3.0, 0.5), (2.0, 0.55), (1.0, 0.6)])
     made_up = lambda loss, choice: Scores([loss], [1], [0], [True], [choice])
-    monkeypatch.setattr(module, "score", lambda *a: made_up(*next(told)))
+    monkeypatch.setattr(comparison, "score", lambda *a: made_up(*next(told)))
     with arm_training(model, "full", 0, candidates(model)) as ready:
         run = train_run(
-            model, ready, task, made_up(5.0, 0.69), 1e-3, 4, 0, TuningSettings(**SMALL | dict(eval_every=1))
+            model, ready, task, made_up(5.0, 0.69), 1e-3, 0, TuningSettings(**SMALL | dict(eval_every=1, steps=4))
         )
     assert run["best_step"] == 2 and [r["val_choice_loss"] for r in run["curve"]] == [0.69, 0.6, 0.5, 0.55, 0.6]
 
@@ -735,7 +686,7 @@ def test_the_choice_loss_chooses_the_best_step(monkeypatch):
 def test_diverged_run_ends_at_once():
     model, task = families.build("llama"), planted_task()
     with arm_training(model, "full", 0, candidates(model)) as ready:
-        run = train_run(model, ready, task, score(model, task.val), float("1e38"), 12, 0, TuningSettings(**SMALL))
+        run = train_run(model, ready, task, score(model, task.val), float("1e38"), 0, TuningSettings(**SMALL))
     assert run["diverged"] and run["steps"] < 12
 
 
@@ -744,10 +695,10 @@ def test_training_is_what_it_says_it_is():
     model, task, settings = (
         families.build("llama"),
         planted_task(),
-        TuningSettings(**SMALL | dict(weight_decay=0.5, clip=0.1, warmup=2)),
+        TuningSettings(**SMALL | dict(weight_decay=0.5, clip=0.1, warmup=2, steps=4)),
     )
     with arm_training(model, "full", 0, candidates(model), 0.5) as ready:
-        train_run(model, ready, task, Scores([1e9], [1], [0], []), 1e-2, 4, 5, settings)
+        train_run(model, ready, task, Scores([1e9], [1], [0], []), 1e-2, 5, settings)
         ours = [p.detach().clone() for p in model.parameters()]
     net = families.build("llama").train()
     groups = [
@@ -852,8 +803,8 @@ def test_texts_of_the_speeches_span_all_years(monkeypatch):
         "fit": [f"first half {i} . year {i} goes on" for i in range(100)],
         "eval": [f"year {i} of the others" for i in range(100, 110)],
     }
-    monkeypatch.setattr(resources, "load_texts", lambda name, split: {"text": speeches[split]})
-    task = speeches_task(lambda text: {"input_ids": list(range(len(text.split())))}, 200, 20, 10, 8)
+    monkeypatch.setattr(texts, "load_texts", lambda name, split: {"text": speeches[split]})
+    task = speeches_task(lambda text, **options: {"input_ids": list(range(len(text.split())))}, 200, 20, 10, 8)
     years = [int(re.search(r"year (\d+)", t).group(1)) for t in task.texts]
     assert (
         len(years) == 90
@@ -884,9 +835,9 @@ def test_label_examples_are_cut_in_the_text_not_in_the_prompt():
         and long.start == 11
         and long.choices == ((40,), (41,))
     )
-    with pytest.raises(ValueError, match="max_length=2 is too short"):
+    with pytest.raises(ValueError):
         labelled_examples(tokenizer, ["w5"], [0], "w4 {text} w30", ("w40", "w41"), 2)
-    with pytest.raises(ValueError, match="label_words="):
+    with pytest.raises(ValueError):
         labelled_examples(tokenizer, ["w5"], [0], "{text} w30", ("w40", "w40"), 12)
 
 
@@ -902,71 +853,41 @@ def test_excerpts_spread_over_documents_and_within():
     assert [d for d, _ in excerpts(texts, 2, 40)] == [0, 1] and excerpts(["ab"], 1, 40) == [(0, "ab")]
 
 
-# the command line and the figures
+CHINESE = "".join(chr(0x4E00 + i) for i in range(6000))
+BORDERLESS = {
+    "no spaces": CHINESE,
+    "new lines": "\n".join(CHINESE),
+    "no-break spaces": "\u00a0".join(CHINESE),
+    "thai": "".join(chr(0x0E01 + i % 46) for i in range(6000)),
+    "one long word": "ab" * 3000,
+    "few spaces": " ".join([CHINESE[:2500], CHINESE[2500:]]),
+}
 
 
-def test_command_line(finished, tmp_path, monkeypatch, capsys):
-    asked = {}
-    monkeypatch.setattr(module, "tuning_study", lambda *a, **k: asked.update(a=a, k=k) or finished[1])
-    module._main(
-        [
-            "--task",
-            "speeches",
-            "--folder",
-            str(tmp_path),
-            "--arms",
-            "key",
-            "top variance",
-            "--seeds",
-            "3",
-            "--steps",
-            "7",
-            "--lr",
-            "key=1e-4,1e-3",
-            "--lr",
-            "top variance=1,2",
-        ]
-    )
-    assert (
-        asked["a"] == ("smollm2-135m", "speeches", ["key", "top variance"], [3], str(tmp_path))
-        and asked["k"]["steps"] == 7
-    )
-    assert (
-        asked["k"]["lrs"] == {"key": (1e-4, 1e-3), "top variance": (1.0, 2.0)}
-        and "learning rates" in capsys.readouterr().out
-    )
-    assert len(pd.read_csv(tmp_path / "speeches" / "runs.csv")) == 4
+def letters(text, **options):
+    "A tokenizer that knows characters alone."
+    return {"input_ids": [ord(c) for c in text]}
 
 
-def test_a_folder_of_the_first_release_is_read(finished, tmp_path):
-    """It knew no choice loss and one seed per rate: what is missing is nan, and the vocabulary loss chose."""
-    results, old = finished[1], tmp_path / "planted"
-    shutil.copytree(finished[0] / "planted", old)
-    for path in old.glob("*.json"):
-        content = json.loads(path.read_text())
-        for of in (v for v in content.values() if isinstance(v, dict)):
-            of.pop("choice_nats", None)
-        for k in ("further", "chance choice loss"):
-            content.pop(k, None)
-        for point in content.get("curve", ()):
-            del point["val_choice_loss"]
-        path.write_text(json.dumps(content))
-        if path.name.startswith("sweep-"):
-            path.rename(old / path.name.replace("-seed0", ""))
-    read = read_tuning(tmp_path)
-    assert (
-        read.runs["test_choice_loss"].isna().all()
-        and read.curves["val_choice_loss"].isna().all()
-        and not (read.intervals["measure"] == "test choice loss").any()
-    )
-    for column in ("test_loss", "test_accuracy", "wiki_loss"):
-        assert (read.runs[column] == results.runs[column]).all()
-    for arm in ("key", "full"):
-        own = read.sweep[read.sweep["arm"] == arm]
-        assert own.loc[own["val_loss"].idxmin(), "chosen"] and len(own) == (results.sweep["arm"] == arm).sum()
-    assert "learning rates" in repr(read)
-    tuning_figures.plot_outcome(read.intervals, read.runs)
-    plt.close("all")
+@pytest.mark.parametrize("kind", BORDERLESS)
+def test_windows_of_texts_without_spaces_are_spread_too(kind):
+    windows = window_examples(letters, [BORDERLESS[kind]], 8, 48)
+    assert len(windows) == 8 and all(len(w.ids) == 48 for w in windows)
+    places = [excerpt for _, excerpt in excerpts([BORDERLESS[kind]], 8, 480)]
+    assert len(places) == 8 and all(p in BORDERLESS[kind] for p in places)
+    if kind not in ("thai", "one long word"):  # these repeat themselves
+        assert len({w.ids for w in windows}) == 8
+
+
+@pytest.mark.parametrize("kind", BORDERLESS)
+def test_labelled_texts_without_spaces_are_cut_and_not_emptied(kind):
+    e = labelled_examples(letters, [BORDERLESS[kind]], [1], "R: {text}\nS:", ("good", "bad"), 40)[0]
+    read = "".join(map(chr, e.ids))
+    assert len(e.ids) <= 40 and read.startswith("R: ") and read.endswith("\nS: bad")
+    assert len(read) > 30 and read[3:20] == BORDERLESS[kind][:17]
+
+
+# the tables and the figures
 
 
 def test_a_diverged_run_is_said(finished, tmp_path):
@@ -986,52 +907,18 @@ def test_saved_tables_are_read_as_they_were(finished, tmp_path):
         pd.testing.assert_frame_equal(getattr(read, name), getattr(results, name), check_exact=True)
     assert read.facts == json.loads(json.dumps(results.facts)) and repr(read) == repr(results)
     assert set(read_tuning(tmp_path, arms=["key"]).runs["arm"]) == {"key"}
-    with pytest.raises(ValueError, match="saved tables"):
+    with pytest.raises(ValueError):
         read_tuning(tmp_path, seeds=[0])
 
 
 def test_nothing_finished_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no finished run"):
+    with pytest.raises(FileNotFoundError):
         read_tuning(tmp_path)
 
 
-def test_estimate_is_right_although_the_first_passes_are_slow(tmp_path, monkeypatch, capsys):
-    """By a clock of our own: a token takes a second to train on, a third of that to score, and the first passes of each kind a hundred times as long."""
-    now, seen, real = [0.0], {"train": 0, "score": 0}, module.batch_nats
-
-    def passes(model, rows):
-        kind = "train" if torch.is_grad_enabled() else "score"
-        seen[kind] += 1
-        now[0] += (
-            sum(len(ids) for ids in dict.fromkeys(ids[:-1] for ids, _ in rows))
-            * {"train": 1, "score": 1 / 3}[kind]
-            * (100 if seen[kind] == 1 else 1)
-        )
-        return real(model, rows)
-
-    clock, ready = (
-        types.SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0]),
-        module._Study.announce,
-    )
-    monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(module, "gradient_scores", lambda model, batches, like: torch.ones(like.n_neurons))
-    for place in (module, tasks):
-        monkeypatch.setattr(place, "batch_nats", passes)
-    begun = []
-    monkeypatch.setattr(module._Study, "announce", lambda *a: ready(*a) or begun.append(now[0]))
-    study_settings = SMALL | dict(further_rates=0, lrs={"key": (1e-4, 1e-3, 1e-2)})
-    tuning_study(
-        (families.build("llama"), families.tokenizer()),
-        planted_task(),
-        ["key"],
-        [0, 1],
-        tmp_path,
-        ELSEWHERE,
-        **study_settings,
-    )
-    out, took = capsys.readouterr().out, now[0] - begun[0]
-    assert "3 sweep runs of 4 steps and 2 final runs of 12 steps" in out and "s a step" in out
-    assert float(re.search(r"about ([\d.]+) minutes", out).group(1)) == pytest.approx(took / 60, rel=0.1)
+def note(ax):
+    "The small print below the title."
+    return " ".join(t.get_text().replace("\n", " ") for t in ax.texts)
 
 
 FIGURES = {
@@ -1049,7 +936,7 @@ FIGURES = {
 def test_figures_draw_on_given_axes_and_from_csv_files(finished, tmp_path, name):
     results, settings = finished[1], dict(plt.rcParams)
     results.save(tmp_path)
-    read = module.TuningResults(
+    read = TuningResults(
         *(pd.read_csv(tmp_path / f"{n}.csv") for n in ("runs", "curves", "sweep", "intervals")), results.facts
     )
     drawn = []
@@ -1057,7 +944,7 @@ def test_figures_draw_on_given_axes_and_from_csv_files(finished, tmp_path, name)
         fig, ax = plt.subplots()
         assert (
             FIGURES[name](r, ax=ax) is ax
-            and ("bootstrap over" in ax.get_title("left")) == (name in ("outcome", "difference"))
+            and ("bootstrap over" in note(ax)) == (name in ("outcome", "difference"))
             and ax.get_title("left")
             and ax.get_xlabel()
         )
@@ -1076,7 +963,7 @@ def test_whole_figure_and_refusals(finished):
     plt.close(fig)
     _, ax = plt.subplots()
     tuning_figures.plot_outcome(r.intervals, measure="wiki loss", ax=ax)
-    assert "bootstrap over 3 documents" in ax.get_title("left").replace("\n", " ")  # of six windows
+    assert "bootstrap over 3 documents" in note(ax)  # of six windows
     plt.close("all")
     for measure, wanted in ((None, "choice loss"), ("val_loss", "validation loss")):
         _, ax = plt.subplots()
@@ -1087,11 +974,11 @@ def test_whole_figure_and_refusals(finished):
     )
     plt.close("all")
     two = pd.concat([r.runs, r.runs.assign(task="other")])
-    with pytest.raises(ValueError, match="does not choose one task"):
+    with pytest.raises(ValueError):
         tuning_figures.plot_cost(two)
-    with pytest.raises(ValueError, match="measure='loss'"):
+    with pytest.raises(ValueError):
         tuning_figures.plot_learning(r.curves, "loss")
-    with pytest.raises(ValueError, match="lacks the columns"):
+    with pytest.raises(ValueError):
         tuning_figures.plot_forgetting(r.runs.drop(columns="wiki_loss"))
     looks = list(tuning_figures.TUNING_LOOKS.values())
     assert set(tuning_figures.TUNING_LOOKS) == set(ARMS) and len({c for c, _, _ in looks}) == len(
