@@ -9,7 +9,7 @@ import torch
 
 from llmfact_nb.activations import capture
 from llmfact_nb.show.network_cards import network_card, plot_network_card, pushed_logits, written_direction
-from llmfact_nb.networks import FunctionalNetworks
+from llmfact_nb.networks import FunctionalNetworks, Threshold
 
 TOKENIZER = families.tokenizer()
 TEXTS = ["w1 w5 w9 w3 w7 w2 w8 w4 w6 w11 w12", "w2 w4 w8 w16 w1 w3 w9 w14", "w7 w7 w3 w5 w10 w6 w2 w13 w9"]
@@ -42,7 +42,7 @@ def test_a_network_writes_what_its_columns_write(world):
 def test_a_card_leaves_the_model_alone_and_reads_as_its_parts(world):
     _, model, acts, networks = world
     state = families.state(model)
-    card = network_card(model, TOKENIZER, networks, 2, acts, alpha=1.0, n=3)
+    card = network_card(model, TOKENIZER, networks, 2, acts, Threshold(1.0), n=3)
     assert families.state(model) == state
     mask = networks.masks(1.0)[2]
     assert (card.units, card.counts) == (mask.n, mask.counts) and len(card.contexts) == len(card.up) == len(
@@ -79,22 +79,13 @@ def test_a_component_that_is_a_sink_is_called_one(world):
 
 
 @pytest.mark.parametrize(
-    "change, error, says",
-    [
-        ({"network": 4}, IndexError, "network=4 does not exist; there are 4"),
-        ({"n": 0}, ValueError, "n=0"),
-        ({"network": True}, IndexError, "network=True"),
-    ],
+    "change, error", [({"network": 4}, IndexError), ({"network": True}, IndexError), ({"n": 0}, ValueError)]
 )
-def test_what_is_refused(world, change, error, says):
+def test_what_is_refused(world, change, error):
     _, model, acts, networks = world
-    with pytest.raises(error, match=says):
-        network_card(
-            **(
-                {"model": model, "tokenizer": TOKENIZER, "networks": networks, "network": 0, "activations": acts}
-                | change
-            )
-        )
+    given = {"model": model, "tokenizer": TOKENIZER, "networks": networks, "network": 0, "activations": acts}
+    with pytest.raises(error):
+        network_card(**(given | change))
 
 
 def test_tokens_cannot_write_html(world):
