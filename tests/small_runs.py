@@ -1,0 +1,106 @@
+"""Small runs and studies that several test files share: a tiny saved model, texts, settings, and the command in this
+process."""
+
+import hashlib
+import json
+import random
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import families
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from llmfact_nb.ablation import Settings
+from llmfact_nb.command.run import Run, run_experiment
+from llmfact_nb.cli import app
+
+SMALL = dict(
+    n_components=3,
+    n_init=2,
+    fit_tokens=300,
+    fit_length=48,
+    eval_texts=3,
+    eval_length=30,
+    control_seeds=2,
+    fraction=0.1,
+    conditions=(("mean", "after-first"), ("zero", "all")),
+)
+N_ARMS = 1 + 2 * 12  # unmasked, and twelve arms under two conditions
+WORDS = [f"w{i}" for i in range(2, families.VOCAB)]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    "A tokenizer of whole words, w2, w3 ..."
+    vocabulary = {"[UNK]": 0, "[PAD]": 1, **{w: i + 2 for i, w in enumerate(WORDS)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
+
+
+def small_world(folder: Path) -> Path:
+    "A saved random model and a text file: everything a run needs, offline."
+    model = families.build("llama")
+    model.generation_config.repetition_penalty = 8.0  # a checkpoint's own wish, which masked text must not follow
+    model.save_pretrained(folder / "model")
+    word_tokenizer().save_pretrained(folder / "model")
+    rng = random.Random(0)
+    rows = [{"title": f"t{i}", "text": " ".join(rng.choices(WORDS, k=60))} for i in range(40)]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def small_settings(world: Path, **changes) -> Settings:
+    return Settings(model=str(world / "model"), texts=str(world / "texts.jsonl"), **SMALL | changes)
+
+
+def small_run(world: Path, out: Path, **changes) -> Run:
+    return run_experiment(small_settings(world, **changes), out, progress=False)
+
+
+def tables(out: Path) -> dict[str, str]:
+    "What a run says, file by file: checksums of the bytes."
+    names = ("results.csv", "differences.csv", "networks.csv", "manifest.json", "networks.safetensors", "networks.html")
+    return {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in names}
+
+
+def llmfact(line: str, code: int = 0) -> tuple[str, str]:
+    "The command in this process: (output stream, error stream)."
+    done = CliRunner().invoke(app, shlex.split(line))
+    assert done.exit_code == code and "Traceback" not in done.stderr, done.output
+    return done.stdout, done.stderr
+
+
+def study_texts():
+    "Texts of two kinds for a study on the planted model."
+    import planted
+
+    from llmfact_nb.study.plan import StudyTexts
+
+    return StudyTexts(
+        {"topics": planted.texts(30, 80), "others": planted.texts(20, 80, seed=7)},
+        {"topics": planted.texts(4, 60, seed=8), "others": planted.texts(3, 60, seed=9)},
+        [(f"w{5 + i} w{6 + i}", i % 2) for i in range(4)],
+        "w4 {text}",
+        ["w20", "w30"],
+    )
+
+
+def study_job(out: Path, model=None) -> None:
+    "A whole study on the planted model, as small as it can be."
+    import planted
+
+    from llmfact_nb.ablation import PRESETS
+    from llmfact_nb.study.plan import StudySettings
+    from llmfact_nb.study.whole import paper_study
+
+    find = Settings(n_components=6, n_init=2, fit_tokens=1000, fit_length=40, fraction=0.125)
+    settings = StudySettings(
+        find=find, published=replace(PRESETS["paper"], alpha=2.0, fit_tokens=400, fit_length=80), eval_tokens=120,
+        sentences=6, short_length=12, short_sentences=4, seeds=1, draws=1, ks=(4,), fractions=(0.05,), kept=(0.1,),
+        gains=(2.0,), adds=(1.0,), networks=1, more_seeds=(), more_texts=0, variant_restarts=1, recurrence_texts=1,
+        sample_tokens=40,
+    )  # fmt: skip
+    paper_study(model or planted.model(), families.tokenizer(), out, settings, study_texts(), progress=False)
