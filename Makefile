@@ -2,12 +2,13 @@
 PYTHON ?= python3
 OUT ?= out/run
 WORKERS ?= 2
+SKIPS ?= any# CI says expected: then a test that is skipped for an unlisted reason fails
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test slow study paper lab docs docs-serve readme bench audit clean
+.PHONY: run test test-extras check nbdev3 slow study paper lab docs docs-serve readme bench audit clean
 
 run: .venv/installed  ## find functional networks of the default model, ablate them, write a report to $(OUT)
 	$(BIN)/llmfact run --out $(OUT) $(ARGS)
@@ -15,22 +16,41 @@ run: .venv/installed  ## find functional networks of the default model, ablate t
 test: .venv/installed-dev .venv/installed-docs  ## check that notebooks, library and README are in step; run notebooks and tests
 	$(BIN)/llmfact fetch smollm2-135m wiki capitals rotten-tomatoes
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests -m "not slow" -n $(WORKERS) --dist loadfile
+	$(PYTEST) tests -m "not slow and not extra" -n $(WORKERS) --dist loadfile --durations 25 $(TESTS)
 
-slow: .venv/installed-dev  ## the long cells and tests that `make test` leaves out
+test-extras: .venv/installed-dev .venv/installed-bench .venv/installed-lm_eval nbdev3  ## what needs further packages: lm-eval, nilearn, and nbdev 3; a few minutes
+	$(PYTEST) tests -m "extra and not slow" $(TESTS)
+
+check: .venv/installed-dev  ## one notebook and its tests: make check NB=03_ica, make check NB=study/06_verdicts
+	@test -f nbs/$(NB).ipynb || { echo "NB=$(NB) is no notebook; say NB=03_ica or NB=study/06_verdicts"; exit 1; }
+	$(BIN)/nbdev_export
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs/$(NB).ipynb --n_workers 1
+	$(PYTEST) -x -m "not slow and not extra" $(or $(wildcard tests/test_$(STEM).py),$(shell grep -l "$(STEM) import" tests/test_*.py),tests/test_in_step.py)
+
+STEM = $(shell echo $(notdir $(NB)) | sed 's/^[0-9]*_//')
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --skips $(SKIPS)
+
+nbdev3: .venv/installed-nbdev3  ## that the newest nbdev exports the same modules; it cannot share an environment with the pinned one
+	.venv-nbdev3/bin/python tests/nbdev3.py
+
+.venv/installed-nbdev3: .venv/bin/python pyproject.toml
+	$(PYTHON) -m venv .venv-nbdev3
+	.venv-nbdev3/bin/python -m pip install -q "nbdev>=3.3,<4"
+	@touch $@
+
+slow: .venv/installed-dev  ## everything slow; hours: the long cells and tests that `make test` leaves out
 	$(BIN)/llmfact fetch smollm2-135m wiki
 	$(BIN)/nbdev_test --n_workers 1 --flags slow
-	$(BIN)/python -m pytest -q tests -m slow
+	$(BIN)/python -m pytest -q tests -m slow --durations 25
 
 study: .venv/installed-peft  ## does it matter which neurons are fine-tuned? Both tasks side by side, one thread each; hours, and the same command goes on
 	$(BIN)/llmfact fetch smollm2-135m wiki sotu rotten-tomatoes
-	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning.comparison --task reviews --folder out/tuning & reviews=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m llmfact_nb.tuning.comparison --task speeches --folder out/tuning; speeches=$$?; wait $$reviews && exit $$speeches
+	OMP_NUM_THREADS=1 $(BIN)/llmfact study tuning --task reviews --out out/tuning & reviews=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/llmfact study tuning --task speeches --out out/tuning; speeches=$$?; wait $$reviews && exit $$speeches
 
 paper: .venv/installed  ## every study of the paper with its controls, then its figures and tables; about an hour on two cores, and the same command goes on. GRID=--grid: every factor with every control, most of a day
 	$(BIN)/llmfact fetch smollm2-135m wiki sotu rotten-tomatoes
-	$(BIN)/python -m llmfact_nb.study.whole --out out/paper --processes 2 $(GRID)
-	$(BIN)/llmfact figures out/paper
+	$(BIN)/llmfact study paper --out out/paper --jobs 2 $(GRID)
 
 lab: .venv/installed-lab  ## read and run the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
@@ -68,5 +88,5 @@ audit: .venv/installed-audit  ## known weaknesses of the installed packages; ask
 	@touch $@
 
 clean:  ## remove what make made, but not the fetched models and texts in the user's cache
-	rm -rf .venv out build dist _docs _proc *.egg-info .pytest_cache .mypy_cache .ruff_cache nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml
+	rm -rf .venv .venv-nbdev3 out build dist _docs _proc *.egg-info .pytest_cache .mypy_cache .ruff_cache nbs/_quarto.yml nbs/nbdev.yml nbs/sidebar.yml
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,15 +27,17 @@ setup(
         "Intended Audience :: Science/Research",
         "Natural Language :: English",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: {version}" for version in cfg["tested_pythons"].split()),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["*.json"]},
+    package_data={"": ["*.json", "templates/*"]},  # of every package
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
     extras_require={
         name.removesuffix("_requirements"): shlex.split(cfg[name])
-        for name in ("dev_requirements", "docs_requirements", "lab_requirements", "bench_requirements", "peft_requirements", "lm_eval_requirements", "audit_requirements")
+        for name in cfg
+        if name.endswith("_requirements")
     },
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),

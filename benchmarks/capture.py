@@ -12,7 +12,8 @@ from table import in_turns, publish, within
 
 from llmfact_nb import activations
 from llmfact_nb.activations import capture
-from llmfact_nb.base.resources import load_model, load_texts
+from llmfact_nb.base.models import load_model
+from llmfact_nb.base.texts import load_texts
 from llmfact_nb.sites import neuron_sites
 
 SITES = ("mlp_out", "mlp_hidden")
@@ -98,7 +99,8 @@ def forget_peak() -> None:
 
 
 def child(target: str, args) -> None:
-    "One capture in a process of its own; prints its tokens, the growth of peak memory, and the size of the matrix in MB."
+    """One capture in a process of its own; prints its tokens, the growth of peak memory, and the size of the matrix in
+    MB."""
     model, tokenizer = load_model()
     texts = load_texts("wiki", "fit", n=args.texts)["text"][:]
     capture(model, tokenizer, texts[:1], "mlp_hidden", max_length=8, progress=False)  # what is loaded on first use
@@ -161,8 +163,10 @@ if __name__ == "__main__":
         for r in peaks
     ]
     note = (
-        f"smollm2-135m, {args.texts} articles of {args.length} tokens. Time: bare forward pass, and capture with everything it does, medians of {args.repeats} repetitions in turns. "
-        "Memory: the whole matrix, and the growth of peak memory in a fresh process (one batch is at most 2,048 tokens, 360 MB at this site)."
+        f"smollm2-135m, {args.texts} articles of {args.length} tokens. Time: bare forward pass, and capture with "
+        f"everything it does, medians of {args.repeats} repetitions in turns. "
+        "Memory: the whole matrix, and the growth of peak memory in a fresh process (one batch is at most 2,048 "
+        "tokens, 360 MB at this site)."
     )
     publish(
         "capture",

@@ -11,7 +11,8 @@ from llmfact_nb import masked_model
 from llmfact_nb.activations import capture
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
-from llmfact_nb.base.resources import load_model, load_texts
+from llmfact_nb.base.models import load_model
+from llmfact_nb.base.texts import load_texts
 from llmfact_nb.sites import neuron_sites
 
 
@@ -79,7 +80,10 @@ if __name__ == "__main__":
         ]
         for r in results
     ]
-    note = f"smollm2-135m, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons drawn at random over all layers; each arm between two unmasked passes, medians of {args.repeats} repetitions."
+    note = (
+        f"smollm2-135m, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons drawn at random over all "
+        f"layers; each arm between two unmasked passes, medians of {args.repeats} repetitions."
+    )
     publish(
         "masking",
         ["site", "arm", "unmasked", "masked", "ratio", "of processor time", "within one run", "bar"],

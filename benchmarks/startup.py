@@ -43,7 +43,8 @@ if __name__ == "__main__":
             [
                 sys.executable,
                 "-c",
-                f"import sys; sys.argv[1:] = ['--help']\nfrom llmfact_nb.cli import main\ntry: main()\nexcept SystemExit: print('loaded', *{heavy})",
+                "import sys; sys.argv[1:] = ['--help']\nfrom llmfact_nb.cli import main\n"
+                f"try: main()\nexcept SystemExit: print('loaded', *{heavy})",
             ],
             capture_output=True,
             text=True,

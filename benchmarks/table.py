@@ -23,7 +23,8 @@ def seconds(run: Callable) -> tuple[float, float]:
 
 
 def in_turns(plain: Callable, arms: dict[str, Callable], repeats: int) -> dict[str, dict]:
-    "Each arm between two plain runs, `repeats` times after a round that is not counted; medians of seconds and of ratios by arm."
+    """Each arm between two plain runs, `repeats` times after a round that is not counted; medians of seconds and of
+    ratios by arm."""
     pairs = {name: [] for name in arms}
     for repeat in range(repeats + 1):
         before = seconds(plain)
@@ -44,7 +45,8 @@ def in_turns(plain: Callable, arms: dict[str, Callable], repeats: int) -> dict[s
             "cpu_ratios": [a / b for a, b in cpu],
         }
         print(
-            f"{name}: ratios {[round(r, 3) for r in found[name]['ratios']]}, of processor time {[round(r, 3) for r in found[name]['cpu_ratios']]}",
+            f"{name}: ratios {[round(r, 3) for r in found[name]['ratios']]}, "
+            f"of processor time {[round(r, 3) for r in found[name]['cpu_ratios']]}",
             flush=True,
         )
     return found
@@ -53,7 +55,8 @@ def in_turns(plain: Callable, arms: dict[str, Callable], repeats: int) -> dict[s
 def within(room, model, arm: Callable, repeats: int = 5) -> float:
     """Median over runs of: all of `arm()`, over the part of the same run that is the model's own forward pass.
 
-    A run is compared with itself, so no change of the machine's speed between two runs can enter. `room` is the module whose `attach` sets the hooks."""
+    A run is compared with itself, so no change of the machine's speed between two runs can enter. `room` is the
+    module whose `attach` sets the hooks."""
     hooks, forward, found = [0.0], [0.0], []
     attach, model_forward = room.attach, model.forward
 
@@ -82,7 +85,8 @@ def within(room, model, arm: Callable, repeats: int = 5) -> float:
 
 
 def publish(name: str, head: list[str], rows: list[list], note: str, results: dict) -> None:
-    "Print a Markdown table with a note on the machine, put it between <!-- name --> and <!-- /name --> of README.md, and write results/name.json."
+    """Print a Markdown table with a note on the machine, put it between <!-- name --> and <!-- /name --> of README.md,
+    and write results/name.json."""
     import torch
 
     processor = platform.processor()
@@ -97,7 +101,10 @@ def publish(name: str, head: list[str], rows: list[list], note: str, results: di
         "python": platform.python_version(),
     }
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
-    about = f"{note} {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}."
+    about = (
+        f"{note} {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"torch {machine['torch']}, Python {machine['python']}."
+    )
     table = "\n".join([*lines, "", about])
     print(f"\n{table}\n")
     readme = HERE / "README.md"

@@ -1,4 +1,5 @@
-"""What the library defines, read from its source without importing it: names, parameters with the comment beside each, docstrings, methods."""
+"""What the library defines, read from its source without importing it: names, parameters with the comment beside each,
+docstrings, methods."""
 
 import ast
 import io
@@ -6,11 +7,25 @@ import json
 import re
 import textwrap
 import tokenize
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "llmfact_nb"
+
+# The folders of nbs/ in reading order, and what the site calls them.
+FOLDERS = {
+    "": "The course",
+    "tutorials": "Tutorials",
+    "base": "Foundations",
+    "across": "Across texts and models",
+    "scores": "Further scores",
+    "tuning": "Fine-tuning",
+    "study": "Studies",
+    "show": "Figures and pages",
+    "command": "Behind the command",
+}
 
 
 @dataclass
@@ -112,11 +127,43 @@ def _default(value: ast.AST | None) -> str | None:
     return None if value is None else _written(value)
 
 
+def _is_given(node: ast.AnnAssign) -> bool:
+    "Whether a dataclass's field is a parameter: not private, and not field(init=False)."
+    inner = node.value.keywords if isinstance(node.value, ast.Call) else []
+    return not node.target.id.startswith("_") and not any(k.arg == "init" and not k.value.value for k in inner)
+
+
 def _decorators(node: ast.AST) -> set[str]:
     return {name for d in node.decorator_list for name in re.findall(r"[\w.]+", ast.unparse(d))[:1]}
 
 
-def _define(node: ast.AST, module: str, lines: list[str], comments: dict[int, str], owner: str = "") -> Definition:
+def _names_of_bases(node: ast.ClassDef, known: Sequence[ast.ClassDef]) -> set[str]:
+    "Names of the classes among `known` that `node` is made of."
+    direct = [c for c in known if c.name in {ast.unparse(b) for b in node.bases}]
+    return {c.name for c in direct}.union(*(_names_of_bases(c, known) for c in direct))
+
+
+def _class_parameters(node: ast.ClassDef, comments: dict[int, str]) -> list[Parameter]:
+    "What a class is made with: the parameters of __init__, or the fields of a dataclass."
+    init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    if init:
+        return _parameters(init, comments)
+    if not _decorators(node) & {"dataclass", "dataclasses.dataclass"}:
+        return []
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and _is_given(n)]
+    return [
+        Parameter(n.target.id, _type(n.annotation), _default(n.value), comments.get(n.end_lineno, "")) for n in fields
+    ]
+
+
+def _define(
+    node: ast.AST,
+    module: str,
+    lines: list[str],
+    comments: dict[int, str],
+    owner: str = "",
+    bases: Sequence[ast.ClassDef] = (),  # the module's classes; a class has the members of those it is made of
+) -> Definition:
     "Read one function, class or assignment."
     start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
     text = textwrap.dedent("\n".join(lines[start - 1 : node.end_lineno]))
@@ -127,21 +174,13 @@ def _define(node: ast.AST, module: str, lines: list[str], comments: dict[int, st
     name, doc = owner + node.name, ast.get_docstring(node) or ""
     if isinstance(node, ast.ClassDef):
         found = Definition(name, module, text, "class", doc)
-        functions = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-        init = next((f for f in functions if f.name == "__init__"), None)
-        if init:
-            found.parameters = _parameters(init, comments)
-        elif _decorators(node) & {"dataclass", "dataclasses.dataclass"}:
-            fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and not n.target.id.startswith("_")]
-            found.parameters = [
-                Parameter(n.target.id, _type(n.annotation), _default(n.value), comments.get(n.end_lineno, ""))
-                for n in fields
-            ]
-        found.members = [
-            _define(f, module, lines, comments, f"{name}.")
-            for f in functions
-            if not f.name.startswith("_") and f"{f.name}.setter" not in _decorators(f)
-        ]
+        found.parameters, members = [], {}
+        for part in [*(c for c in bases if c.name in _names_of_bases(node, bases)), node]:
+            found.parameters = _class_parameters(part, comments) or found.parameters
+            functions = [n for n in part.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
+            shown = [f for f in functions if f"{f.name}.setter" not in _decorators(f)]
+            members |= {f.name: _define(f, module, lines, comments, f"{name}.") for f in shown}
+        found.members = list(members.values())
         return found
     kind = (
         "property" if _decorators(node) & {"property", "functools.cached_property", "cached_property"} else "function"
@@ -166,35 +205,49 @@ def _define(node: ast.AST, module: str, lines: list[str], comments: dict[int, st
 
 @dataclass
 class Module:
-    "One module of the library: its one-line summary, the notebook it comes from, and its public definitions in order of appearance."
+    """One module of the library: its one-line summary, the notebook it comes from, and its public definitions in order
+    of appearance."""
 
-    name: str
+    name: str  # "study.verdicts"
     summary: str
-    notebook: str  # "04_masks"
+    notebook: str  # "study/06_verdicts"
     definitions: dict[str, Definition]
 
+    @property
+    def page(self) -> str:
+        "The page of its notebook, without the number: study/verdicts."
+        folder, _, stem = self.notebook.rpartition("/")
+        return f"{folder}/{re.sub(r'^[0-9]+_', '', stem)}".strip("/")
 
-def read_module(path: Path) -> Module:
+
+def read_module(path: Path, name: str = "") -> Module:
     "Read one generated module."
-    text = path.read_text(encoding="utf-8")
+    text, name = path.read_text(encoding="utf-8"), name or path.stem
     tree, comments, lines = ast.parse(text), _comments(text), text.splitlines()
     public, found = [], {}
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
             public = ast.literal_eval(node.value)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-            name = node.name if target is None else getattr(target, "id", "")
-            if name in public:
-                found[name] = _define(node, path.stem, lines, comments)
-    notebook = re.search(r"File to edit: \.\./nbs/(\S+)\.ipynb", text)
-    return Module(path.stem, ast.get_docstring(tree) or "", notebook[1] if notebook else "", found)
+            defined = node.name if target is None else getattr(target, "id", "")
+            if defined in public:
+                found[defined] = _define(node, name, lines, comments, bases=classes)
+    notebook = re.search(r"File to edit: (?:\.\./)+nbs/(\S+)\.ipynb", text)
+    return Module(name, ast.get_docstring(tree) or "", notebook[1] if notebook else "", found)
+
+
+def reading_order(notebook: str) -> tuple[int, str]:
+    "Sorts notebooks, named as study/06_verdicts, as they are read: the course, then folder after folder."
+    return list(FOLDERS).index(notebook.rpartition("/")[0]), notebook
 
 
 def read_library(folder: Path = LIBRARY) -> dict[str, Module]:
-    "Every module that comes from a notebook, in the notebooks' order."
-    modules = [read_module(p) for p in sorted(folder.glob("*.py")) if not p.stem.startswith("_")]
-    return {m.name: m for m in sorted(modules, key=lambda m: m.notebook) if m.notebook}
+    "Every module that comes from a notebook, in the order in which the notebooks are read."
+    paths = [p for p in folder.rglob("*.py") if not p.stem.startswith("_")]
+    modules = [read_module(p, ".".join(p.relative_to(folder).with_suffix("").parts)) for p in paths]
+    return {m.name: m for m in sorted((m for m in modules if m.notebook), key=lambda m: reading_order(m.notebook))}
 
 
 def exposed_names(init: Path = LIBRARY / "__init__.py") -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""Write the documentation site: notebooks, reference and pages become Markdown in _proc/site, which Sphinx renders into _docs.
+"""Write the documentation site: notebooks, reference and pages become Markdown in _proc/site, which Sphinx renders
+into _docs.
 
 Nothing is executed and nothing is fetched."""
 
@@ -11,28 +12,15 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
-from definitions import Definition, Module, exposed_names, read_library
-from notebook_pages import Notebook, page_markdown, relinked, slug
+from definitions import FOLDERS, Definition, Module, exposed_names, read_library, reading_order
+from notebook_pages import Notebook, page_markdown, plain_markdown, relinked, slug
 from PIL import Image
 from reference_pages import entry, example_block, examples, prose
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, SOURCE, SITE = ROOT / "nbs", ROOT / "_proc" / "site", ROOT / "_docs"
-
-PARTS = (
-    ("Foundations", 2),
-    ("Finding networks", 5),
-    ("Using them", 9),
-    ("Fine-tuning", 10),
-    ("Figures and the command line", 99),
-)  # title, last number
-TUTORIALS = (
-    "quickstart",
-    "functional_networks",
-    "paper_figures",
-    "selective_finetuning",
-    "coming_from_llmfact",
-)  # in reading order; others follow
+TUTORIALS = ("quickstart", "functional_networks", "paper_figures", "selective_finetuning", "coming_from_llmfact")
+ABOUT = ("glossary", "traps", "architectures", "contributing", "cite", "changelog")
 
 
 def read_settings() -> configparser.SectionProxy:
@@ -41,50 +29,63 @@ def read_settings() -> configparser.SectionProxy:
     return parser["DEFAULT"]
 
 
+def up(page: str) -> str:
+    "The way from `page` to the top of the site."
+    return "../" * page.count("/")
+
+
+def order(path: Path) -> tuple:
+    "Sorts notebooks as they are read; the tutorials have no numbers, so TUTORIALS says."
+    if path.parent.name == "tutorials" and path.stem in TUTORIALS:
+        path = path.with_name(f"{TUTORIALS.index(path.stem):02d}")
+    return reading_order(path.relative_to(NOTEBOOKS).with_suffix("").as_posix())
+
+
 class Site:
     "Everything the pages are made of, and who links to what."
 
     def __init__(self, root: Path = ROOT):
         settings = read_settings()
         self.repository, self.home = settings["git_url"], settings["doc_host"] + settings["doc_baseurl"]
-        self.rooms, self.exposed = read_library(root / "llmfact_nb"), exposed_names(root / "llmfact_nb" / "__init__.py")
+        self.description = settings["description"]
+        self.modules, self.exposed = read_library(root / "llmfact_nb"), exposed_names(root / "llmfact_nb/__init__.py")
         folder = root / "nbs"
         self.index = Notebook(folder / "index.ipynb", folder)
-        self.chapters = [Notebook(p, folder) for p in sorted(folder.glob("[0-9]*.ipynb"))]
-        known = {name: i for i, name in enumerate(TUTORIALS)}
-        paths = sorted(folder.glob("tutorials/*.ipynb"), key=lambda p: (known.get(p.stem, len(known)), p.stem))
-        self.tutorials = [Notebook(p, folder) for p in paths]
-        self.examples = examples([*self.chapters, *self.tutorials, self.index], self.rooms)
-        self.pages = {n.page.split("/")[-1]: n.page for n in [*self.chapters, *self.tutorials, self.index]}
+        paths = [p for f in FOLDERS for p in (folder / f).glob("*.ipynb") if p.stem != "index"]
+        self.notebooks = [Notebook(p, folder) for p in sorted(paths, key=order)]
+        self.examples = examples([*self.notebooks, self.index], self.modules)
+        self.pages = {n.source: n.page for n in [*self.notebooks, self.index]}
+
+    def parts(self) -> dict[str, list[Notebook]]:
+        "Title of each part -> its notebooks, in reading order."
+        return {title: [n for n in self.notebooks if n.folder == folder] for folder, title in FOLDERS.items()}
 
     def place(self, module: str, name: str, page: str) -> str:
         "Link from `page` to where a definition of `module`, or a method of one, is documented."
         first, _, rest = name.partition(".")
         if self.exposed.get(first) == module:
-            return f"{'../' * page.count('/')}api/{first}.md" + (f"#{slug(name)}" if rest else "")
-        return f"{'../' * page.count('/')}modules/{module}.md#{slug(name)}"
+            return f"{up(page)}api/{first}.md" + (f"#{slug(name)}" if rest else "")
+        return f"{up(page)}modules/{module}.md#{slug(name)}"
 
     def target(self, name: str, page: str) -> str:
         """What `name` means on `page`, as a link; '' for a word that means no name there.
 
         A name of the page's own module, one that `llmfact_nb` exposes, or one that no plain word looks like."""
         first, _, rest = name.partition(".")
-        own = page.split("/")[-1]
-        modules = [
-            m
-            for m in (own, self.exposed.get(first), *(self.rooms if "_" in first or first[:1].isupper() else ()))
-            if m in self.rooms
-        ]
-        module = next((m for m in modules if first in self.rooms[m].definitions), None)
-        if module is None or rest and name not in {m.name for m in self.rooms[module].definitions[first].members}:
+        own = page.removeprefix("modules/").replace("/", ".")
+        anywhere = self.modules if "_" in first or first[:1].isupper() else ()
+        candidates = [m for m in (own, self.exposed.get(first), *anywhere) if m in self.modules]
+        module = next((m for m in candidates if first in self.modules[m].definitions), None)
+        if module is None or rest and name not in {m.name for m in self.modules[module].definitions[first].members}:
             return ""
         return self.place(module, name, page)
 
     def relink(self, text: str, page: str) -> str:
-        return relinked(text, page, self.target, self.pages, self.home)
+        source = next((s for s, p in self.pages.items() if p == page), page)
+        return relinked(text, page, source, self.target, self.pages, self.home, self.repository)
 
     def link_names(self, page: str):
-        "Function that links the names in a docstring as seen from `page`; names a method of the same class by its last part are left alone."
+        "Function that links the names in a docstring as seen from `page`; those of the page itself are left alone."
 
         def linked(match):
             place = self.target(match[1].removesuffix("()"), page)
@@ -94,135 +95,152 @@ class Site:
 
     def chapter_entry(self, d: Definition, level: int, page: str) -> str:
         "A definition on its chapter's page; its methods are on the reference page."
-        place = self.place(d.module, d.name, page)
-        names = [f"[`{m.name.split('.', 1)[1]}`]({place.split('#')[0]}#{slug(m.name)})" for m in d.members]
-        return entry(
-            d,
-            level,
-            self.link_names(page),
-            members=f"{{.members}}\nMethods and properties: {', '.join(names)}" if names else "",
-        )
+        place = self.place(d.module, d.name, page).split("#")[0]
+        names = [f"[`{m.name.split('.', 1)[1]}`]({place}#{slug(m.name)})" for m in d.members]
+        members = f"{{.members}}\nMethods and properties: {', '.join(names)}" if names else ""
+        return entry(d, level, self.link_names(page), members=members)
 
     def notebook_page(self, notebook: Notebook) -> tuple[str, dict[str, bytes]]:
         blob = f"{self.repository.removeprefix('https://github.com/')}/blob/main/{notebook.source}"
         parts = [f"[Notebook](https://github.com/{blob})"]
-        if not any(
-            "colab.research.google.com" in cell.source for cell in notebook.cells
-        ):  # tutorials say it themselves
+        if not any("colab.research.google.com" in cell.source for cell in notebook.cells):  # tutorials say it
             parts.append(f"[Open in Colab](https://colab.research.google.com/github/{blob})")
-        if notebook.page in self.rooms:
-            parts = [f"Module `llmfact_nb.{notebook.page}`", f"[Reference](modules/{notebook.page}.md)", *parts]
+        if (name := notebook.module) in self.modules:
+            reference = f"[Reference]({up(notebook.page)}modules/{name}.md)"
+            parts = [f"Module `llmfact_nb.{name}`", reference, *parts]
+        parts.append(f"{notebook.minutes} minutes to read")
         header = "" if notebook is self.index else "{.where}\n" + " · ".join(parts)
-        return page_markdown(notebook, self.rooms, self.chapter_entry, self.relink, header)
+        return page_markdown(notebook, self.modules, self.chapter_entry, self.relink, header)
 
     def full_entry(self, d: Definition, level: int, page: str, title: str | None = None) -> str:
-        "A definition with its methods, example and place in the chapters."
-        up, link = "../" * page.count("/"), self.link_names(page)
-        blocks = [entry(d, level, link, title), example_block(self.examples.get((d.module, d.name)), up)]
-        has_section = d.kind in ("class", "function")
-        blocks.append(
-            f"{{.where}}\nExplained in the chapter [{d.module}]({up}{d.module}.md{'#' + slug(d.name) if has_section else ''})"
-        )
-        for member in d.members:
-            blocks.append(entry(member, level + 1, link))
+        "A definition with its methods, example and place in the notebooks."
+        link = self.link_names(page)
+        blocks = [entry(d, level, link, title), example_block(self.examples.get((d.module, d.name)), up(page))]
+        anchor = "#" + slug(d.name) if d.kind in ("class", "function") else ""
+        chapter = f"[{d.module}]({up(page)}{self.modules[d.module].page}.md{anchor})"
+        blocks.append(f"{{.where}}\nExplained in {chapter}")
+        blocks += [entry(member, level + 1, link) for member in d.members]
         return "\n\n".join(b for b in blocks if b)
 
     def name_page(self, name: str) -> str:
-        d = self.rooms[self.exposed[name]].definitions[name]
-        page = f"api/{name}"
-        head = f"---\norphan: true\n---\n\n# {name}\n\n{{.where}}\n[`llmfact_nb.{d.module}`](../modules/{d.module}.md) · `from llmfact_nb import {name}`"
-        body = self.full_entry(d, 1, page)
+        "The page of a name that `llmfact_nb` exposes."
+        d = self.modules[self.exposed[name]].definitions[name]
+        module = f"[`llmfact_nb.{d.module}`](../modules/{d.module}.md)"
+        head = f"---\norphan: true\n---\n\n# {name}\n\n{{.where}}\n{module} · `from llmfact_nb import {name}`"
+        body = self.full_entry(d, 1, f"api/{name}")
         return head + "\n\n" + body.split("\n", 1)[1].strip() + "\n"  # the page's title stands for the entry's
 
     def module_page(self, module: Module) -> str:
         page = f"modules/{module.name}"
-        chapter = f"../{module.name}.md" if module.name in self.pages else None
-        blocks = [
-            f"# {module.name}",
-            f"{{.lead}}\n{module.summary}",
-            f"{{.where}}\n`llmfact_nb.{module.name}`"
-            + (f" · explained in the chapter [{module.name}]({chapter})" if chapter else ""),
-        ]
+        where = f"`llmfact_nb.{module.name}` · explained in [{module.page}](../{module.page}.md)"
+        blocks = [f"---\norphan: true\n---\n\n# {module.name}", f"{{.lead}}\n{module.summary}", f"{{.where}}\n{where}"]
         own = [n for n in module.definitions if self.exposed.get(n) == module.name]
         rest = [d for d in module.definitions.values() if d.name not in own]
         link = self.link_names(page)
         if own:
-            blocks.append(
-                "\n\n".join(
-                    f"[`{n}`](../api/{n}.md)\n: {prose(module.definitions[n].summary, link) or '&nbsp;'}" for n in own
-                )
-            )
+            rows = [f"[`{n}`](../api/{n}.md)\n: {prose(module.definitions[n].summary, link) or '&nbsp;'}" for n in own]
+            blocks.append("\n\n".join(rows))
         if own and rest:
-            blocks.append("## Further names\n\nUsed by other rooms of the package, or for those who build on it.")
+            blocks.append("## Further names\n\nUsed by other modules of the package, or for those who build on it.")
         blocks += [self.full_entry(d, 3 if own else 2, page) for d in rest]
         return "\n\n".join(blocks) + "\n"
 
-    def index_page(self) -> tuple[str, dict[str, bytes]]:
-        text, files = self.notebook_page(self.index)
-
-        def tree(caption, pages):
-            return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```" if pages else ""
-
-        trees, low = [tree("Tutorials", [n.page for n in self.tutorials])], -1
-        for title, high in PARTS:
-            trees.append(
-                tree(title, [n.page for n in self.chapters if low < int(re.match(r"\d+", n.path.stem)[0]) <= high])
-            )
-            low = high
-        trees += [
-            tree("Reference", ["names", *(f"modules/{m}" for m in self.rooms)]),
-            tree("About", ["architectures", "glossary", "traps", "cite", "changelog"]),
-        ]
-        return "\n\n".join([text, *filter(None, trees)]) + "\n", files
+    def modules_page(self) -> str:
+        "All modules with their summaries, in reading order."
+        link = self.link_names("modules")
+        rows = [f"[`{m.name}`](modules/{m.name}.md)\n: {prose(m.summary, link)}" for m in self.modules.values()]
+        return "# All modules\n\n{.lead}\nEvery module, in reading order.\n\n" + "\n\n".join(rows) + "\n"
 
     def names_page(self) -> str:
         "All names of the package by alphabet."
         rows = []
         for name, module in sorted(
-            ((d.name, m.name) for m in self.rooms.values() for d in m.definitions.values()),
+            ((d.name, m.name) for m in self.modules.values() for d in m.definitions.values()),
             key=lambda pair: (pair[0].lower(), pair[1]),
         ):
-            place = f"api/{name}.md" if self.exposed.get(name) == module else f"modules/{module}.md#{slug(name)}"
-            if self.exposed.get(name) == module:
-                rows.append(f"- [**`{name}`**]({place}) {module}")
-            else:
-                rows.append(f"- [`{name}`]({place}) {module}")
-        return (
-            "# All names\n\n{.lead}\nEvery public name and its module. Those in bold can be imported from `llmfact_nb` itself.\n\n{.names}\n"
-            + "\n".join(rows)
-            + "\n"
-        )
+            shown = f"**`{name}`**" if self.exposed.get(name) == module else f"`{name}`"
+            rows.append(f"- [{shown}]({self.place(module, name, 'names')}) {module}")
+        lead = "Every public name and its module. Those in bold can be imported from `llmfact_nb` itself."
+        return f"# All names\n\n{{.lead}}\n{lead}\n\n{{.names}}\n" + "\n".join(rows) + "\n"
+
+    def contents(self) -> str:
+        "The card of contents on the home page: every notebook with what it is about and how long it takes to read."
+        blocks = ["## Contents"]
+        for title, notebooks in self.parts().items():
+            total = sum(n.minutes for n in notebooks)
+            blocks.append(f"### {title}\n\n{{.where}}\n{len(notebooks)} notebooks, about {duration(total)} of reading")
+            rows = [f"[{n.label}]({n.page}.md)\n: {self.relink(n.summary, 'index')} {n.minutes} min" for n in notebooks]
+            blocks.append("\n\n".join(rows))
+        return "\n\n".join(blocks)
+
+    def index_page(self) -> tuple[str, dict[str, bytes]]:
+        text, files = self.notebook_page(self.index)
+
+        def tree(caption, pages):
+            return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```"
+
+        trees = [
+            tree(title, [f"{n.label} <{n.page}>" for n in notebooks])
+            for title, notebooks in self.parts().items()
+            if notebooks
+        ]
+        trees += [tree("Reference", ["names", "modules"]), tree("About", ABOUT)]
+        return "\n\n".join([text, self.contents(), *trees]) + "\n", files
 
     def everything(self) -> dict[str, bytes]:
         "Every file of the Sphinx source: name -> content."
         files: dict[str, bytes] = {}
-        for notebook in [*self.chapters, *self.tutorials]:
+        for notebook in self.notebooks:
             text, pictures = self.notebook_page(notebook)
             files[f"{notebook.page}.md"] = text.encode()
             files.update({f"figures/{name}": data for name, data in pictures.items()})
         text, pictures = self.index_page()
         files["index.md"] = text.encode()
         files.update({f"figures/{name}": data for name, data in pictures.items()})
-        files["names.md"] = self.names_page().encode()
-        for module in self.rooms.values():
+        files["names.md"], files["modules.md"] = self.names_page().encode(), self.modules_page().encode()
+        for module in self.modules.values():
             files[f"modules/{module.name}.md"] = self.module_page(module).encode()
         for name in self.exposed:
             files[f"api/{name}.md"] = self.name_page(name).encode()
         for path in (ROOT / "docs" / "pages").glob("*.md"):
             files[path.name] = self.relink_page(path).encode()
         files["changelog.md"] = (ROOT / "CHANGELOG.md").read_bytes()
+        contributing = self.relink_page(ROOT / ".github" / "CONTRIBUTING.md")
+        files["contributing.md"] = contributing.replace("](../docs/pages/", "](").encode()
         for path in (ROOT / "nbs" / "images").glob("*.png"):
             files[f"images/{path.name}"] = path.read_bytes()
         return {name: smaller(data) if name.endswith(".png") else data for name, data in files.items()}
 
+    def for_models(self) -> dict[str, str]:
+        """llms.txt, which lists the pages for language models; the course as plain Markdown; llms-full.txt, all of
+        that.
+
+        The names are those that the llms.txt convention gives them."""
+        course = [self.index, *(n for n in self.notebooks if n.folder in ("", "tutorials"))]
+        files = {f"{n.page}.html.md": plain_markdown(n) for n in course}
+        lines = [f"# {self.index.title}", f"> {self.description}"]
+        for title, notebooks in self.parts().items():
+            places = {n.page: ".html.md" if n in course else ".html" for n in notebooks}
+            rows = [f"- [{n.label}]({self.home}/{n.page}{places[n.page]}): {n.summary}" for n in notebooks]
+            lines.append(f"## {title}\n\n" + "\n".join(rows))
+        rows = [f"- [{page.capitalize()}]({self.home}/{page}.html)" for page in (*ABOUT, "names")]
+        lines.append("## Optional\n\n" + "\n".join(rows))
+        full = "\n\n".join(files.values())
+        return {**files, "llms.txt": "\n\n".join(lines) + "\n", "llms-full.txt": full}
+
     def relink_page(self, path: Path) -> str:
         "A hand-written page with the names in it linked."
-        link, fenced = self.link_names(path.stem), False
+        link, fenced = self.link_names(path.stem.lower()), False
         lines = []
         for line in path.read_text(encoding="utf-8").splitlines():
             fenced ^= line.startswith("```")
             lines.append(line if fenced or line.startswith("#") else link(line))
         return "\n".join(lines) + "\n"
+
+
+def duration(minutes: int) -> str:
+    "Minutes in words: 45 minutes, 2.5 hours."
+    return f"{minutes} minutes" if minutes < 90 else f"{round(minutes / 30) / 2:g} hours"
 
 
 def smaller(png: bytes) -> bytes:
@@ -248,7 +266,8 @@ def without_ballast(page: str) -> str:
 
 
 def write_source(files: dict[str, bytes], folder: Path) -> None:
-    "Make `folder` hold exactly these files; those that did not change keep their date, so that Sphinx renders only what did."
+    """Make `folder` hold exactly these files; those that did not change keep their date, so that Sphinx renders only
+    what did."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_file() and path.relative_to(folder).as_posix() not in files:
             path.unlink()
@@ -269,7 +288,7 @@ def inputs() -> list[Path]:
         if p.is_file()
         and not {"__pycache__", ".ipynb_checkpoints", "out", "words.txt"} & set(p.relative_to(ROOT).parts)
     ]
-    return [*listed, ROOT / "settings.ini", ROOT / "CHANGELOG.md"]
+    return [*listed, ROOT / "settings.ini", ROOT / "CHANGELOG.md", ROOT / ".github" / "CONTRIBUTING.md"]
 
 
 def is_fresh(site: Path = SITE) -> bool:
@@ -282,36 +301,24 @@ def build(site: Path = SITE, source: Path = SOURCE, fresh: bool = False) -> None
     "Build the site. Raises RuntimeError if Sphinx has any warning; what it says goes to stderr."
     from sphinx.cmd.build import build_main
 
-    if fresh:
+    os.chdir(ROOT)  # nbdev looks for settings.ini from here
+    pages = Site()
+    files = pages.everything()
+    before = {p.relative_to(source).as_posix() for p in source.rglob("*.md")}
+    if fresh or before != {name for name in files if name.endswith(".md")}:  # every page lists all others beside it
         shutil.rmtree(source.parent, ignore_errors=True)
         shutil.rmtree(site, ignore_errors=True)
-    os.chdir(ROOT)  # nbdev looks for settings.ini from here
-    files = Site().everything()
     write_source(files, source)
-    for page in [p for folder in ("api", "modules", "tutorials") for p in (site / folder).glob("*.html")]:
-        if page.relative_to(site).with_suffix(".md").as_posix() not in files:
-            page.unlink()  # of a name or notebook that is gone
     pages_read = source.parent / "doctrees"
-    if build_main(
-        [
-            "-q",
-            "-W",
-            "--keep-going",
-            "-b",
-            "html",
-            "-c",
-            str(ROOT / "docs"),
-            "-d",
-            str(pages_read),
-            str(source),
-            str(site),
-        ]
-    ):
+    options = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(ROOT / "docs"), "-d", str(pages_read)]
+    if build_main([*options, str(source), str(site)]):
         (site / "index.html").unlink(missing_ok=True)
         shutil.rmtree(pages_read)  # so that the next build reads, and warns of, every page again
         raise RuntimeError("Sphinx had warnings; they stand above. The site counts as not built.")
     for path in site.rglob("*.html"):
         path.write_text(without_ballast(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, text in pages.for_models().items():
+        (site / name).write_text(text, encoding="utf-8")
     for path in site.rglob("*.map"):
         path.unlink()  # for those who change the theme's scripts and styles
     os.utime(site / "index.html")  # also when nothing on it changed

@@ -1,10 +1,12 @@
-"""From notebook to page: nbdev handles directives and links to names; what is left becomes plain MyST Markdown with pictures beside it.
+"""From notebook to page: nbdev handles directives and links to names; what is left becomes plain MyST Markdown with
+pictures beside it.
 
 Nothing is executed. The outputs are those that were committed with the notebook."""
 
 import ast
 import base64
 import html
+import posixpath
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,17 @@ from definitions import Definition, Module, first_sentence
 from nbdev import processors
 from nbdev.process import NBProcessor
 
-EXECUTES_OR_DROPS = "FrontmatterProc add_show_docs insert_warning clean_show_doc exec_show_docs rm_export add_fold mv_exports strip_hidden_metadata".split()
+EXECUTES_OR_DROPS = {
+    "FrontmatterProc",
+    "add_fold",
+    "add_show_docs",
+    "clean_show_doc",
+    "exec_show_docs",
+    "insert_warning",
+    "mv_exports",
+    "rm_export",
+    "strip_hidden_metadata",
+}
 OPEN_LINES = 30  # exported code that documents no public name is shown unfolded up to this length
 
 
@@ -31,7 +43,8 @@ def fence(text: str, language: str, style: str = "") -> str:
 
 def folded(summary: str, body: str) -> str:
     "A block that opens on a click, without a script."
-    return f'```{{raw}} html\n<details class="fold"><summary>{html.escape(summary)}</summary>\n```\n\n{body}\n\n```{{raw}} html\n</details>\n```'
+    opening = f'<details class="fold"><summary>{html.escape(summary)}</summary>'
+    return f"```{{raw}} html\n{opening}\n```\n\n{body}\n\n```{{raw}} html\n</details>\n```"
 
 
 def joined(text: str | list[str]) -> str:
@@ -43,20 +56,31 @@ class Notebook:
 
     def __init__(self, path: Path, folder: Path):
         self.path, relative = path, path.relative_to(folder)
-        self.page = re.sub(
-            r"^\d+_", "", relative.with_suffix("").as_posix()
-        )  # "masks", "tutorials/quickstart"; the number goes, as in nbdev
-        self.source = f"nbs/{relative.as_posix()}"
+        self.folder, self.source = relative.parent.as_posix().strip("."), f"nbs/{relative.as_posix()}"
+        number, stem = re.match(r"(?:(\d+)_)?(.+)", path.stem).groups()  # the number goes, as in nbdev
+        self.page = f"{self.folder}/{stem}".strip("/")  # "masks", "tutorials/quickstart"
         wanted = [p for p in processors.FilterDefaults().base_procs() if p.__name__ not in EXECUTES_OR_DROPS]
         processor = NBProcessor(path, wanted)
         processor.process()
-        self.cells = [c for c in processor.nb.cells if "default_exp" not in c.directives_]
+        cells = processor.nb.cells
+        named = [c.directives_["default_exp"][0] for c in cells if "default_exp" in c.directives_]
+        self.module = named[0] if named else self.page.replace("/", ".")
+        self.cells = [c for c in cells if "default_exp" not in c.directives_]
         first = self.cells[0].source
         title, summary = re.match(r"#\s+(.+)", first), re.search(r"^>\s+(.+)$", first, re.M)
         if title is None:
             raise ValueError(f"{self.source} must begin with a heading '# title'.")
         self.title, self.summary = title[1].strip(), summary[1].strip() if summary else ""
         self.cells[0].source = re.sub(r"^>\s+.+\n?", "", first[title.end() :], count=1, flags=re.M).strip()
+        words = re.sub(r"\bica\b", "ICA", self.title.replace("_", " "))
+        self.label = (f"{int(number)} · " if number and not self.folder else "") + words[:1].upper() + words[1:]
+
+    @property
+    def minutes(self) -> int:
+        "How long it takes to read: 200 words of prose a minute, 20 lines of shown code a minute."
+        words = sum(len(c.source.split()) for c in self.cells if c.cell_type == "markdown")
+        shown = [c for c in self.cells if c.cell_type == "code" and option(c, "include") != "false"]
+        return max(1, round(words / 200 + sum(len(code_of(c).splitlines()) for c in shown) / 20))
 
     def headings(self):
         "Pairs (cell, the text of the last heading above it)."
@@ -86,8 +110,9 @@ def option(cell, name: str) -> str:
 def alt_text(cell, heading: str, prose: str, library: dict[str, Module]) -> str:
     """What a picture shows, for those who do not see it.
 
-    The author's words where the cell has `#| fig-alt` or `#| fig-cap`. Else what is certain: the section, what the drawing function says it draws, the titles
-    and axes named in the code; and if there is none of these, the sentence that leads up to the picture."""
+    The author's words where the cell has `#| fig-alt` or `#| fig-cap`. Else what is certain: the section, what the
+    drawing function says it draws, the titles and axes named in the code; and if there is none of these, the
+    sentence that leads up to the picture."""
     given = option(cell, "fig-alt") or option(cell, "fig-cap")
     if given:
         return given
@@ -158,8 +183,9 @@ def outputs(cell, stem: str, alt: str) -> Output:
             name = f"{stem}-{len(files)}.{'png' if kind == 'image/png' else 'svg'}"
             files[name] = base64.b64decode(joined(data[kind])) if kind == "image/png" else joined(data[kind]).encode()
             caption = option(cell, "fig-cap")
+            block = "figure" if caption else "image"
             blocks.append(
-                f"```{{{'figure' if caption else 'image'}}} /figures/{name}\n:alt: {' '.join(alt.split())}\n:class: figure\n"
+                f"```{{{block}}} /figures/{name}\n:alt: {' '.join(alt.split())}\n:class: figure\n"
                 + (f"\n{caption}\n" if caption else "")
                 + "```"
             )
@@ -175,24 +201,50 @@ def outputs(cell, stem: str, alt: str) -> Output:
     return Output("\n\n".join(blocks), files)
 
 
-def relinked(text: str, page: str, target: Callable[[str, str], str], pages: dict[str, str], home: str) -> str:
+def relinked(
+    text: str,
+    page: str,
+    source: str,
+    target: Callable[[str, str], str],
+    pages: dict[str, str],
+    home: str,
+    repository: str,
+) -> str:
     """Links as the site needs them: nbdev's addresses of names go to the reference, links to notebooks to their pages.
 
-    nbdev links every word in backticks that is also a name somewhere in the library. Common words such as `run` are names too, so a link stays only where
-    `target` knows a place for it on this page."""
-    up = "../" * page.count("/")
+    nbdev links every word in backticks that is also a name somewhere in the library. Common words such as `run` are
+    names too, so a link stays only where `target` knows a place for it on this page. `source` is the notebook's file,
+    `pages` the page of each notebook's file."""
 
     def name_link(match):
         place = target(match[1].removesuffix("()"), page)
         return f"[`{match[1]}`]({place})" if place else f"`{match[1]}`"
 
     def page_link(match):
-        found = re.search(r"(?:\d+_)?(\w+)$", match[1])
-        return f"]({up}{pages[found[1]]}.md{match[2] or ''})" if found and found[1] in pages else match[0]
+        found = pages.get(posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1])))
+        return f"]({'../' * page.count('/')}{found}.md{match[2] or ''})" if found else match[0]
 
     text = re.sub(rf"\[`([^`\n]+)`\]\({re.escape(home)}[^)\s]*\)", name_link, text)
-    text = re.sub(r"\]\((?!https?:)([\w./-]+)\.ipynb(#[^)]*)?\)", page_link, text)
+    text = re.sub(r"\]\((?!https?:)([\w./-]+\.ipynb)(#[^)]*)?\)", page_link, text)
+    text = re.sub(r"\]\((?:\.\./)+docs/pages/(\w+\.md)", rf"]({'../' * page.count('/')}\1", text)
+    text = re.sub(r"\]\((?:\.\./)+\.github/CONTRIBUTING\.md", rf"]({'../' * page.count('/')}contributing.md", text)
+    text = re.sub(r"\]\((?:\.\./)+benchmarks/", rf"]({repository}/blob/main/benchmarks/", text)
     return re.sub(r"\]\((?:\.\./)*images/", "](/images/", text)
+
+
+def plain_markdown(notebook: Notebook) -> str:
+    "The notebook as plain Markdown without pictures, for language models and the terminal."
+    blocks = [f"# {notebook.title}", f"> {notebook.summary}"]
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            blocks.append(cell.source)
+        elif cell.cell_type == "code" and option(cell, "include") != "false" and "hide" not in cell.directives_:
+            blocks.append(f"```python\n{code_of(cell)}\n```")
+            said = [o for o in cell.get("outputs", []) if o["output_type"] == "stream" and o["name"] == "stdout"]
+            blocks += [f"```\n{joined(o['text']).rstrip()}\n```" for o in said]
+            values = [o["data"]["text/plain"] for o in cell.get("outputs", []) if o["output_type"] == "execute_result"]
+            blocks += [f"```\n{joined(v)}\n```" for v in values]
+    return "\n\n".join(b for b in blocks if b.strip()) + "\n"
 
 
 def page_markdown(
@@ -203,7 +255,7 @@ def page_markdown(
     header: str,  # line under the title
 ) -> tuple[str, dict[str, bytes]]:
     "Return the page's Markdown and the pictures it shows."
-    module = library.get(notebook.page)
+    module = library.get(notebook.module)
     blocks, files, level, prose = [f"# {notebook.title}"], {}, 1, ""
     if notebook.summary:
         blocks.append("{.lead}\n" + relink(notebook.summary, notebook.page))

@@ -1,4 +1,5 @@
-"""The API reference: what each public name takes and gives, where it is explained, and the first place in the notebooks that uses it."""
+"""The API reference: what each public name takes and gives, where it is explained, and the first place in the
+notebooks that uses it."""
 
 import ast
 import re
@@ -26,6 +27,12 @@ def calls_in(code: str) -> set[str]:
     return {n.id if isinstance(n, ast.Name) else n.attr for n in tree if isinstance(n, ast.Name | ast.Attribute)}
 
 
+def imported_names(code: str) -> set[str]:
+    "Names that `code` imports from the library."
+    imports = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom)]
+    return {a.name for n in imports if (n.module or "").startswith("llmfact_nb") for a in n.names}
+
+
 def _shortened(code: str, name: str) -> str:
     "The statements of `code` that use `name`, up to the limit of lines."
     lines, kept = code.splitlines(), []
@@ -51,7 +58,8 @@ def _example(cell, name: str, page: str, heading: str) -> Example:
 
 
 def examples(notebooks: list[Notebook], library: dict[str, Module]) -> dict[tuple[str, str], Example]:
-    """For each (module, name) its first use outside exported code: in its own chapter, else in a notebook that imports it.
+    """For each (module, name) its first use outside exported code: in its own chapter, else in a notebook that imports
+    it.
 
     A class that no notebook names has that of the first function that returns it."""
     modules_of: dict[str, list[str]] = {}
@@ -60,19 +68,15 @@ def examples(notebooks: list[Notebook], library: dict[str, Module]) -> dict[tupl
             modules_of.setdefault(name, []).append(module.name)
     found: dict[tuple[str, str], Example] = {}
     for notebook in notebooks:
-        own = library[notebook.page].definitions if notebook.page in library else {}
+        own = library[notebook.module].definitions if notebook.module in library else {}
         code_cells = [(cell, heading) for cell, heading in notebook.headings() if cell.cell_type == "code"]
-        imports = " ".join(
-            line for cell, _ in code_cells for line in re.findall(r"from llmfact_nb(?:\.\w+)? import (.+)", cell.source)
-        )
-        imported = set(re.findall(r"\w+", imports))
+        imported = {name for cell, _ in code_cells for name in imported_names(cell.source)}
         for cell, heading in code_cells:
             if exported(cell) or not code_of(cell):
                 continue
-            body = "\n".join(line for line in code_of(cell).splitlines() if not line.startswith(("from ", "import ")))
-            for name in calls_in(body) & modules_of.keys():
+            for name in calls_in(code_of(cell)) & modules_of.keys():
                 for module in modules_of[name]:
-                    here, before = module == notebook.page, found.get((module, name))
+                    here, before = module == notebook.module, found.get((module, name))
                     if (
                         here
                         and (before is None or before.page != notebook.page)
@@ -94,7 +98,8 @@ def examples(notebooks: list[Notebook], library: dict[str, Module]) -> dict[tupl
 
 
 def prose(doc: str, link) -> str:
-    "A docstring as Markdown: what looks like markup or a formula to the renderer, but is meant as it stands, is escaped outside code."
+    """A docstring as Markdown: what looks like markup or a formula to the renderer, but is meant as it stands, is
+    escaped outside code."""
     parts = re.split(r"(`[^`]+`)", doc)
     return link("".join(p if i % 2 else re.sub(r"([<$])", r"\\\1", p) for i, p in enumerate(parts)))
 
@@ -124,6 +129,7 @@ def example_block(example: Example | None, up: str) -> str:
     if example is None:
         return ""
     anchor = f"#{slug(example.heading)}" if example.heading else ""
-    place = f"[{example.page}{', ' + example.heading.replace('`', '') if example.heading else ''}]({up}{example.page}.md{anchor})"
+    section = ", " + example.heading.replace("`", "") if example.heading else ""
+    place = f"[{example.page}{section}]({up}{example.page}.md{anchor})"
     blocks = [f"**Example**, from {place}", fence(example.code, "python")]
     return "\n\n".join(blocks + ([fence(example.output, "text", "output")] if example.output else []))

@@ -1,7 +1,7 @@
 """A headless browser for tests. A test module uses it with `pytest_plugins = ["browser"]` and the fixtures below.
 
-A page opened through `browser_page` is watched: an error in its console, a request that failed or one that left the page's own server fails the test, without
-a line in the test."""
+A page opened through `browser_page` is watched: an error in its console, a request that failed or one that left the
+page's own server fails the test, without a line in the test."""
 
 import functools
 import hashlib
@@ -29,7 +29,8 @@ class Watched:
         self.browser, self.pages, self.problems = browser, [], []
 
     def __call__(self, address, width=1280, height=900, dark=False):
-        "Open a file or an address and return Playwright's page. The width is that of the window; `dark` what the system asks for."
+        """Open a file or an address and return Playwright's page. The width is that of the window; `dark` what the
+        system asks for."""
         if not isinstance(address, str):
             address = Path(address).resolve().as_uri()
         home = urlsplit(address)
@@ -81,10 +82,12 @@ def overflow(page) -> int:
 
 
 def contrast(page, selector: str) -> float:
-    "Contrast between an element's text and the nearest background behind it, after the formula of the web's accessibility guidelines."
+    """Contrast between an element's text and the nearest background behind it, after the formula of the web's
+    accessibility guidelines."""
     text, behind = page.evaluate(
         """selector => { let e = document.querySelector(selector), text = getComputedStyle(e).color, c;
-           do { c = getComputedStyle(e).backgroundColor; e = e.parentElement } while (e && /^rgba\\(.*, 0\\)$/.test(c)); return [text, c] }""",
+           do { c = getComputedStyle(e).backgroundColor; e = e.parentElement } while (e && /^rgba\\(.*, 0\\)$/.test(c));
+           return [text, c] }""",
         selector,
     )
 
@@ -99,10 +102,15 @@ def contrast(page, selector: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+def _answers(program: str) -> bool:
+    "Whether it is there and starts: some distributions put a script there that asks for another installation."
+    return bool(shutil.which(program)) and subprocess.run([program, "--version"], capture_output=True).returncode == 0
+
+
 @pytest.fixture(scope="session")
 def chromium():
     "The system's browser without a window. Where there is none, the test is skipped."
-    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    program = next(filter(_answers, PROGRAMS), None)
     if program is None:
         pytest.skip(
             f"no browser on this machine (looked for {', '.join(PROGRAMS)}); on Debian: apt-get install chromium"
@@ -112,7 +120,7 @@ def chromium():
     )
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+            executable_path=shutil.which(program), args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
         )
         yield browser
         browser.close()
@@ -120,7 +128,8 @@ def chromium():
 
 @pytest.fixture
 def browser_page(chromium):
-    "Function (file or address, width=1280, height=900, dark=False) -> page. What the pages complained of fails the test at its end."
+    """Function (file or address, width=1280, height=900, dark=False) -> page. What the pages complained of fails the
+    test at its end."""
     watched = Watched(chromium)
     yield watched
     watched.close()

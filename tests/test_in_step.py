@@ -1,5 +1,7 @@
-"""Pins that what is generated is what the notebooks say: the library, clean notebooks, the README, the version; and that the library needs no nbdev."""
+"""Pins that what is generated is what the notebooks say: the library, clean notebooks, the README, the version; and
+that the library needs no nbdev."""
 
+import collections
 import configparser
 import importlib.util
 import json
@@ -40,28 +42,43 @@ def test_notebooks_stay_small(notebook):
     assert (ROOT / notebook).stat().st_size < 700_000, "draw fewer pixels, or quantise the pictures"
 
 
+def modules(folder: Path) -> dict[str, Path]:
+    "Path inside the package -> file, of every module."
+    return {p.relative_to(folder).as_posix(): p for p in (folder / "llmfact_nb").rglob("*.py")}
+
+
 def test_library_is_exported(regenerated):
-    ours = {p.name: p.read_text() for p in (ROOT / "llmfact_nb").glob("*.py")}
-    fresh = {p.name: p.read_text() for p in (regenerated / "llmfact_nb").glob("*.py")}
-    assert ours == fresh, "run nbdev_export"
+    ours, fresh = modules(ROOT), modules(regenerated)
+    assert ours.keys() == fresh.keys()
+    assert [name for name in ours if ours[name].read_text() != fresh[name].read_text()] == [], "run nbdev_export"
 
 
-def test_every_module_has_its_notebook():
-    for module in (ROOT / "llmfact_nb").glob("*.py"):
-        source = re.search(r"File to edit: \.\./(nbs/\S+\.ipynb)", module.read_text())
-        assert source is None or (ROOT / source[1]).exists(), (
-            f"{module.name} was generated from {source[1]}, which is gone"
-        )
+def exports(notebook: Path) -> str | None:
+    "The module that a notebook exports to, such as study.verdicts."
+    for cell in json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]:
+        if found := re.match(r"#\|\s*default_exp\s+(\S+)", "".join(cell["source"])):
+            return found[1]
+    return None
 
 
-def test_notebooks_import_only_lower_numbers():
-    order = {p.stem.split("_", 1)[1]: p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb")}
-    for notebook in (ROOT / "nbs").glob("[0-9]*.ipynb"):
-        for cell in json.loads(notebook.read_text())["cells"]:
-            source = "".join(cell["source"])
-            if "#| export" in source:
-                for room in re.findall(r"from llmfact_nb\.(\w+) import", source):
-                    assert order[room] < notebook.stem, f"{notebook.name} imports {room}, which comes later"
+def test_every_module_has_its_notebook_and_every_notebook_its_module():
+    made = {f"llmfact_nb/{name.replace('.', '/')}.py" for n in NOTEBOOKS if (name := exports(n))}
+    kept_by_hand = {"llmfact_nb/__init__.py", "llmfact_nb/_modidx.py"}
+    wings = {p for p in modules(ROOT) if p.endswith("/__init__.py") and not modules(ROOT)[p].read_text().strip()}
+    assert set(modules(ROOT)) - kept_by_hand - wings == made
+
+
+def test_a_notebook_stands_where_its_module_does():
+    for notebook in NOTEBOOKS:
+        if name := exports(notebook):
+            assert notebook.parent == Path("nbs", *name.split(".")[:-1]), notebook
+
+
+def test_no_number_stands_twice_in_a_folder():
+    numbered = [n for n in NOTEBOOKS if n.name[0].isdigit()]
+    seen = collections.Counter((n.parent, n.name.split("_")[0]) for n in numbered)
+    assert [key for key, count in seen.items() if count > 1] == []
+    assert len([n for n in numbered if n.parent == Path("nbs")]) == 12
 
 
 def test_readme_is_the_home_page():
@@ -84,24 +101,30 @@ def python(code: str) -> str:
 def test_import_is_light():
     assert (
         python(
-            "import sys, llmfact_nb; print([m for m in ('torch', 'numpy', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])"
+            "import sys, llmfact_nb\n"
+            "heavy = ('torch', 'numpy', 'transformers', 'pandas', 'matplotlib')\n"
+            "print([m for m in heavy if m in sys.modules])"
         )
         == "[]"
     )
 
 
 def test_help_needs_no_torch():
-    code = "import sys\nfrom llmfact_nb.cli import app\nfrom typer.testing import CliRunner\nassert CliRunner().invoke(app, ['--help']).exit_code == 0\nprint('torch' in sys.modules)"
+    code = (
+        "import sys\nfrom llmfact_nb.cli import app\nfrom typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(app, ['--help']).exit_code == 0\nprint('torch' in sys.modules)"
+    )
     assert python(code) == "False"
 
 
 def test_every_public_name_is_there():
-    code = "import llmfact_nb as m\nprint(all(getattr(m, n) is not None for n in m.__all__) and set(m.__all__) <= set(dir(m)))"
+    there = "all(getattr(m, n) is not None for n in m.__all__)"
+    code = f"import llmfact_nb as m\nprint({there} and set(m.__all__) <= set(dir(m)))"
     assert python(code) == "True"
-    with pytest.raises(AttributeError, match="no_such_name"):
+    with pytest.raises(AttributeError):
         getattr(__import__("llmfact_nb"), "no_such_name")  # noqa: B009
 
 
 def test_the_library_imports_no_nbdev():
-    for module in (ROOT / "llmfact_nb").glob("*.py"):
-        assert not re.search(r"^\s*(from|import)\s+(nbdev|fastcore|execnb)", module.read_text(), re.M), module.name
+    for name, path in modules(ROOT).items():
+        assert not re.search(r"^\s*(from|import)\s+(nbdev|fastcore|execnb)", path.read_text(), re.M), name

@@ -1,4 +1,4 @@
-"""Pins that the built wheel works by itself: outside the repository, without nbdev, with the metadata of settings.ini."""
+"""Pins that the built wheel works by itself: outside the repository, without nbdev, with settings.ini's metadata."""
 
 import os
 import subprocess
@@ -13,7 +13,8 @@ USE = """
 import sys, torch, llmfact_nb
 from transformers import LlamaConfig, LlamaForCausalLM
 assert llmfact_nb.__file__.startswith(sys.argv[1]), llmfact_nb.__file__
-model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2))
+small = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**small))
 mask = llmfact_nb.NeuronMask.from_flat(torch.arange(64) % 2 == 0, (32, 32), site="mlp_hidden")
 ids = torch.arange(10)[None]
 plain = model(ids).logits
@@ -60,12 +61,24 @@ def test_wheel_holds_the_package_and_its_metadata(wheel):
         names = z.namelist()
         metadata = z.read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert {n.split("/")[0] for n in names if n.endswith(".py")} == {"llmfact_nb"}
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "llmfact_nb"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert {n for n in listed.stdout.split("\n") if n and (ROOT / n).exists()} == {
+        n for n in names if n.startswith("llmfact_nb/")
+    }
     assert any(n.endswith("LICENSE") for n in names)
     assert (
         "License: Apache-2.0" in metadata or "License-Expression: Apache-2.0" in metadata
     )  # setuptools changed its spelling
     for line in ("Requires-Python: >=3.11", "Requires-Dist: torch>=2.6", "Description-Content-Type: text/markdown"):
         assert line in metadata
+    for version in ("3.11", "3.12", "3.13"):
+        assert f"Classifier: Programming Language :: Python :: {version}" in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert not any(tool in line for tool in ("nbdev", "fastcore", "pytest") for line in required)
 
