@@ -29,6 +29,7 @@ from .base.tokens import text_list, token_counts, token_lists
 from .base.identity import model_fingerprint
 from .base.display import progress_bar
 from .base.statistics import document_estimate, levels
+from .base.texts import DOCUMENTS
 from .evaluate import EvalSet, label_accuracy, labelled_texts, perplexity
 from .ica import DataError
 from .masked_model import MaskedModel, is_masked, late_bound
@@ -54,7 +55,8 @@ def condition_name(
 # %% ../nbs/09_ablation.ipynb #c992ec48
 def _check_settings(s: "Settings") -> None:
     "Raise ArgumentError, naming the setting, for what makes no sense."
-    for name, accepted in (("site", SITES), ("kind", ("temporal", "spatial")), ("exclude", (None, "first", "sinks"))):
+    choices: dict = {"site": SITES, "kind": ("temporal", "spatial"), "exclude": (None, "first", "sinks")}
+    for name, accepted in (choices | {"documents": DOCUMENTS}).items():
         check_choice(name, getattr(s, name), accepted)
     counted = ("n_components", "n_init", "control_seeds", "fit_tokens", "fit_length", "eval_texts")
     for name, least in (dict.fromkeys(counted, 1) | {"ica_seed": 0, "eval_length": 2}).items():
@@ -94,6 +96,7 @@ class Settings:
     fit_length: int = 256  # tokens taken of each text, at most
     eval_texts: int = 12  # held-out texts
     eval_length: int = 128  # tokens scored of each, at most
+    documents: str = "blocks"  # what is a document of a .txt file, see `load_texts`
 
     def __post_init__(self):
         _check_settings(self)

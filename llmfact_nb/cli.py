@@ -56,6 +56,10 @@ PRESET = option(
 )  # fmt: skip
 TEXTS = "wiki, sotu, a file or folder of texts, or a hub data set."
 TAILS = ("positive", "both", "raw")
+DOCUMENTS = option(
+    str, "What is a document of a .txt file: blocks between empty lines, lines, or the file.", "What", shown="blocks",
+    accepted=("blocks", "lines", "file"),
+)  # fmt: skip
 
 # %% ../nbs/12_command.ipynb #b2626f50
 _FIND, _KEY, _JUDGE = "How networks are found", "Which neurons are key", "How they are judged"
@@ -64,6 +68,7 @@ SETTINGS: dict[str, Option] = {
         str, "smollm2-135m, gemma-3-270m, a hub id, a folder, or a .gguf file.", "What", shown="smollm2-135m"
     ),
     "texts": option(str, TEXTS, "What", shown="wiki"),
+    "documents": DOCUMENTS,
     "site": option(
         str,
         "Inner neurons of the MLPs, or their outputs.",
@@ -286,6 +291,7 @@ MASK = NEURONS | {
     "chat": option(False, "Give the prompt as a user's message, for chat models.", _LOOK, "--chat"),
     "temperature": option(0.0, "0: the likeliest token each time. Above: drawn.", _LOOK, least=0),
     "texts": option(str, "Also measure the damage on held-out texts of this set.", _LOOK),
+    "documents": dataclasses.replace(DOCUMENTS, group=_LOOK),
     "eval_texts": option(12, "How many of these texts.", _LOOK, least=1),
     "eval_length": option(128, "Tokens of each, at most.", _LOOK, least=2),
     "seed": option(0, "Of the random controls, and of drawn text.", _LOOK, least=0),
@@ -298,7 +304,7 @@ MASK = NEURONS | {
 @command(**MASK)
 def mask(
     network, key, file, alpha, tail, mode, gain, replace, positions, generate, tokens, chat, temperature, texts,
-    eval_texts, eval_length, seed, out, save, device,
+    documents, eval_texts, eval_length, seed, out, save, device,
 ) -> Answer:  # fmt: skip
     """Show text with and without a network.
 
@@ -327,7 +333,7 @@ def mask(
         chosen.save(save)
         lines, facts = [*lines, f"saved: {save}"], facts | {"saved": save}
     if generate or texts:
-        held_out = (texts, eval_texts, eval_length) if texts else None
+        held_out = (texts, documents, eval_texts, eval_length) if texts else None
         writing = {"n_tokens": tokens, "chat": chat, "temperature": temperature, "seed": seed}
         shown, more = _mask_looked_at(settings.model, device, arms, generate, writing, held_out)
         lines, facts = lines + shown, facts | more
@@ -433,8 +439,9 @@ def _mask_looked_at(
         facts["texts"] = side_by_side(net, tokenizer, prompts, arms, **writing)
         lines += texts_shown(facts["texts"])
     if held_out is not None:
-        name, n, length = held_out
-        facts["damage"] = damage_of(net, EvalSet(tokenizer, load_texts(name, "eval", n), length), arms)
+        name, documents, n, length = held_out
+        texts = load_texts(name, "eval", n, documents=documents or "blocks")
+        facts["damage"] = damage_of(net, EvalSet(tokenizer, texts, length), arms)
         lines += ["", f"damage on held-out texts of {name}, nats a token over the unmasked model:"]
         lines += map(damage_line, facts["damage"])
     return lines, facts
@@ -464,6 +471,7 @@ def damage_line(row: dict) -> str:
 _TRAIN = "Training"
 FINETUNE = NEURONS | {
     "texts": option("sotu", f"Texts to learn: {TEXTS}", "What"),
+    "documents": DOCUMENTS,
     "mode": option(
         "selected", "selected: only the neurons train. rest: all but them. full: everything.", "What",
         accepted=("selected", "rest", "full"),
@@ -512,10 +520,11 @@ def finetune(texts, mode, model, network, key, file, run, out, merge, device, dr
     from llmfact_nb.command.training import TuneSettings, check_tuning, tune, tuning_cost
 
     with typed():
-        settings = TuneSettings(model or of_run or "smollm2-135m", texts, mode, warmup=min(5, given["steps"]), **given)
+        given |= {"warmup": min(5, given["steps"]), "documents": given["documents"] or "blocks"}
+        settings = TuneSettings(model or of_run or "smollm2-135m", texts, mode, **given)
     chosen = None if masks is None else {name: masks}
     check_model(settings.model)
-    check_texts(settings.texts)
+    check_texts(settings.texts, settings.documents)
     check_tuning(settings, chosen, out)
     if dry_run:
         return bill(tuning_cost(settings, 0 if masks is None else masks.n, merge, device), out, settings.model)

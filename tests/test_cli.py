@@ -41,6 +41,16 @@ def tiny(tmp_path_factory):
     return small_world(tmp_path_factory.mktemp("tiny"))
 
 
+def test_a_txt_file_is_read_as_the_option_says(tiny, tmp_path):
+    "One text a line is one document, without an eval part, until --documents says lines."
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(f"w5 w6 w{7 + i}" for i in range(30)))
+    for line in ("networks", "finetune --mode full"):
+        line += f" --model {tiny / 'model'} --texts {path} --out {tmp_path / 'out'} --dry-run"
+        llmfact(line, code=1)
+        llmfact(f"{line} --documents lines")
+
+
 def found_by(tiny: Path) -> str:
     few = "--k 4 --n-init 2 --fit-tokens 600 --eval-texts 4 --fraction 0.05"
     return f"--model {tiny / 'model'} --texts {tiny / 'texts.jsonl'} {few}"

@@ -186,6 +186,7 @@ def _documents(name: str, path: Path) -> list[tuple[str, str]]:
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 _KINDS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 TEXT_ENDINGS = (*_KINDS, *_PACKED)
+DOCUMENTS = ("blocks", "lines", "file")  # what is a document of a .txt file: between empty lines, a line, all of it
 _READABLE = f"{', '.join(_KINDS)} (also with {', '.join(_PACKED)}), or a folder of .txt files"
 
 
@@ -247,7 +248,7 @@ def _parts(path: Path, text: str, documents: str) -> list[str]:
     if len(parts) == 1 and parts[0].strip().count("\n") >= 20:
         lines = parts[0].strip().count("\n") + 1
         says = f"{path} has {lines:,} lines and no empty line between them: it is read as one document."
-        warnings.warn(f"{says} documents='lines' reads a document a line.", stacklevel=5)
+        warnings.warn(f"{says} documents='lines' (--documents lines) reads a document a line.", stacklevel=5)
     return parts
 
 # %% ../../nbs/base/07_texts.ipynb #391a50a7
@@ -416,7 +417,7 @@ def load_texts(
     from datasets import Dataset
 
     _check(split, n)
-    check_choice("documents", documents, ["blocks", "lines", "file"])
+    check_choice("documents", documents, DOCUMENTS)
     if name in ("wiki", "sotu"):
         titled: Iterable[tuple[str, str]] = _documents(str(name), fetch(str(name)))
     else:

@@ -137,13 +137,12 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vo
 # %% ../../nbs/command/02_checks.ipynb #71d4fad0
 def check_texts(
     name: str,  # embedded, a file or a folder; a hub data set is not read here
+    documents: str = "blocks",  # what is a document of a .txt file
 ) -> None:
-    "Raise ArgumentError if one of the two parts of the texts is empty. Nothing is fetched."
+    "Raise ValueError if the texts cannot be read, or one of their two parts is empty. Nothing is fetched."
     here = cached_file(RESOURCES[name]).is_file() if name in RESOURCES else Path(name).expanduser().exists()
     for split in ("fit", "eval") if here else ():
-        if not len(load_texts(name, split)):
-            accepted = "several documents, four fifths to fit on and one fifth to evaluate on"
-            raise ArgumentError("texts", name, accepted, f"The {split} part is empty: give more documents.")
+        load_texts(name, split, documents=documents)
 
 # %% ../../nbs/command/02_checks.ipynb #bf0874bc
 def content_mark(

@@ -112,7 +112,7 @@ class Sources:
         s = self.settings
         here = s.texts in RESOURCES or Path(s.texts).expanduser().exists()
         enough = s.eval_texts if split == "eval" else s.fit_tokens  # a text has at least one token
-        return load_texts(s.texts, split, n=None if here else enough)
+        return load_texts(s.texts, split, n=None if here else enough, documents=s.documents)
 
     @functools.cached_property
     def held_out(self) -> EvalSet:
@@ -152,7 +152,7 @@ def check_run(
         raise OSError(f"{str(folder)!r} cannot be written: {str(there)!r} is {what}. Choose another folder.")
     if not has_networks(folder):
         check_model(sources.settings.model)
-        check_texts(sources.settings.texts)
+        check_texts(sources.settings.texts, sources.settings.documents)
 
 
 def has_networks(

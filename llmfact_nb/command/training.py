@@ -26,7 +26,7 @@ from ..base.arguments import check_choice, check_number, check_whole
 from ..base.display import note, progress_bar
 from ..base.files import check_claim, claim, from_home, read_json, write_json, write_text
 from ..base.models import load_model, no_bars
-from ..base.texts import load_texts
+from ..base.texts import DOCUMENTS, load_texts
 from ..base.tokens import padded
 from .checks import named_content
 from .cost import Cost, ModelSize, Needs, estimate
@@ -51,9 +51,11 @@ class TuneSettings:
     weight_decay: float = 0.01  # of matrices
     eval_windows: int = 48  # held-out windows
     seed: int = 0  # of the order of the windows
+    documents: str = "blocks"  # what is a document of a .txt file, see `load_texts`
 
     def __post_init__(self):
         check_choice("mode", self.mode, MODES)
+        check_choice("documents", self.documents, DOCUMENTS)
         for name, least in _LEAST.items():
             check_whole(name, getattr(self, name), least)
         lr = (1e-3 if self.mode == "selected" else 1e-4) if self.lr is None else check_number("lr", self.lr, above=0)
@@ -221,7 +223,8 @@ def tune(
     with claim(out, "tuning", tuning_identity(settings, config, load_options)) as folder:
         if (folder / "tuned.json").exists():
             return finished(folder, settings, merge, load)
-        fit, held_out = (list(load_texts(settings.texts, split)["text"]) for split in ("fit", "eval"))
+        read = lambda split: list(load_texts(settings.texts, split, documents=settings.documents)["text"])
+        fit, held_out = read("fit"), read("eval")
         note(f"loading {settings.model} ...", progress)
         model, tokenizer = load_model(settings.model, **load)
         windows = window_examples(tokenizer, fit, settings.steps * settings.batch_size, settings.max_length)
