@@ -162,7 +162,7 @@ def moments(
     "Return mean and population variance of each neuron over tokens, (N,) float32 each."
     rows = ~acts.sinks if rows is None else rows
     if not rows.any():
-        raise ValueError("rows selects no token; at least one is needed for a mean.")
+        raise ArgumentError("rows", rows, "at least one token, for a mean")
     parts = [torch.var_mean(acts.layer(d)[rows].float(), 0, correction=0) for d in acts.depths]
     return torch.cat([m for _, m in parts]), torch.cat([v for v, _ in parts])
 
@@ -306,7 +306,7 @@ def _tokenize(tokenizer, texts: list[str], max_length: int, windows: bool) -> tu
         lists += parts
         owners += [i] * len(parts)
     if not lists:
-        raise ValueError("texts tokenise to nothing: not one token is left. Give texts with words in them.")
+        raise ArgumentError("texts", texts, "texts that have tokens")
     if max(map(len, lists)) > max_length:
         raise ArgumentError("max_length", max_length, "more, so that words find room beside the special tokens")
     empty = len(texts) - len(set(owners))
@@ -415,7 +415,7 @@ class _Reader:
 
         def look(i: int, x: torch.Tensor) -> None:
             if i in seen:
-                raise ValueError(f"site: {self.sites[i].name} ran twice in one forward pass; its rows are not defined.")
+                raise ArgumentError("site", self.sites[i].name, "modules that run once in each forward pass")
             if x.device.type == "cpu":
                 put(i, x)
             else:
@@ -494,10 +494,8 @@ def _read_all(
 def _check_vocabulary(model: nn.Module, lists: list[list[int]]) -> None:
     most, known = max(map(max, lists)), model.get_input_embeddings().weight.shape[0]
     if most >= known:
-        raise ValueError(
-            f"tokenizer gives token {most:,}, and the model knows {known:,}: they do not belong together. "
-            "Load both by one name."
-        )
+        what = f"one that gives token {most:,}"
+        raise ArgumentError("tokenizer", what, f"that of the model, which has {known:,}", "Load both by one name.")
 
 # %% ../nbs/02_activations.ipynb #d01da199
 def capture(

@@ -62,7 +62,7 @@ def _has_token_logits(model: nn.Module) -> bool:
     if not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
         return False
     logits = getattr(_probe(model, probe_tokens(model, 3)), "logits", None)
-    return logits is not None and logits.dim() == 3 and logits.shape[-1] >= vocabulary_of(model)
+    return logits is not None and logits.shape[:-1] == (1, 3) and logits.shape[-1] >= vocabulary_of(model)
 
 
 def _blind_to_later_tokens(model: nn.Module) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .base.arguments import ArgumentError, check_choice
+from .base.arguments import ArgumentError, check_choice, refuse_masked
 from .base.display import always_shown, bars, card, site_name
 from .base.tokens import evaluation_mode, input_device, probe_tokens
 from .masks import Layout, NeuronMask
@@ -39,7 +39,8 @@ def late_bound(
 ) -> NeuronMask:
     "Return what the published code made of the mask: the last layer's row in every layer."
     if len(set(mask.widths)) > 1:
-        raise ValueError(f"legacy_late_binding needs layers of equal width; the mask has {sorted(set(mask.widths))}.")
+        accepted = "layers of equal width with legacy_late_binding=True"
+        raise ArgumentError("mask", f"widths {sorted(set(mask.widths))}", accepted)
     return NeuronMask.from_layers([mask.layers[-1]] * len(mask.widths), mask.site, mask.depths)
 
 # %% ../nbs/06_masked_model.ipynb #49c037b9
@@ -82,7 +83,8 @@ class _Row:
 def _rows(mask: NeuronMask, values: torch.Tensor | np.ndarray, name: str) -> list[torch.Tensor]:
     "(N,) values as one row per layer."
     kind = f"{mask.n_neurons:,} finite numbers, one for each neuron of the mask"
-    if not isinstance(values, (torch.Tensor, np.ndarray)) or isinstance(values, np.ma.MaskedArray):
+    refuse_masked(name, values)
+    if not isinstance(values, (torch.Tensor, np.ndarray)):
         raise ArgumentError(name, values, kind)
     values = torch.as_tensor(values).detach()
     if values.shape != (mask.n_neurons,) or not torch.isfinite(values).all():
@@ -111,7 +113,7 @@ def first_tokens(
     given = {**given.pop("kwargs", {}), **given}
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if tokens is None:
-        raise ValueError('positions="after-first" needs input_ids or inputs_embeds in the call of the model.')
+        raise ArgumentError("input_ids", None, 'token ids or inputs_embeds in each call, for positions="after-first"')
     n_rows, n_now = tokens.shape[:2]
     cache, mask = given.get("past_key_values"), given.get("attention_mask")
     n_before = cache.get_seq_length() if cache is not None else 0
@@ -120,10 +122,8 @@ def first_tokens(
     elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
         first = mask.to(tokens.device).long().argmax(1)  # index of the first 1
     else:
-        raise ValueError(
-            'positions="after-first" needs the plain (rows, positions) attention mask; this call passes another form. '
-            'Use positions="all".'
-        )
+        seen = f"a {type(mask).__name__} of shape {tuple(getattr(mask, 'shape', ()))}"
+        raise ArgumentError("attention_mask", seen, "(rows, positions)", 'Or use positions="all".')
     here = torch.arange(n_before, n_before + n_now, device=tokens.device) == first[:, None]
     return here if here.any() else None
 
@@ -250,9 +250,8 @@ def _plain_copy(model: nn.Module) -> nn.Module:
     for name, m in model.named_modules():
         if isinstance(vars(m).get("forward"), types.FunctionType):
             where = name or type(m).__name__
-            raise ValueError(
-                f"model: a function was set as forward of {where}; a copy would call the original. Remove it."
-            )
+            what = f"one with a function set as forward of {where}"
+            raise ArgumentError("model", what, "one whose copy is independent", "The copy would call the original.")
     plain = copy.deepcopy(model)
     for m in plain.modules():  # an open block, or anybody's hook, has no business in the copy
         m._forward_hooks.clear()
@@ -308,29 +307,27 @@ class _Wrapped:
         if not isinstance(mask, NeuronMask):
             raise TypeError(f"mask is a {type(mask).__name__}; expected a NeuronMask, e.g. of NeuronMask.from_flat.")
         if self.site is not None and mask.site not in (None, self.site):
-            raise ValueError(f"mask belongs to site {mask.site!r}, this MaskedModel to {self.site!r}.")
+            raise ArgumentError("mask", f"one of site {mask.site!r}", f"those of this MaskedModel, {self.site!r}")
         every = neuron_sites(self.model, self.site or mask.site or "mlp_out")
         sites = every.at(mask.depths)
         for s, width in zip(sites, mask.widths):
             if s.width != width:
-                raise ValueError(
-                    f"mask has {width} units in layer {s.layer}, but {s.name} has {s.width} ({sites.site!r})."
-                )
+                seen, own = f"{width} units in layer {s.layer}", f"{s.width} units, as {s.name} has ({sites.site!r})"
+                raise ArgumentError("mask", seen, own)
         if mask.depths == tuple(range(len(mask.depths))) and len(sites) < len(every):
-            raise ValueError(
-                f"mask has {len(mask.depths)} layers, the model {len(every)}. If it covers only the first layers on "
-                "purpose, extend it with empty rows for the others."
-            )
+            remedy = "If it covers only the first layers on purpose, extend it with empty rows for the others."
+            raise ArgumentError("mask", f"{len(mask.depths)} layers", f"{len(every)} layers, as the model has", remedy)
         return sites
 
     def fit_means(self, activations) -> "_Wrapped":  # `Activations` of the same model and site
         "Remember each neuron's mean over the tokens that are no sinks, for replace='mean'; return self."
         if self.site is not None and activations.site != self.site:
-            raise ValueError(f"activations belong to site {activations.site!r}, this MaskedModel to {self.site!r}.")
+            what = f"of site {activations.site!r}"
+            raise ArgumentError("activations", what, f"those of site {self.site!r}, as this MaskedModel")
         means, _ = activations.moments()
         if not torch.isfinite(means).all():
             bad = int((~torch.isfinite(means)).sum())
-            raise ValueError(f"activations are nan or infinite in {bad} neurons; their mean cannot replace anything.")
+            raise ArgumentError("activations", f"nan or infinite in {bad} neurons", "finite ones, for their mean")
         self.means, self._means_of = means, activations.layout
         return self
 
@@ -443,9 +440,10 @@ class MaskedModel(_Wrapped):
             return None
         known = self._means_of
         if self.means is None or known is None:
-            raise ValueError("replace='mean' needs the neurons' means: call fit_means(activations) first.")
+            raise ArgumentError("replace", replace, "'zero' or values", "For means, fit_means(activations) first.")
         if (known.site, known.widths, known.depths) != (sites.site, mask.widths, mask.depths):
-            raise ValueError(f"the means are of {known}; the mask is of site {sites.site!r}, layers {mask.depths}.")
+            what = f"a mask of site {sites.site!r}, layers {mask.depths}"
+            raise ArgumentError("mask", what, f"masks of {known}, of which the means are")
         return list(self.means.split(mask.widths))
 
     def _meant(self, mask: NeuronMask) -> NeuronMask:
@@ -465,10 +463,8 @@ def baked(model: nn.Module, sites: NeuronSites, mask: NeuronMask, rows: list[tor
     check_own_weights(model, {s.name: s.module for _, s in used})
     for _, s in used:
         if rows is not None and s.module.bias is None:
-            raise ValueError(
-                f"replace: {s.name} has no bias that could carry a value, so only replace='zero' can be baked. "
-                "Use the context manager `ablate`."
-            )
+            accepted = f"'zero', because {s.name} has no bias that could carry a value"
+            raise ArgumentError("replace", "values", accepted, "Use the context manager `ablate`.")
     result = _plain_copy(model)
     replace = "zero" if rows is None else torch.cat(rows)
     with warnings.catch_warnings(), MaskedModel(result, sites.site).ablate(mask, replace):
@@ -477,5 +473,6 @@ def baked(model: nn.Module, sites: NeuronSites, mask: NeuronMask, rows: list[tor
         for i, s in used:
             _bake_layer(result.get_submodule(s.name), mask.layers[i], None if rows is None else rows[i], s.where)
     if not _alike(_few_logits(result), expected):
-        raise ValueError("model: the copy does not answer as the masked model does. Use the context manager `ablate`.")
+        what = "one whose baked copy does not answer as the masked model does"
+        raise ArgumentError("model", what, "one that its weights describe", "Use the context manager `ablate`.")
     return result

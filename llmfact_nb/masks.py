@@ -17,7 +17,7 @@ from typing import Self, TypeAlias
 import numpy as np
 import torch
 
-from .base.arguments import ArgumentError, check_choice, check_whole
+from .base.arguments import ArgumentError, check_choice, check_whole, refuse_masked
 from .base.display import always_shown, bars, card, site_name
 from .base.files import load_tensors, reading, save_tensors
 
@@ -64,6 +64,7 @@ Row: TypeAlias = torch.Tensor | np.ndarray | Sequence  # one value for each unit
 
 def _booleans(row: Row, name: str) -> np.ndarray:
     "Return the row as booleans; TypeError if it holds anything else, ValueError if it is not one row."
+    refuse_masked(name, row)
     array = row.detach().cpu().numpy() if isinstance(row, torch.Tensor) else np.asarray(row)
     if array.dtype != bool:
         raise TypeError(
@@ -77,6 +78,7 @@ def _booleans(row: Row, name: str) -> np.ndarray:
 # %% ../nbs/04_masks.ipynb #bada9a11
 def _numbers(row: Row, n: int, name: str = "score") -> np.ndarray:
     "Return the row as float64 (n,); ValueError unless it holds n finite numbers."
+    refuse_masked(name, row)
     array = row.detach().cpu().numpy() if isinstance(row, torch.Tensor) else np.asarray(row)
     array = array.astype(np.float64)
     if array.shape != (n,):
@@ -469,7 +471,8 @@ def _as_matrix(
     if not masks or not all(isinstance(m, NeuronMask) for m in masks):
         raise TypeError(f"masks must be a NeuronMask or a list of at least one, got {masks!r}.")
     layout = common_layout(masks)
-    if not isinstance(X, (torch.Tensor, np.ndarray)) or isinstance(X, np.ma.MaskedArray):
+    refuse_masked("X", X)
+    if not isinstance(X, (torch.Tensor, np.ndarray)):
         raise TypeError(f"X must be a torch tensor or a plain numpy array, got {type(X).__name__}.")
     if X.ndim != 2 or X.shape[1] != layout.n_neurons:
         raise ValueError(f"X must have shape (tokens, {layout.n_neurons:,}), as the masks have, got {tuple(X.shape)}.")
@@ -495,7 +498,8 @@ def apply_mask_and_average(
     read = values[:, torch.from_numpy(columns).to(values.device)].to(dtype)
     if not torch.isfinite(read).all():
         bad = int((~torch.isfinite(read)).sum())
-        raise ValueError(f"X holds {bad:,} activations in the masks that are nan or infinite; capture in float32.")
+        what = f"{bad:,} activations in the masks that are nan or infinite"
+        raise ArgumentError("X", what, "finite activations", "Capture in float32.")
     counts = chosen.sum(1)
     if not counts.all():
         empty = np.flatnonzero(counts == 0).tolist()

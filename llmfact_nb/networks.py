@@ -329,10 +329,9 @@ def _fit_text(networks: "FunctionalNetworks", activations: Activations, text: in
 def _refuse_foreign(networks: _Found, activations: Activations) -> None:
     "Raise ValueError if the networks cannot be read on these activations."
     if activations.layout != networks.layout:
-        raise ValueError(
-            f"activations have site {activations.site!r} and {activations.n_neurons} neurons; "
-            f"fitted were {networks.site!r} and {networks.layout.n_neurons}."
-        )
+        seen = f"of site {activations.site!r} with {activations.n_neurons} neurons"
+        fitted = f"of site {networks.site!r} with {networks.layout.n_neurons}, as were fitted"
+        raise ArgumentError("activations", seen, fitted)
     if networks.texts_centred_:
         raise ValueError(
             "these networks come from texts that were centred, or z-scored, one by one, so tokens need their text's "

@@ -6,6 +6,7 @@
 __all__ = ['NeuronSite', 'NeuronSites', 'neuron_sites']
 
 # %% ../nbs/01_sites.ipynb #f931e393
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -270,13 +271,14 @@ def backbone(
     return around[-1] if around else model
 
 # %% ../nbs/01_sites.ipynb #e584ab69
-def _miss(site: NeuronSite, n: int) -> str:
-    if n:
-        return f"site: {site.name} ran {n} times in one forward pass of the model; its neurons are not defined."
-    return (
-        f"site: {site.name} did not run in a forward pass of the model, so its neurons were neither read nor changed. "
-        "Its parent reads the weight without calling it, or a forward was compiled or replaced on the instance."
-    )
+def _miss(site: NeuronSite, n: int) -> ArgumentError:
+    why = f"It ran {n} times in one, so its neurons are not defined."
+    if not n:
+        why = (
+            "It did not run, so its neurons were neither read nor changed. Its parent reads the weight without calling "
+            "it, or a forward was compiled or replaced on the instance."
+        )
+    return ArgumentError("site", site.name, "modules that run once in each forward pass of the model", why)
 
 # %% ../nbs/01_sites.ipynb #2d609a71
 class _Watch:
@@ -289,30 +291,41 @@ class _Watch:
         self.often = bool(getattr(config, "chunk_size_feed_forward", 0))  # known to call several times
         self.dropped = any(getattr(config, f"{part}layerdrop", 0) for part in ("", "encoder_", "decoder_"))
         self.apart = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))  # one stack may rest
+        self.thread: int | None = None  # whose pass is under way
 
     def __deepcopy__(self, memo):
         return self  # a copy of the model keeps the hooks at its sites, and they count here
 
     def begin_inner(self, module, args):
-        self.runs[:] = [0] * len(self.runs)
+        self.alone()
+        self.runs[:], self.thread = [0] * len(self.runs), threading.get_ident()
+
+    def alone(self):
+        if self.thread not in (None, threading.get_ident()):
+            remedy = "Give each thread a copy (copy.deepcopy), or let them take turns."
+            raise ArgumentError("model", "one model in two threads", "one forward pass at a time", remedy)
 
     def end_inner(self, module, args, output):
+        self.thread = None
+        if output is None:  # the pass has failed, and says why
+            return
         self.whole = True
         for site, n in zip(self.sites, self.runs):
             if (n == 0 and not (self.dropped and module.training)) or (n > 1 and not self.often):
-                raise ValueError(_miss(site, n))
+                raise _miss(site, n)
 
     def begin_outer(self, module, args):
         self.whole = False
 
     def end_outer(self, module, args, output):
         if not self.whole and not self.apart:
-            raise ValueError(_miss(self.sites[0], 0))
+            raise _miss(self.sites[0], 0)
 
     def counting(self, function: Callable) -> Callable:
         "The function, and a count of its calls for each site."
 
         def counted(i, x):
+            self.alone()
             self.runs[i] += 1
             return function(i, x)
 
@@ -321,7 +334,7 @@ class _Watch:
     def hooks(self) -> Iterator:
         "The handles of the hooks that watch."
         yield self.inner.register_forward_pre_hook(self.begin_inner)
-        yield self.inner.register_forward_hook(self.end_inner)
+        yield self.inner.register_forward_hook(self.end_inner, always_call=True)
         if self.outer is not self.inner:
             yield self.outer.register_forward_pre_hook(self.begin_outer)
             yield self.outer.register_forward_hook(self.end_outer)
@@ -349,26 +362,23 @@ def attach(
 def refuse_compiled(
     model: nn.Module,  # any model
 ) -> None:
-    "Raise ValueError if `model`, or a part of it, went through torch.compile: hooks attached afterwards are ignored."
+    """Raise ArgumentError if `model`, or a part of it, went through torch.compile: hooks attached afterwards are
+    ignored."""
+    remedy = "Capture or mask it before torch.compile, or bake the mask into a copy and compile that."
     for name, m in model.named_modules():
         compiled = hasattr(m, "_orig_mod") or m._compiled_call_impl is not None
+        if "_compiled_call" in vars(m):  # by an earlier generate() with a static cache
+            compiled, remedy = True, "`del model._compiled_call` first, or generate with disable_compile=True."
         if compiled or hasattr(m.forward, "_torchdynamo_orig_callable"):
-            raise ValueError(
-                f"model is compiled ({name or type(m).__name__}), and a compiled model ignores hooks. Capture or mask "
-                "it before torch.compile, or bake the mask into a copy and compile that."
-            )
-        if "_compiled_call" in vars(m):
-            raise ValueError(
-                "model was compiled by an earlier generate() with a static cache, and would ignore hooks. "
-                "`del model._compiled_call` first, or generate with disable_compile=True."
-            )
+            what = f"compiled ({name or type(m).__name__})"
+            raise ArgumentError("model", what, "a model that is not compiled, because hooks would be ignored", remedy)
 
 # %% ../nbs/01_sites.ipynb #65d52919
 def check_own_weights(
     model: nn.Module,  # the model
     modules: Mapping[str, nn.Module],  # those to be written to, by their names in the model
 ) -> None:
-    "Raise ValueError, naming the module, unless each has a plain floating-point weight that no other module holds."
+    "Raise ArgumentError, naming the module, unless each has a plain floating-point weight that no other module holds."
     holders: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         if p.device.type != "meta" and p.numel():
@@ -377,11 +387,10 @@ def check_own_weights(
         weight = module._parameters.get("weight")  # a computed weight is no parameter
         wrapped = hasattr(module, "parametrizations") or hasattr(module, "base_layer") or linear_shape(module) is None
         if weight is None or wrapped or not weight.is_floating_point() or weight.device.type == "meta":
-            raise ValueError(
-                f"{name} ({type(module).__name__}) has no plain weight: merge the adapter, remove the parametrisation, "
-                "or load the model unquantised and not offloaded."
-            )
+            remedy = "Call merge_and_unload() of PEFT, remove the parametrisation, or load it whole and unquantised."
+            raise ArgumentError("model", f"{name} ({type(module).__name__})", "modules with a plain weight", remedy)
         own = (f"{name}.weight", f"{name}.bias")
         shared = [n for n in holders[weight.untyped_storage().data_ptr()] if n not in own]
         if shared:
-            raise ValueError(f"{name} shares its weight with {', '.join(shared)}; give it a weight of its own first.")
+            what = f"{name} shares its weight with {', '.join(shared)}"
+            raise ArgumentError("model", what, "modules with a weight of their own", "Give it a copy of the weight.")

@@ -14,6 +14,7 @@ from families import D, FAMILIES, LAYERS, VARIED
 from torch import nn
 
 import llmfact_nb.activations as activations
+from refusals import refused
 from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.activations import Activations, capture, sink_tokens
 from llmfact_nb.base.tokens import evaluation_mode, length_batches, text_list
@@ -143,7 +144,7 @@ def test_positions_before_rows(lengths):
     model = families.shake(
         XLNetLMHeadModel(XLNetConfig(vocab_size=48, d_model=D, n_layer=LAYERS, n_head=2, d_inner=24))
     )
-    t, texts = families.tokenizer(), [families.words(n, n + i) for i, n in enumerate(lengths)]
+    t, texts = (families.tokenizer(), [families.words(n, n + i) for i, n in enumerate(lengths)])
     rows, found = [], [layer.ff.layer_2 for layer in model.transformer.layer]
     for ids in lists_of(t, texts):
         seen = {}
@@ -228,7 +229,7 @@ def test_layers():
     assert some.depths == (0, 2) and some.widths == (24, 24) and some.values.shape == (everything.n_tokens, 48)
     for layer in (0, 2):
         torch.testing.assert_close(some.layer(layer), everything.layer(layer))
-    with pytest.raises(ValueError, match="layer=1"):
+    with refused(argument="layer"):
         some.layer(1)
 
 
@@ -343,7 +344,7 @@ def test_disk_equals_memory(site, dtype, tmp_path):
         capture(model, t, TEXTS, **options),
         capture(model, t, TEXTS, path=tmp_path / "new" / "a.safetensors", **options),
     )
-    again, loaded = memory.save(tmp_path / "b.safetensors"), Activations.load(tmp_path / "new" / "a.safetensors")
+    again, loaded = (memory.save(tmp_path / "b.safetensors"), Activations.load(tmp_path / "new" / "a.safetensors"))
     for other in (disk, Activations.load(again), loaded):
         for part in ("values", "text_ids", "positions", "token_ids", "sinks"):
             mine, theirs = getattr(memory, part), getattr(other, part)
@@ -378,7 +379,7 @@ def test_writing_to_a_loaded_capture_does_not_reach_the_file(tmp_path):
 @pytest.mark.parametrize("special", [False, True])
 def test_windows(special, truncation_side):
     "Split, nothing lost, in the order of the text, each window with positions and special tokens of its own."
-    model, t = families.build("llama"), families.tokenizer(special=special, truncation_side=truncation_side)
+    model, t = (families.build("llama"), families.tokenizer(special=special, truncation_side=truncation_side))
     text = families.words(22, 1)
     inner = families.tokenizer()(text)["input_ids"]
     a = capture(model, t, [text, families.words(4, 2)], windows=True, max_length=8, **OPTIONS)
@@ -500,7 +501,7 @@ def test_longrope_batches():
 def test_losses_under_longrope_are_those_of_each_text_alone():
     from llmfact_nb.evaluate import EvalSet, perplexity
 
-    model, texts = phi3_long(), EvalSet(families.tokenizer(), [families.words(n, n) for n in (20, 40, 5, 22, 19, 33)])
+    model, texts = (phi3_long(), EvalSet(families.tokenizer(), [families.words(n, n) for n in (20, 40, 5, 22, 19, 33)]))
     one, all_at_once = (perplexity(model, None, texts, batch_size=b, progress=False) for b in (1, 6))
     torch.testing.assert_close(all_at_once.token_nats, one.token_nats, rtol=1e-4, atol=1e-4)
 
@@ -508,7 +509,7 @@ def test_losses_under_longrope_are_those_of_each_text_alone():
 def test_dynamic_positions_do_not_grow_within_what_is_read():
     """With 'dynamic' frequencies a batch beyond the model's positions would change those of later ones; none is that
     long."""
-    model, t = families.build("llama", rope_scaling=dict(rope_type="dynamic", factor=4.0)), families.tokenizer()
+    model, t = (families.build("llama", rope_scaling=dict(rope_type="dynamic", factor=4.0)), families.tokenizer())
     before = [b.clone() for b in model.buffers()]
     a = capture(model, t, [families.words(n, n) for n in (200, 9, 64)], batch_size=2, **OPTIONS)
     assert a.n_tokens == 64 + 9 + 64 and all(torch.equal(x, y) for x, y in zip(before, model.buffers(), strict=True))
@@ -530,14 +531,14 @@ def test_max_length_below_the_special_tokens():
 
 def test_tokenizer_is_left_as_it_was():
     model, t = families.build("llama"), families.tokenizer(pad=False, side="left")
-    before = t(TEXTS[0])["input_ids"], t.padding_side, t.pad_token, t.truncation_side, t.model_max_length
+    before = (t(TEXTS[0])["input_ids"], t.padding_side, t.pad_token, t.truncation_side, t.model_max_length)
     capture(model, t, TEXTS, max_length=3, batch_size=2, **OPTIONS)
     assert (t(TEXTS[0])["input_ids"], t.padding_side, t.pad_token, t.truncation_side, t.model_max_length) == before
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_each_module_gets_its_own_mode_back(on_disk, tmp_path):
-    model, t = families.build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train(), families.tokenizer()
+    model, t = (families.build("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train(), families.tokenizer())
     model.transformer.h[1].eval()
     model.transformer.h[2].mlp.eval()
     before = families.state(model)
@@ -581,7 +582,7 @@ def test_errors_in_the_forward_pass_leave_nothing(error, on_disk, in_call, tmp_p
     model.model.layers[1].register_forward_pre_hook(breaks, with_kwargs=True)
     before = families.state(model)
     path = tmp_path / "deep" / "a.safetensors" if on_disk else None
-    with pytest.raises(error, match="in the middle"):
+    with refused(error, "in the middle"):
         capture(model, t, TEXTS, batch_size=1, path=path, **OPTIONS)
     assert families.state(model) == before
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -603,9 +604,9 @@ def test_full_disk_leaves_nothing(after, tmp_path, monkeypatch):
             return super().write(data)
 
     monkeypatch.setattr(activations, "open", lambda path, mode: Full(path, mode), raising=False)
-    with pytest.raises(OSError, match="No space"):
+    with refused(OSError, "a.safetensors"):
         capture(model, t, TEXTS, batch_size=1, path=path, **OPTIONS)
-    with pytest.raises(OSError, match="No space"):
+    with refused(OSError, "a.safetensors"):
         capture(model, t, TEXTS, batch_size=1, **OPTIONS).save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and families.state(model) == before
     assert torch.equal(Activations.load(path).values, old)  # what stood there before still stands
@@ -614,7 +615,7 @@ def test_full_disk_leaves_nothing(after, tmp_path, monkeypatch):
 def test_folder_that_cannot_be_written(tmp_path):
     model, t = families.build("llama"), families.tokenizer()
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot be written"):
+    with refused(OSError, "a.safetensors"):
         capture(model, t, TEXTS, path=tmp_path / "file" / "a.safetensors", **OPTIONS)
 
 
@@ -688,46 +689,48 @@ def test_a_device_map_that_leaves_layers_on_disk(site, tmp_path):
 
 def test_compiled_models_are_refused():
     model, t = families.build("llama"), families.tokenizer()
-    with pytest.raises(ValueError, match="compile"):
+    with refused(argument="model"):
         capture(torch.compile(model), t, TEXTS, **OPTIONS)
     model.compile()
-    with pytest.raises(ValueError, match="compile"):
+    with refused(argument="model"):
         capture(model, t, TEXTS, **OPTIONS)
 
 
 @pytest.mark.parametrize(
-    "wrong, error, message",
+    "wrong, error",
     [
-        (dict(texts=[]), ValueError, "texts"),
-        (dict(texts=""), TypeError, "texts"),
-        (dict(texts="one text"), TypeError, "texts"),
-        (dict(texts=["a", 3]), TypeError, "texts"),
-        (dict(texts=None), TypeError, "texts"),
-        (dict(texts=["", ""]), ValueError, "texts"),
-        (dict(site="mlp"), ValueError, "site='mlp'.*mlp_out"),
-        (dict(layers=[99]), ValueError, "layers.*99"),
-        (dict(layers=[]), ValueError, "layers"),
-        (dict(batch_size=0), ValueError, "batch_size=0"),
-        (dict(batch_size=2.5), ValueError, "batch_size=2.5"),
-        (dict(batch_size="all"), ValueError, "batch_size='all'"),
-        (dict(max_length=0), ValueError, "max_length=0"),
-        (dict(max_length=-3), ValueError, "max_length=-3"),
-        (dict(max_length=8.0), ValueError, "max_length=8.0"),
-        (dict(dtype=torch.float16), ValueError, "float16"),
-        (dict(dtype="float32"), ValueError, "float32"),
+        (dict(texts=[]), ValueError),
+        (dict(texts=""), TypeError),
+        (dict(texts="one text"), TypeError),
+        (dict(texts={"one", "two"}), TypeError),
+        (dict(texts=["a", 3]), TypeError),
+        (dict(texts=None), TypeError),
+        (dict(texts=["", ""]), ValueError),
+        (dict(site="mlp"), ValueError),
+        (dict(layers=[99]), ValueError),
+        (dict(layers=[]), ValueError),
+        (dict(batch_size=0), ValueError),
+        (dict(batch_size=2.5), ValueError),
+        (dict(batch_size="all"), ValueError),
+        (dict(max_length=0), ValueError),
+        (dict(max_length=-3), ValueError),
+        (dict(max_length=8.0), ValueError),
+        (dict(dtype=torch.float16), ValueError),
+        (dict(dtype="float32"), ValueError),
     ],
 )
-def test_bad_input_is_named(wrong, error, message, tmp_path):
+def test_bad_input_is_named(wrong, error, tmp_path):
     model, t = families.build("llama").train(), families.tokenizer()
     before = families.state(model)
-    with pytest.raises(error, match=message):
+    (name,) = wrong
+    with refused(error, name, argument=name if error is ValueError else None):
         capture(model, t, path=tmp_path / "a.safetensors", **{"texts": TEXTS, **OPTIONS, **wrong})
     assert families.state(model) == before and not list(tmp_path.iterdir())
 
 
 def test_texts_without_tokens_are_left_out_with_a_warning():
     model, t = families.build("llama"), families.tokenizer()
-    with pytest.warns(UserWarning, match="2 of 4 texts"):
+    with pytest.warns(UserWarning):
         a = capture(model, t, ["", "w5 w6", "   ", "w7"], **OPTIONS)
     assert a.text_ids.tolist() == [1, 1, 3] and a.token_ids.tolist() == [5, 6, 7]
     with warnings.catch_warnings():
@@ -738,7 +741,7 @@ def test_texts_without_tokens_are_left_out_with_a_warning():
 def test_texts_may_be_a_dataset():
     datasets = pytest.importorskip("datasets")
     assert text_list(datasets.Dataset.from_dict({"text": TEXTS, "label": range(5)})) == TEXTS
-    with pytest.raises(ValueError, match="'label'"):
+    with refused(argument="texts"):
         text_list(datasets.Dataset.from_dict({"label": [1]}))
 
 
@@ -746,7 +749,7 @@ def test_module_that_does_not_run_is_an_error():
     model, t = families.build("llama"), families.tokenizer()
     model.model.layers[1].mlp.forward = lambda x: x  # a fused kernel that goes around the projection
     before = families.state(model)
-    with pytest.raises(ValueError, match="layers.1.mlp.down_proj"):
+    with refused(ValueError, "layers.1.mlp.down_proj", argument="site"):
         capture(model, t, TEXTS, **OPTIONS)
     assert families.state(model) == before
 
@@ -783,13 +786,13 @@ def test_damaged_and_foreign_files_are_refused(how, tmp_path):
     path = tmp_path / "a.safetensors"
     capture(families.build("llama"), families.tokenizer(), TEXTS, path=path, **OPTIONS)
     damaged(path, how)
-    with pytest.raises(ValueError, match="a.safetensors"):
+    with refused(ValueError, "a.safetensors"):
         Activations.load(path)
 
 
 def test_missing_file_is_named(tmp_path):
     for path in (tmp_path / "no.safetensors", tmp_path):
-        with pytest.raises(FileNotFoundError, match=path.name):
+        with refused(FileNotFoundError, path.name):
             Activations.load(path)
 
 
@@ -800,7 +803,7 @@ def test_moments_against_float64(dtype):
     x = torch.from_numpy(
         rng.normal(size=(500, 12)) * 10.0 ** rng.integers(-3, 4, 12) + 10.0 ** rng.integers(-2, 4, 12)
     ).to(dtype)
-    sinks, rows = torch.from_numpy(rng.random(500) < 0.1), torch.from_numpy(rng.random(500) < 0.5)
+    sinks, rows = (torch.from_numpy(rng.random(500) < 0.1), torch.from_numpy(rng.random(500) < 0.5))
     zeros = torch.zeros(500, dtype=torch.long)
     a = Activations(x, zeros, zeros, zeros, sinks, (5, 7), (1, 4), "mlp_out")
     for chosen, got in ((~sinks, a.moments()), (rows, a.moments(rows))):
@@ -808,7 +811,7 @@ def test_moments_against_float64(dtype):
         np.testing.assert_allclose(got[0].numpy(), exact.mean(0), rtol=1e-5)
         np.testing.assert_allclose(got[1].numpy(), exact.var(0), rtol=1e-4)
         assert got[0].dtype == got[1].dtype == torch.float32
-    with pytest.raises(ValueError, match="rows"):
+    with refused(argument="rows"):
         a.moments(torch.zeros(500, dtype=torch.bool))
 
 

@@ -56,16 +56,8 @@ def test_every_chapter_has_a_figure(book):
     assert chapters <= {"01_sites.ipynb", "12_command.ipynb"}
 
 
-# They still ask for the argument, the place or the reason in a message.
-BY_WORDING = {
-    f"test_{name}.py" for name in ("activations", "masked_model", "masks", "matrix", "networks", "silent", "sites")
-}
-
-
 @pytest.mark.parametrize("path", TESTS, ids=lambda p: p.name)
-def test_tests_pin_no_wording(path, request):
-    if path.name in BY_WORDING:
-        request.applymarker(pytest.mark.xfail(reason="written before ArgumentError", strict=False))
+def test_tests_pin_no_wording(path):
     text = path.read_text(encoding="utf-8")
     assert not re.findall(r"pytest\.(?:raises|warns)\([^)]*\bmatch=", text), "check the type, and .argument"
 

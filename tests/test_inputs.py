@@ -4,10 +4,12 @@ tables, compressed files, scripts without spaces."""
 import csv
 import gzip
 import io
+import itertools
 import json
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
@@ -17,9 +19,25 @@ from hypothesis import strategies as st
 from llmfact_nb.base.downloads import cache_folder
 from llmfact_nb.base.files import from_home
 from llmfact_nb.base.texts import load_cloze, load_labelled, load_texts
-from llmfact_nb.base.tokens import batches_agree, columns_of, text_list, token_counts, token_lists, token_name
+from llmfact_nb.base.tokens import (
+    batches_agree, columns_of, probe_tokens, text_list, token_counts, token_lists, token_name,
+)  # fmt: skip
 from llmfact_nb.evaluate import cloze_accuracy, label_accuracy, labelled_texts
 from llmfact_nb.scores.questions import exact_match, f1, words_of
+
+
+class Numbered:
+    "What torch.utils.data asks of a data set."
+
+    def __init__(self, items):
+        self.items = list(items)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return {"text": self.items[i], "label": 0}
+
 
 TEXTS = ["The city lies on the river.", "A second text\nabout numbers."]
 CONTAINERS = {
@@ -36,6 +54,10 @@ CONTAINERS = {
     "dict": lambda x: {"text": x, "label": [0] * len(x)},
     "rows": lambda x: [{"text": t, "label": 0} for t in x],
     "column of a frame": lambda x: pd.DataFrame({"text": x}).text,
+    "Arrow table": lambda x: pa.table({"label": [0] * len(x), "text": x}),
+    "Arrow format": lambda x: Dataset.from_dict({"text": x}).with_format("arrow"),
+    "dict of Arrow": lambda x: {"text": pa.array(x)},
+    "torch's": lambda x: Numbered(x),
 }
 
 
@@ -77,6 +99,11 @@ def test_no_text_changes_on_its_way(texts, kind):
         ([{"body": "a"}], ValueError),
         (pd.DataFrame({"text": ["a", np.nan]}), TypeError),
         ([TEXTS[0], "half a pair \ud83d"], ValueError),
+        (set(TEXTS), TypeError),
+        (dict.fromkeys(TEXTS).keys() | {"more"}, TypeError),
+        (pd.DataFrame([TEXTS], columns=["text", "text"]), ValueError),
+        (np.ma.masked_array(TEXTS, [True, False]), TypeError),
+        (itertools.repeat("no end"), ValueError),
     ],
 )
 def test_what_holds_no_texts_is_refused(wrong, error):
@@ -169,6 +196,7 @@ FILES = {
     "a.csv.GZ": lambda: gzip.compress(table(",")),
     "a.jsonl.zst": lambda: zstd(LINES),
     "a.v2.jsonl": lambda: LINES,
+    "lines.json": lambda: LINES,
 }
 
 
@@ -210,6 +238,23 @@ def test_a_ragged_table_is_refused_by_its_line(load, bad, line, tmp_path):
     assert f"{path}, line {line}" in str(e.value)
 
 
+@pytest.mark.parametrize("header", ["text;label", "text\tlabel", "text,label,text"])
+def test_a_header_of_another_kind_is_refused(header, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(f"{header}\n{header}\n")
+    with pytest.raises(ValueError) as e:
+        load_labelled(path)
+    assert f"{path}, line 1" in str(e.value)
+
+
+@pytest.mark.parametrize("label", [None, [1], {"a": 1}, float("nan"), " "])
+def test_a_label_is_a_word_or_a_number(label, tmp_path):
+    rows = [{"text": f"sentence {i}", "label": 1} for i in range(20)] + [{"text": "the last", "label": label}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError):
+        load_labelled(tmp_path / "a.jsonl")
+
+
 def test_the_limit_of_the_csv_module_is_as_before(tmp_path):
     before = csv.field_size_limit()
     (tmp_path / "t.csv").write_text('text\n"' + "long " * 60_000 + '"\n')
@@ -244,7 +289,7 @@ def test_files_that_cannot_be_read_are_named(name, content, tmp_path):
 
 def test_a_txt_file_is_blocks_lines_or_one_document(tmp_path):
     path = tmp_path / "mine.txt"
-    path.write_text("\n".join(f"sentence {i}" for i in range(100)))
+    path.write_bytes("\r".join(f"sentence {i}" for i in range(100)).encode())  # as old Macs did
     counts = {}
     for documents in ("blocks", "lines", "file"):
         found = []
@@ -303,11 +348,32 @@ class Processor:
 def test_swapped_arguments_and_processors(tiny_model, tiny_tokenizer):
     tokenizer = tiny_tokenizer()
     assert token_lists(Processor(tokenizer), ["w4 w5"]) == token_lists(tokenizer, ["w4 w5"])
+    tokenizer.tokenizer = object()  # an engine of the same name, which cannot be called
+    assert token_lists(tokenizer, ["w4 w5"]) == token_lists(tiny_tokenizer(), ["w4 w5"])
     for wrong in (tiny_model("llama"), None, Processor(None)):
         with pytest.raises(TypeError):
             token_lists(wrong, ["w4"])
     with pytest.raises(TypeError):
         cloze_accuracy(tokenizer, tiny_model("llama"), [("w4", "w5")])
+
+
+@pytest.mark.parametrize("part", ["template", "label_words", "answer"])
+def test_half_a_character_is_named_wherever_it_comes_from(part, tiny_model, tiny_tokenizer):
+    model, t = tiny_model("llama"), tiny_tokenizer()
+    ask = {
+        "template": lambda: label_accuracy(model, t, [("w4", 0)], "\ud83d {text}", ["w5", "w6"]),
+        "label_words": lambda: label_accuracy(model, t, [("w4", 0)], "{text}", ["w5", "\ud83d"]),
+        "answer": lambda: cloze_accuracy(model, t, [("w4", "\ud83d")]),
+    }
+    with pytest.raises(ValueError) as e:
+        ask[part]()
+    assert "D83D" in str(e.value)
+
+
+def test_probes_are_ordinary_tokens(tiny_model):
+    model = tiny_model("llama", pad_token_id=7, eos_token_id=[13, 14])
+    model.config.image_token_index = 19
+    assert not {7, 19} & set(probe_tokens(model, 5)) and len(set(probe_tokens(model, 5))) == 5
 
 
 def test_a_rendered_template_has_one_beginning(tiny_tokenizer):

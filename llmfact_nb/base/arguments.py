@@ -101,3 +101,13 @@ def check_number(
     if not (inside and (below is None or number < below) and (most is None or number <= most)):
         raise ArgumentError(argument, value, words)
     return number
+
+# %% ../../nbs/base/01_arguments.ipynb #a6709cea
+def refuse_masked(
+    argument: str,  # its name
+    value: Any,  # what was given
+) -> None:
+    "Raise ArgumentError if `value` is a masked array."
+    if hasattr(value, "mask") and hasattr(value, "filled"):
+        what = f"a masked array of shape {value.shape}"
+        raise ArgumentError(argument, what, "plain arrays", "Leave the masked entries out, or fill them.")

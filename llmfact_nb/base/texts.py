@@ -14,6 +14,7 @@ import html
 import io
 import itertools
 import json
+import numbers
 import os
 import re
 import warnings
@@ -232,14 +233,16 @@ def _read_file(
         return [{"text": part} for part in _parts(path, text, documents)]
     if kind in (".csv", ".tsv"):
         return _csv_rows(path, text, "\t" if kind == ".tsv" else ",")
-    if kind == ".json":
+    lines = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    by_line = len(lines) > 1 and lines[0][1].startswith("{") and lines[0][1].endswith("}")
+    if kind == ".json" and not by_line:
         return _json_rows(path, _parsed(text, str(path)))
-    lines = enumerate(text.split("\n"), 1)
-    return [_object(_parsed(line, at := f"{path}, line {i}"), at) for i, line in lines if line.strip()]
+    return [_object(_parsed(line, at := f"{path}, line {i}"), at) for i, line in lines]
 
 # %% ../../nbs/base/07_texts.ipynb #7754d6a4
 def _parts(path: Path, text: str, documents: str) -> list[str]:
     "Return the documents of a .txt file."
+    text = re.sub("\r\n?", "\n", text)
     if documents == "file":
         return [text]
     if documents == "lines":
@@ -258,6 +261,7 @@ def _csv_rows(path: Path, text: str, separator: str) -> list[dict]:
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         header, rows = next(reader, []), []
+        _check_header(path, header)
         for cells in reader:
             if not cells:
                 continue
@@ -272,6 +276,15 @@ def _csv_rows(path: Path, text: str, separator: str) -> list[dict]:
         ) from e
     finally:
         csv.field_size_limit(before)
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    "Raise ValueError if two columns share a name, or if the cells are separated otherwise than the file's name says."
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise ValueError(f"{path}, line 1: several columns are called {', '.join(map(repr, twice))}. Rename them.")
+    if len(header) == 1 and (other := re.search("[;\t,|]", header[0])):
+        what = f"{header[0]!r} is one cell with {other[0]!r} in it"
+        raise ValueError(f"{path}, line 1: {what}. A .csv file is separated by commas, a .tsv file by tabs.")
 
 # %% ../../nbs/base/07_texts.ipynb #4bfcccd2
 def _parsed(text: str, where: str) -> Any:
@@ -446,13 +459,17 @@ def _label_rows(
     "Yield (title, text, class name)."
     for row in rows:
         text, label = _cell(row, columns[0], name), row.get(columns[1])
-        if label is None or label == "" or label != label:
-            seen = f"a row has no label in column {columns[1]!r}"
+        if label is None or not _names_class(label):
+            seen = f"a row has no label in column {columns[1]!r}, but {label!r:.40}"
             raise ValueError(f"{name}: {seen}. Its columns: {', '.join(map(repr, row))}.")
         if class_names and not 0 <= label < len(class_names):
             seen = f"a row has the label {label}, but there are {len(class_names)} classes"
             raise ValueError(f"{name}: {seen}. A part without labels? Choose another by hub_split.")
-        yield _title_of(row, text), text, class_names[label] if class_names else str(label)
+        yield _title_of(row, text), text, class_names[label] if class_names else str(label).strip()
+
+
+def _names_class(label: Any) -> bool:
+    return label.strip() != "" if isinstance(label, str) else isinstance(label, numbers.Real) and label == label
 
 # %% ../../nbs/base/07_texts.ipynb #7e201fe8
 def load_labelled(

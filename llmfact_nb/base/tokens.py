@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/base/04_tokens.ipynb #70f0efcd
 import functools
+import itertools
 import re
 import types
 import warnings
@@ -22,27 +23,25 @@ from .arguments import ArgumentError, check_whole
 
 # %% ../../nbs/base/04_tokens.ipynb #17b0e588
 def columns_of(
-    data: Any,  # Dataset, DataFrame, dict of columns, or an iterable of rows (for one name also of items)
+    data: Any,  # Dataset, DataFrame, Arrow table, dict of columns, or an iterable of rows (for one name also of items)
     names: Sequence[str],  # the columns wanted
 ) -> list[list]:
-    "Return the columns as lists. Raises TypeError for what holds no rows, ValueError if a column is missing."
-    if isinstance(data, (str, bytes)):
-        what = f"one {type(data).__name__} of {len(data)} characters"
-        raise TypeError(f"{_all(names)} must be a list or a Dataset, got {what}. Put it in a list.")
+    "Return the columns as lists. Raises TypeError for what holds no rows in order, ArgumentError without a column."
     known = _column_names(data, names)
-    if known is not None:
-        return [list(data[_known(name, known)]) for name in names]
-    try:
-        rows = list(data)
-    except TypeError as e:
-        raise TypeError(f"{_all(names)} must be a list or a Dataset, got {type(data).__name__}.") from e
-    return [[_item(row, i, name, names) for i, row in enumerate(rows)] for name in names]
+    if known is None:
+        return [[_item(row, i, name, names) for i, row in enumerate(_rows(data, names))] for name in names]
+    for name in names:
+        if known.count(name) != 1:
+            what = f"{known.count(name)} columns {name!r} among {known}"
+            raise ArgumentError(f"{name}s", what, f"a table with one column {name!r}", "Rename one.")
+    columns = [data[name] for name in names]
+    return [c.to_pylist() if hasattr(c, "to_pylist") else list(c) for c in columns]  # Arrow's items are no strings
 
 
 def _all(names: Sequence[str]) -> str:
     return " and ".join(f"{name}s" for name in names)
 
-
+# %% ../../nbs/base/04_tokens.ipynb #4571ba08
 def _column_names(data: Any, names: Sequence[str]) -> list[str] | None:
     "Return the names of a table's columns; None for what has to be iterated. Raises TypeError for a dict of splits."
     if isinstance(data, Mapping):
@@ -52,15 +51,26 @@ def _column_names(data: Any, names: Sequence[str]) -> list[str] | None:
             f"{_all(names)}: got a {type(data).__name__} with the entries {', '.join(map(repr, data))}. "
             f"Give one of them, or a dict of lists with {', '.join(map(repr, names))}."
         )
-    if hasattr(data, "columns"):  # pandas, polars
-        return [str(c) for c in data.columns]
-    return data.column_names if hasattr(data, "column_names") and hasattr(data, "__len__") else None
+    if not hasattr(data, "__len__"):  # a stream
+        return None
+    known = getattr(data, "column_names", None)  # of data sets and Arrow tables
+    known = getattr(data, "columns", None) if known is None else known  # pandas, polars
+    return None if known is None else [str(c) for c in known]
 
 
-def _known(name: str, known: Sequence[str]) -> str:
-    if name not in known:
-        raise ValueError(f"{name}s: there is no column {name!r}; the columns are {list(known)}. Rename one.")
-    return name
+_MOST = 2**21  # rows of something that does not say how many it has
+
+
+def _rows(data: Any, names: Sequence[str]) -> list:
+    "Return the rows of what is no table. Raises TypeError for a string, a set or no container, ValueError for no end."
+    iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    if isinstance(data, (str, bytes, set, frozenset)) or not iterable:
+        why = ", which has no order" if isinstance(data, (set, frozenset)) else ""
+        raise TypeError(f"{_all(names)} must be a list or a Dataset, got one {type(data).__name__}{why}. Give a list.")
+    rows = list(itertools.islice(data, None if hasattr(data, "__len__") else _MOST))
+    if len(rows) == _MOST and not hasattr(data, "__len__"):
+        raise ValueError(f"{_all(names)}: {_MOST:,} rows, and no end yet. Give a part, as itertools.islice gives it.")
+    return rows
 
 # %% ../../nbs/base/04_tokens.ipynb #d4da351f
 def _item(row: Any, i: int, name: str, names: Sequence[str]) -> Any:
@@ -83,16 +93,24 @@ def text_list(
     "Return the texts as a list of strings. Raises TypeError or ValueError, naming what is wrong and where."
     (found,) = columns_of(texts, [column])
     if not found:
-        raise ValueError(f"{column}s is empty; give at least one {column}.")
+        raise ArgumentError(f"{column}s", found, f"at least one {column}")
     for i, text in enumerate(found):
         if not isinstance(text, str):
             raise TypeError(f"{column}s[{i}] must be a string, got {type(text).__name__} ({text!r:.40}).")
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            half = f"half of a surrogate pair (U+{ord(text[e.start]):04X}) at character {e.start:,}"
-            raise ValueError(f"{column}s[{i}] holds {half}. Remove it, or decode the text again.") from None
+        check_characters(f"{column}s[{i}]", text)
     return [str(text) for text in found]
+
+
+def check_characters(
+    what: str,  # what the text is, for the message
+    text: str,
+) -> None:
+    "Raise ValueError, naming the place, if the text holds half of a surrogate pair."
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        half = f"half of a surrogate pair (U+{ord(text[e.start]):04X}) at character {e.start:,}"
+        raise ValueError(f"{what} holds {half}. Remove it, or decode the text again.") from None
 
 # %% ../../nbs/base/04_tokens.ipynb #7b3fbf21
 def text_tokenizer(
@@ -101,9 +119,10 @@ def text_tokenizer(
     "Return the tokenizer itself. Raises TypeError if it is a model, or nothing that can be called."
     if isinstance(tokenizer, nn.Module):
         raise TypeError(f"tokenizer is a {type(tokenizer).__name__}: model and tokenizer seem to be swapped.")
-    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    inner = getattr(tokenizer, "tokenizer", None)
+    inner = inner if callable(inner) else tokenizer  # some tokenizers keep an engine under that name
     if not callable(inner):
-        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected the model's tokenizer.")
+        raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected the model's tokenizer, of transformers.")
     return inner
 
 # %% ../../nbs/base/04_tokens.ipynb #1ff116da
@@ -119,6 +138,7 @@ def token_lists(
     encode = lambda text: list(tokenizer(text, **options)["input_ids"])
     lists = []
     for text in texts:
+        check_characters(f"the text {text[:30]!r}", text)
         start = text if most is None else text[: 32 * most]  # articles are long, and tokenising is slow
         ids = encode(start)
         if most is not None and len(start) < len(text) and len(ids) < 2 * most:
@@ -172,7 +192,10 @@ def input_device(
     model: nn.Module,  # a Hugging Face model
 ) -> torch.device:
     "Return where the model expects its token ids."
-    device = model.get_input_embeddings().weight.device
+    try:
+        device = model.get_input_embeddings().weight.device
+    except AttributeError as e:
+        raise TypeError(f"model is a {type(model).__name__} without embeddings; give a Hugging Face model.") from e
     return torch.device("cpu") if device.type == "meta" else device  # offloaded: accelerate moves the inputs itself
 
 # %% ../../nbs/base/04_tokens.ipynb #5e0fa002
@@ -331,9 +354,13 @@ def probe_tokens(
     n: int,  # how many
     last: int = 0,  # another number, another last token
 ) -> list[int]:
-    "Return n tokens from all over the vocabulary."
-    size = model.get_input_embeddings().weight.shape[0]
-    return [(7 + (i + last * (i == n - 1)) * (size // 9 + 1)) % size for i in range(n)]
+    "Return n tokens from all over the vocabulary, without those that stand for a pad, an image or the like."
+    size, config = model.get_input_embeddings().weight.shape[0], getattr(model, "config", None)
+    every = (config, getattr(config, "get_text_config", lambda: None)())
+    named = [(k, v) for c in every if c is not None for k, v in vars(c).items() if isinstance(v, int)]
+    known = {v for k, v in named if k.endswith(("_token_id", "_token_index"))}
+    ordinary = lambda t: next(u % size for u in range(t, t + size) if u % size not in known)
+    return [ordinary(7 + (i + last * (i == n - 1)) * (size // 9 + 1)) for i in range(n)]
 
 
 def _outputs(model: nn.Module, lists: Sequence[Sequence[int]]) -> torch.Tensor:
