@@ -35,7 +35,7 @@ from llmfact_nb.base.tokens import (
     text_list,
     text_tokenizer,
 )
-from .masks import Layout
+from .masks import Layout  # chapter 4: widths, depths and site as one object
 from .sites import NeuronSites, attach, neuron_sites, refuse_compiled
 
 # %% ../nbs/02_activations.ipynb #bcf81ddb
@@ -52,7 +52,7 @@ def sink_tokens(
 
 # %% ../nbs/02_activations.ipynb #1b6b0961
 def _facts(acts: "Activations") -> list[str]:
-    "What a capture is, in phrases."
+    "Return short phrases that describe a capture."
     size = f"{str(acts.values.dtype).removeprefix('torch.')}, {size_name(acts.values.nbytes)}"
     return [
         f"{acts.n_tokens:,} tokens x {acts.n_neurons:,} neurons",
@@ -64,12 +64,12 @@ def _facts(acts: "Activations") -> list[str]:
 
 # %% ../nbs/02_activations.ipynb #4ff32c23
 def _card(acts: "Activations") -> str:
-    "What a notebook shows; the matrix itself is not read: it may be mapped, and larger than memory."
+    "Return the HTML for a notebook. The matrix is not read, because it may be mapped and larger than memory."
     lengths = torch.unique_consecutive(acts.text_ids, return_counts=True)[1]
-    together = -(-len(lengths) // 60) or 1  # texts to a bar
+    together = -(-len(lengths) // 60) or 1  # texts per bar
     counts = [int(part.sum()) for part in lengths.split(together)]
     what = "tokens of each text" if together == 1 else f"tokens of every {together} texts"
-    names = [f"texts {i * together} and on" if together > 1 else f"text {i}" for i in range(len(counts))]
+    names = [f"texts {i * together} and following" if together > 1 else f"text {i}" for i in range(len(counts))]
     facts = [f"{len(lengths):,} texts", *_facts(acts)]
     facts += [f"{acts.n_cut:,} texts were cut"] if acts.n_cut else []
     return card(
@@ -79,7 +79,7 @@ def _card(acts: "Activations") -> str:
 # %% ../nbs/02_activations.ipynb #82b0fe46
 @dataclass(frozen=True, eq=False)
 class Activations:
-    "Activations of T tokens at N neurons, with what each row and column is."
+    "Activations of T tokens at N neurons, with the origin of each row and column."
 
     values: torch.Tensor  # (T, N) float32 or bfloat16 on the CPU, possibly a memory map; layers side by side
     text_ids: torch.Tensor  # (T,) int64, index of the text in the list given to `capture`
@@ -104,7 +104,7 @@ class Activations:
 
     @property
     def layout(self) -> Layout:
-        "Widths, depths and site in one."
+        "Widths, depths and site as one `Layout`."
         return Layout(self.widths, self.depths, self.site)
 
     def layer(self, layer: int) -> torch.Tensor:  # layer number
@@ -133,7 +133,7 @@ class Activations:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Activations":
-        "Open a saved capture, memory-mapped: instant, and free of memory, however large it is."
+        "Open a saved capture as a memory map, which takes almost no time and memory, however large the file is."
         return load_activations(path)
 
     @always_shown
@@ -150,14 +150,14 @@ def rows_of_text(acts: Activations, text: int) -> Activations:
     rows = (acts.text_ids == text).nonzero()[:, 0]
     if not len(rows):
         raise ArgumentError("text", text, f"a text with tokens; the last one captured is {int(acts.text_ids.max())}")
-    part = slice(int(rows[0]), int(rows[-1]) + 1)  # a text's rows stand together
+    part = slice(int(rows[0]), int(rows[-1]) + 1)  # the rows of a text are contiguous
     names = ("values", "text_ids", "positions", "token_ids", "sinks")
     return replace(acts, **{k: getattr(acts, k)[part] for k in names})
 
 # %% ../nbs/02_activations.ipynb #fd4f894a
 def moments(
     acts: Activations,
-    rows: torch.Tensor | None = None,  # (T,) bool, tokens to use; None for all that are no sinks
+    rows: torch.Tensor | None = None,  # (T,) bool, tokens to use; None: all that are not sinks
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Return mean and population variance of each neuron over tokens, (N,) float32 each."
     rows = ~acts.sinks if rows is None else rows
@@ -169,7 +169,7 @@ def moments(
 # %% ../nbs/02_activations.ipynb #9755f8e7
 def variance_share(
     acts: Activations,
-    rows: torch.Tensor,  # (T,) bool, some of the tokens
+    rows: torch.Tensor,  # (T,) bool, the tokens whose share is wanted
 ) -> float:
     "Return the share of the centred variance, summed over neurons, that these tokens hold."
     held = total = 0.0
@@ -191,7 +191,7 @@ _ABOUT = ("widths", "depths", "site", "model", "n_cut")
 
 # %% ../nbs/02_activations.ipynb #eee102ca
 class _Store:
-    "A safetensors file of activations that is filled row by row. A context manager."
+    "A context manager for a safetensors file of activations that is filled row by row."
 
     def __init__(self, path: Path, n_tokens: int, n_neurons: int, dtype: torch.dtype, about: dict):
         names = {t: name for name, (t, _) in _TYPES.items()}
@@ -210,7 +210,7 @@ class _Store:
         self.file.truncate(8 + len(text) + end)
 
     def rows(self, start: int, n: int) -> torch.Tensor:
-        "Room for n rows that will be given to `put`."
+        "Return an empty tensor for n rows that will be passed to `put`."
         return torch.empty(n, self.n_neurons, dtype=self.dtype)
 
     def put(self, start: int, rows: torch.Tensor) -> None:
@@ -218,7 +218,7 @@ class _Store:
         self._write(self.offset["values"] + start * self.n_neurons * self.dtype.itemsize, rows.to(self.dtype))
 
     def finish(self, columns: dict[str, torch.Tensor]) -> None:
-        "Write what is known of each row."
+        "Write the columns that describe the rows."
         for name in _COLUMNS:
             self._write(self.offset[name], columns[name])
 
@@ -245,7 +245,7 @@ def save_activations(acts: Activations, path: str | os.PathLike) -> Path:
 
 # %% ../nbs/02_activations.ipynb #9224097d
 def _mapped(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    "The arrays of a safetensors file as memory-mapped tensors; what is written to them does not reach the file."
+    "Return the arrays of a safetensors file as memory-mapped tensors; changes to them do not reach the file."
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(length))
@@ -258,7 +258,7 @@ def _mapped(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 # %% ../nbs/02_activations.ipynb #5962391c
 def load_activations(path: str | os.PathLike) -> Activations:
-    "Open a saved capture, memory-mapped. Raises as `files.read_header` does, and ValueError if parts do not fit."
+    "Open a saved capture, memory-mapped. Raises what `files.read_header` raises, and ValueError if parts do not fit."
     meta = read_header(path, "activations", ("values", *_COLUMNS, *_ABOUT))
     with reading(path, "capture"):
         about: dict[str, Any] = {k: tuple(meta[k]) if isinstance(meta[k], list) else meta[k] for k in _ABOUT}
@@ -271,16 +271,16 @@ def load_activations(path: str | os.PathLike) -> Activations:
         for name, dtype in _COLUMNS.items():
             column = getattr(acts, name)
             if column.shape != (n,) or column.dtype != dtype:
-                raise ValueError(f"{name} is not one {str(dtype).removeprefix('torch.')} for each of {n} tokens")
+                raise ValueError(f"{name} does not hold a {str(dtype).removeprefix('torch.')} for each of {n} tokens")
     return acts
 
 # %% ../nbs/02_activations.ipynb #b472f0e0
 def _split_text(tokenizer, text: str, max_length: int) -> list[list[int]]:
-    "Token lists of at most `max_length`, in the order of the text; fast tokenizers give each its special tokens."
+    "Token lists of at most `max_length`, in the order of the text; fast tokenizers add special tokens to each."
     if not tokenizer.is_fast:
         ids = tokenizer(text)["input_ids"]
         return [ids[s : s + max_length] for s in range(0, len(ids), max_length)]
-    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # windows from the left end on
+    side, tokenizer.truncation_side = tokenizer.truncation_side, "right"  # windows start at the left end
     before = tokenizer.backend_tokenizer.truncation
     try:
         return tokenizer(text, truncation=True, max_length=max_length, return_overflowing_tokens=True)["input_ids"]
@@ -298,7 +298,7 @@ def _tokenize(tokenizer, texts: list[str], max_length: int, windows: bool) -> tu
     for i, text in enumerate(texts):
         start = text if windows else text[: 32 * max_length]  # articles are long, and tokenising is slow
         parts = _split_text(tokenizer, start, max_length)
-        if len(start) < len(text) and sum(map(len, parts)) < 2 * max_length:  # long words: the cut may be within reach
+        if len(start) < len(text) and sum(map(len, parts)) < 2 * max_length:  # long words give few tokens
             parts = _split_text(tokenizer, text, max_length)
         parts = [p if j else one_start(tokenizer, p) for j, p in enumerate(parts) if len(p)]
         if len(parts) > 1 and not windows:
@@ -308,17 +308,17 @@ def _tokenize(tokenizer, texts: list[str], max_length: int, windows: bool) -> tu
     if not lists:
         raise ArgumentError("texts", texts, "texts that have tokens")
     if max(map(len, lists)) > max_length:
-        raise ArgumentError("max_length", max_length, "more, so that words find room beside the special tokens")
+        raise ArgumentError("max_length", max_length, "more, so that words fit in next to the special tokens")
     empty = len(texts) - len(set(owners))
     if empty:
-        warnings.warn(f"{empty} of {len(texts)} texts tokenise to nothing and are left out.", stacklevel=3)
+        warnings.warn(f"{empty} of {len(texts)} texts give no tokens and are left out.", stacklevel=3)
     return lists, owners, cut
 
 # %% ../nbs/02_activations.ipynb #7dbd23b0
 def positions_of(
     model: nn.Module,  # a Hugging Face model
 ) -> float:
-    "Return how many tokens the model can read at once; infinity where it knows no limit."
+    "Return how many tokens the model can read at once; infinity if it has no limit."
     config = model.config.get_text_config() if hasattr(getattr(model, "config", None), "get_text_config") else None
     names = ("max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings")
     known = [getattr(config, name, None) for name in names]
@@ -331,7 +331,7 @@ def positions_of(
 def longest_input(
     model: nn.Module,  # a Hugging Face model
     tokenizer,  # its tokenizer
-    max_length: int,  # tokens, what the caller wants at most
+    max_length: int,  # the most tokens that the caller wants
 ) -> int:
     "Return the longest input, in tokens, that the caller, the tokenizer and the model all allow."
     check_whole("max_length", max_length, least=1)
@@ -346,7 +346,7 @@ _LOOKED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> sit
 
 # %% ../nbs/02_activations.ipynb #a064a2a5
 def reading_part(model: nn.Module, sites: NeuronSites) -> nn.Module:
-    "The part of the model that reads texts: its encoder if there is one beside a decoder, else all of it."
+    "Return the part of the model that reads texts: the encoder if there is also a decoder, else the whole model."
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return model
     encoder = model.get_encoder()
@@ -365,7 +365,7 @@ def reading_part(model: nn.Module, sites: NeuronSites) -> nn.Module:
 def _by_text(site, x: torch.Tensor, n_texts: int, longest: int) -> torch.Tensor:
     "The values as (texts, positions, units); some models flatten texts and positions before the MLP."
     if x.shape[-1] != site.width:
-        raise ValueError(f"site: {site.name} gave {x.shape[-1]} values a token, expected {site.width}.")
+        raise ValueError(f"site: {site.name} gave {x.shape[-1]} values per token, expected {site.width}.")
     if x.shape[:-1] not in ((n_texts, longest), (n_texts * longest,)):
         raise NotImplementedError(
             f"site: {site.name} sees activations of shape {tuple(x.shape)}; "
@@ -375,16 +375,16 @@ def _by_text(site, x: torch.Tensor, n_texts: int, longest: int) -> torch.Tensor:
 
 # %% ../nbs/02_activations.ipynb #2272636c
 class _Reader:
-    "Runs one batch of token lists and copies the neurons of its real tokens to where they belong."
+    "Runs one batch of token lists and copies the activations of its real tokens to their rows."
 
     def __init__(self, model: nn.Module, tokenizer, sites: NeuronSites, dtype: torch.dtype):
         self.model, self.sites, self.dtype = reading_part(model, sites), sites, dtype
         self.device = input_device(self.model)
         pad = getattr(tokenizer, "pad_token_id", None)
-        self.pad = 0 if pad is None else pad  # RoBERTa counts positions by it
+        self.pad = 0 if pad is None else pad  # RoBERTa counts positions from the padding index
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.options = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
-        # accelerate puts offloaded weights away again when a module's forward returns, so there it has to return
+        # accelerate puts offloaded weights away again when a module's forward returns, so there it must return
         self.may_stop = not any(hasattr(m, "_hf_hook") for m in model.modules())
         ends = np.cumsum([0, *sites.widths]).tolist()
         self.columns = list(zip(ends, ends[1:]))
@@ -397,7 +397,7 @@ class _Reader:
             self.model(input_ids=ids, attention_mask=real, **self.options)
 
     def look_once(self, tokens: list[int]) -> None:
-        "One short pass that is not stopped, the first time these sites of this model are read: each runs once in it."
+        "When these sites of this model are first read, check in a short, complete pass that each runs once."
         seen = _LOOKED.setdefault(self.model, set())
         key = (self.sites.site, self.sites.depths, state_mark(self.model))
         if self.may_stop and key not in seen:
@@ -405,7 +405,7 @@ class _Reader:
             seen.add(key)
 
     def read(self, lists: list[list[int]], rows: list[torch.Tensor]) -> None:
-        "`lists`: token ids of each text; `rows`: for each text the (n, N) tensor to fill."
+        "Read `lists`, the token ids of each text, into `rows`, one (n, N) tensor for each text."
         kept, seen = {}, set()
 
         def put(i: int, x: torch.Tensor) -> None:
@@ -442,11 +442,11 @@ def free_memory() -> float:
 
 # %% ../nbs/02_activations.ipynb #fd1bd6ae
 def _check_room(n_tokens: int, n_neurons: int, dtype: torch.dtype, path) -> None:
-    "Raise ArgumentError if the values will not fit where they are to go."
+    "Raise ArgumentError if there is not enough memory or disk space for the values."
     need = n_tokens * n_neurons * dtype.itemsize
     folder = None if path is None else Path(path).absolute().parent
     if folder is not None and not folder.exists():
-        return  # opening the file will say so
+        return  # opening the file will raise the error
     free = free_memory() if folder is None else shutil.disk_usage(folder).free
     if need <= free:
         return
@@ -458,7 +458,7 @@ def _check_room(n_tokens: int, n_neurons: int, dtype: torch.dtype, path) -> None
 
 # %% ../nbs/02_activations.ipynb #6a035f05
 class _Memory:
-    "Activations that are kept in memory; fills as `_Store` does."
+    "Activations that are kept in memory; filled in the same way as `_Store`."
 
     def __init__(self, n_tokens: int, n_neurons: int, dtype: torch.dtype):
         self.values = torch.empty(n_tokens, n_neurons, dtype=dtype)
@@ -467,7 +467,7 @@ class _Memory:
         return self.values[start : start + n]
 
     def put(self, start: int, rows: torch.Tensor) -> None:
-        "The rows are where they belong already."
+        "Do nothing: the rows are already in place."
 
 # %% ../nbs/02_activations.ipynb #64286b9b
 def _read_all(
@@ -478,7 +478,7 @@ def _read_all(
     starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
     squares = torch.empty(starts[-1])
 
-    def read(group):  # a function, so that a batch's rows are gone before the next batch's are made
+    def read(group):  # a function, so that the rows of a batch are freed before the next batch is read
         rows = [out.rows(starts[i], lengths[i]) for i in group]
         reader.read([lists[i] for i in group], rows)
         for i, r in zip(group, rows):
@@ -495,7 +495,7 @@ def _check_vocabulary(model: nn.Module, lists: list[list[int]]) -> None:
     most, known = max(map(max, lists)), model.get_input_embeddings().weight.shape[0]
     if most >= known:
         what = f"one that gives token {most:,}"
-        raise ArgumentError("tokenizer", what, f"that of the model, which has {known:,}", "Load both by one name.")
+        raise ArgumentError("tokenizer", what, f"that of the model, which has {known:,}", "Load both by the same name.")
 
 # %% ../nbs/02_activations.ipynb #d01da199
 def capture(
@@ -511,12 +511,12 @@ def capture(
     progress: bool = True,  # show a progress bar
     dtype: torch.dtype = torch.float32,  # how values are stored: torch.float32 or torch.bfloat16
 ) -> Activations:
-    """Run `model` over `texts` and return what its neurons did.
+    """Run `model` over `texts` and return the activations of its neurons.
 
     Rows are the real tokens in text order, columns the neurons in order of depth. The model is left as it was. With
     `path` the result is mapped from that file, which appears only when it is complete. Raises ValueError for bad
-    arguments, for a compiled model and where a site does not run once in a pass, NotImplementedError for a model whose
-    neurons cannot be placed. (Paper, section 2: activations of all MLP outputs over all positions.)"""
+    arguments, for a compiled model, or if a site does not run exactly once, NotImplementedError for a model whose
+    neurons cannot be located. (Paper, section 2: activations of all MLP outputs over all positions.)"""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ArgumentError("dtype", dtype, "torch.float32, torch.bfloat16", "float16 overflows on real activations.")
     tokenizer = text_tokenizer(tokenizer)

@@ -93,7 +93,7 @@ _UNFIT = {
     **dict.fromkeys(("big_bird", "bigbird_pegasus"), _SWITCHES),
     "xlnet": "keeps positions before texts inside its blocks",  # a square batch would look like the usual order
 }
-_OTHER_TOWERS = ("vision", "visual", "audio", "image")  # towers that come with a language model but are not it
+_OTHER_TOWERS = ("vision", "visual", "audio", "image")  # parts of a multimodal model that are not the language model
 
 
 def _model_type(model: nn.Module) -> str:
@@ -101,7 +101,7 @@ def _model_type(model: nn.Module) -> str:
 
 # %% ../nbs/01_sites.ipynb #805e216d
 def refuse_unfit(model: nn.Module) -> None:
-    "Raise TypeError for what is no model, NotImplementedError for families whose numbers depend on the batch."
+    "Raise TypeError if `model` is not a model, NotImplementedError for families whose numbers depend on the batch."
     if not isinstance(model, nn.Module):
         swapped = " Model and tokenizer seem to be swapped." if hasattr(model, "decode") else ""
         raise TypeError(f"model is a {type(model).__name__}; expected a PyTorch model.{swapped}")
@@ -184,7 +184,7 @@ def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str
 
 # %% ../nbs/01_sites.ipynb #0fb835b9
 def _output_width(name: str, module: nn.Module) -> int:
-    "Width of a named module's output: known for linear maps and for norms."
+    "Return the width of a named module's output, which is known only for linear maps and norms."
     shape, weight = linear_shape(module), getattr(module, "weight", None)
     if shape:
         return shape[1]
@@ -218,7 +218,7 @@ def neuron_sites(
     model: nn.Module,  # a Hugging Face model: causal, base, classification or PEFT-wrapped
     site: str | Sequence[str] = "mlp_out",  # "mlp_out", "mlp_hidden", or a list of module names (their output side)
 ) -> NeuronSites:
-    "Return the model's neuron sites in order of depth. Raises NotImplementedError for a model that cannot be placed."
+    "Return the model's neuron sites in order of depth. Raises NotImplementedError if they cannot be located."
     if not isinstance(site, str):
         return _named_sites(model, site)
     if site not in SITES:
@@ -232,13 +232,13 @@ def neuron_sites(
     if len({s.module for s in sites}) < len(sites):
         kind = _model_type(model)
         raise NotImplementedError(
-            f"model type {kind!r}: some layers share one down projection, which has one set of neurons."
+            f"model type {kind!r}: some layers share one down projection and its neurons; this is not supported."
         )
     return NeuronSites(sites, site)
 
 # %% ../nbs/01_sites.ipynb #928b1f96
 def _hook(site: NeuronSite, i: int, function: Callable[[int, torch.Tensor], torch.Tensor | None]):
-    "Call `function(i, values)` whenever the site's module runs; return the handle that ends it."
+    "Call `function(i, values)` whenever the site's module runs; return the handle that removes the hook."
 
     def on_input(module, args, kwargs):
         new = function(i, args[0] if args else next(iter(kwargs.values())))
@@ -288,9 +288,9 @@ class _Watch:
         self.sites, self.runs, self.whole = sites, [0] * len(sites), False
         self.outer, self.inner = model, backbone(model, sites)
         config = getattr(self.inner, "config", None)
-        self.often = bool(getattr(config, "chunk_size_feed_forward", 0))  # known to call several times
+        self.often = bool(getattr(config, "chunk_size_feed_forward", 0))  # a site may run several times in a pass
         self.dropped = any(getattr(config, f"{part}layerdrop", 0) for part in ("", "encoder_", "decoder_"))
-        self.apart = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))  # one stack may rest
+        self.apart = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))  # one stack may idle
         self.thread: int | None = None  # whose pass is under way
 
     def __deepcopy__(self, memo):
@@ -322,7 +322,7 @@ class _Watch:
             raise _miss(self.sites[0], 0)
 
     def counting(self, function: Callable) -> Callable:
-        "The function, and a count of its calls for each site."
+        "Return `function` with a count of its calls for each site added."
 
         def counted(i, x):
             self.alone()
@@ -332,7 +332,7 @@ class _Watch:
         return counted
 
     def hooks(self) -> Iterator:
-        "The handles of the hooks that watch."
+        "Register the hooks that watch, and yield their handles."
         yield self.inner.register_forward_pre_hook(self.begin_inner)
         yield self.inner.register_forward_hook(self.end_inner, always_call=True)
         if self.outer is not self.inner:
@@ -342,11 +342,11 @@ class _Watch:
 # %% ../nbs/01_sites.ipynb #02ea7221
 @contextmanager
 def attach(
-    sites: Sequence[NeuronSite],  # where to look
+    sites: Sequence[NeuronSite],  # the sites to read or change
     function: Callable[[int, torch.Tensor], torch.Tensor | None],  # (index in `sites`, values (..., width)) -> new ones
-    model: nn.Module | None = None,  # the model they are in, to check each pass; None: unchecked
+    model: nn.Module | None = None,  # the model of these sites, to check each pass; None: no check
 ) -> Iterator[None]:
-    """While the block lasts, call `function` with all values that pass the sites; a tensor returned replaces them.
+    """Inside the `with` block, call `function` with all values at the sites; a tensor that it returns replaces them.
 
     Raises ValueError at the end of a pass of `model` in which a site did not run exactly once. The hooks are removed
     however the block ends."""
@@ -368,7 +368,7 @@ def refuse_compiled(
     for name, m in model.named_modules():
         compiled = hasattr(m, "_orig_mod") or m._compiled_call_impl is not None
         if "_compiled_call" in vars(m):  # by an earlier generate() with a static cache
-            compiled, remedy = True, "`del model._compiled_call` first, or generate with disable_compile=True."
+            compiled, remedy = True, "run `del model._compiled_call` first, or generate with disable_compile=True."
         if compiled or hasattr(m.forward, "_torchdynamo_orig_callable"):
             what = f"compiled ({name or type(m).__name__})"
             raise ArgumentError("model", what, "a model that is not compiled, because hooks would be ignored", remedy)
@@ -376,7 +376,7 @@ def refuse_compiled(
 # %% ../nbs/01_sites.ipynb #65d52919
 def check_own_weights(
     model: nn.Module,  # the model
-    modules: Mapping[str, nn.Module],  # those to be written to, by their names in the model
+    modules: Mapping[str, nn.Module],  # the modules to be written to, by their names in the model
 ) -> None:
     "Raise ArgumentError, naming the module, unless each has a plain floating-point weight that no other module holds."
     holders: dict[int, list[str]] = {}
