@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_pruning
 from llmfact_nb.finetune import neuron_parameters
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
-from llmfact_nb.tuning.pruning import load_pruned, prune, pruned_training, save_pruned
+from llmfact_nb.tuning.pruning import load_pruned, prune, pruned_training, pruning_mask, save_pruned
 from llmfact_nb.sites import neuron_sites
 
 IDS = torch.tensor([[5, 9, 17, 30, 8, 41], [7, 7, 22, 3, 46, 12]])
@@ -555,3 +555,64 @@ def test_what_is_printed(capsys):
     assert str(handle).endswith(" ".join(str(HIDDEN - n) for n in mask.counts))
     handle.restore()
     assert "restored" in str(handle)
+
+
+def probe(name, model):
+    "Means of random texts at mlp_hidden."
+    from llmfact_nb.activations import capture
+
+    texts = [families.words(20 + i, seed=i) for i in range(4)]
+    return capture(model, families.tokenizer(), texts, "mlp_hidden", progress=False)
+
+
+@pytest.mark.parametrize("exclude", [None, "sinks"])
+@pytest.mark.parametrize("name", BUILDS)
+def test_compensated_is_ablated_to_the_mean_and_restored_is_the_old_model(name, exclude, tmp_path):
+    model, mask = built(name), drawn(name)
+    before, state, plain, acts = weights(model), families.state(model), logits(model), probe(name, model)
+    rows = ~acts.sinks if exclude else torch.ones_like(acts.sinks)
+    means = acts.values[rows].double().mean(0).float()
+    with MaskedModel(model).ablate(mask, replace=means):
+        expected = logits(model)
+    prune(model, mask, acts, exclude, verbose=False)
+    assert (logits(model) - expected).abs().max() < 1e-4 < (plain - expected).abs().max()
+    again = load_pruned(save_pruned(model, tmp_path / "pruned"))
+    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(load_pruned(save_pruned(again, tmp_path / "again"))), logits(model))
+    model.neuron_pruning.restore()
+    assert_whole(model, before, state, plain)
+
+
+def test_a_bias_keeps_what_it_learned_while_neurons_were_away():
+    model = built("gpt2")
+    bias = model.transformer.h[1].mlp.c_proj.bias
+    old = bias.detach().clone()
+    with pruned_training(model, drawn("gpt2"), compensate=probe("gpt2", model), verbose=False):
+        with torch.no_grad():
+            bias[3] += 1
+    learned = bias.detach() - old
+    assert learned[3] == pytest.approx(1, abs=1e-5) and (learned != 0).sum() == 1
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_equal_widths_give_an_ordinary_checkpoint(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = built(name)
+    layout = probe(name, model).layout
+    scores = torch.rand(layout.n_neurons, generator=torch.Generator().manual_seed(1))
+    prune(model, pruning_mask(scores, 0.25, layout), verbose=False)
+    path = save_pruned(model, tmp_path)
+    for again in (AutoModelForCausalLM.from_pretrained(path), load_pruned(path)):
+        assert torch.equal(logits(again.eval()), logits(model))
+
+
+def test_activations_of_other_neurons_are_refused_before_anything_is_cut():
+    model = built("llama")
+    before, state = weights(model), families.state(model)
+    from llmfact_nb.activations import capture
+
+    other = capture(model, families.tokenizer(), [families.words(20)], "mlp_out", progress=False)
+    with pytest.raises(ValueError):
+        prune(model, drawn(), other)
+    assert_whole(model, before, state)

@@ -180,3 +180,23 @@ def max_statistic(
     spread = every.std(1, keepdims=True)
     extreme = (every - every.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1)
     return (extreme.max(0)[None] >= extreme[:, :1] - 1e-12).mean(1)
+
+# %% ../../nbs/base/08_statistics.ipynb #8fa500a6
+def auc_estimate(
+    scores: Sequence[float] | np.ndarray,  # one number per member
+    positive: Sequence[bool] | np.ndarray,  # does the member belong to the first group?
+    draws: int = 2000,  # of the bootstrap
+    seed: int = 0,
+) -> Estimate:
+    "Return the area under the ROC curve, with its bootstrap interval over members. ValueError without both groups."
+    from sklearn.metrics import roc_auc_score
+
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
+    if positive.all() or not positive.any():
+        raise ValueError(f"positive holds {positive.sum()} of {len(positive)} members; both groups need at least one.")
+    rng, values = stream(seed, "auc"), []
+    groups = [np.flatnonzero(positive == of) for of in (True, False)]
+    for _ in range(draws):
+        drawn = np.concatenate([rng.choice(group, len(group)) for group in groups])
+        values.append(roc_auc_score(positive[drawn], scores[drawn]))
+    return Estimate(roc_auc_score(positive, scores), *map(float, np.quantile(values, [0.025, 0.975])))

@@ -1,0 +1,169 @@
+"""Pins contrasts: pairs that differ as promised, answers compared by hand, planted neurons named by every score,
+attributions that add up, and tables that are refused by row."""
+
+import families
+import pytest
+import torch
+
+from llmfact_nb.base.arguments import ArgumentError
+from llmfact_nb.networks import z_scores
+from llmfact_nb.scores.contrast import (
+    SCORES, ContrastPair, ContrastSet, Localizer, contrast_accuracy, contrast_set, localize, text_means, token_pairs,
+)  # fmt: skip
+
+PLANTED = [(1, 5), (2, 9)]  # (layer, neuron)
+
+
+@pytest.fixture(scope="module")
+def model():
+    "A model in which two neurons alone carry the word w10 or w11 at the end of a text to the answer w20 or w21."
+    net = families.build("llama", num_hidden_layers=3, tie_word_embeddings=False)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.dim() > 1:
+                p.zero_()
+        net.model.embed_tokens.weight[:, 3] = 3.0
+        net.model.embed_tokens.weight[10, 0], net.model.embed_tokens.weight[11, 0] = 3.0, -3.0
+        net.model.embed_tokens.weight[:, 1] = 1.0
+        net.lm_head.weight[20, 2], net.lm_head.weight[21, 2] = 1.0, -1.0
+        for block in net.model.layers:  # all neurons are active at all words, so that no word looks like a sink
+            block.mlp.gate_proj.weight[:, 1], block.mlp.up_proj.weight[:, 1] = 2.0, 1.0
+        for layer, neuron in PLANTED:
+            mlp = net.model.layers[layer].mlp
+            mlp.gate_proj.weight[neuron], mlp.up_proj.weight[neuron] = 0.0, 0.0
+            mlp.gate_proj.weight[neuron, 1], mlp.up_proj.weight[neuron, 0] = 2.0, 1.0
+            mlp.down_proj.weight[2, neuron] = 1.0
+    return net
+
+
+@pytest.fixture(scope="module")
+def contrast():
+    start = [families.words(5, seed=i).replace("w10", "w12").replace("w11", "w12") for i in range(12)]
+    return ContrastSet("planted", tuple(ContrastPair(f"{s} w10", f"{s} w11", " w20", " w21", "one") for s in start))
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_planted_neurons_are_named_by_every_score(model, contrast, score):
+    found = localize(model, families.tokenizer(), contrast, score=score)
+    mask = found.mask(n=2)
+    assert [(d, int(u)) for d, row in zip(mask.depths, mask.layers) for u in row.nonzero()] == PLANTED
+    assert found.n_pairs == len(contrast) and mask.site == "mlp_hidden"
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_a_null_names_nothing_in_particular(contrast):
+    "Under shuffled labels the two planted neurons are no better than any."
+    net = families.build("llama", num_hidden_layers=3)
+    pairs = [p if i % 2 else ContrastPair(p.b, p.a, p.answer_b, p.answer_a) for i, p in enumerate(contrast.pairs)]
+    t = localize(net, families.tokenizer(), ContrastSet("null", tuple(pairs))).map_
+    assert (t.abs() > 3).float().mean() < 0.05
+
+
+def test_accuracy_is_that_of_logits_compared_by_hand(model, contrast):
+    tokenizer = families.tokenizer()
+    solved = contrast_accuracy(model, tokenizer, contrast)
+    assert solved.accuracy == 1 and solved.left_out == 0 and len(solved.margins) == len(contrast)
+    by_hand = []
+    for p in contrast.pairs:
+        for text, sign in ((p.a, 1), (p.b, -1)):
+            last = model(input_ids=tokenizer(text, return_tensors="pt").input_ids).logits[0, -1]
+            by_hand.append(sign * (last[20] - last[21]).item())
+    assert solved.logit_difference == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)
+    assert sorted(solved.margins.flatten().tolist()) == pytest.approx(sorted(by_hand), abs=1e-4)
+    assert solved.by_construction.pairs.tolist() == [len(contrast)]
+
+
+def test_attributions_of_a_layer_add_up_to_the_difference():
+    "Integrated over many steps, through a layer that everything must pass: conductance is complete."
+    net, tokenizer = families.build("gpt2", n_layer=1, resid_pdrop=0.0), families.tokenizer()
+    pair = ContrastPair("w4 w9 w10", "w4 w9 w11", " w20", " w21")
+    from llmfact_nb.scores import contrast as module
+
+    sites = module.neuron_sites(net, ["transformer.h.0.mlp.c_fc"])  # what the MLP makes of its input
+    pairs = token_pairs(tokenizer, ContrastSet("one", (pair,)))
+    with torch.no_grad():
+        for p in (net.transformer.h[0].attn.c_proj.weight, net.transformer.h[0].attn.c_proj.bias):
+            p.zero_()
+    end = {}
+    for side in ("a", "b"):
+        ids, real, last = module._ids(pairs, side, net)
+        end[side] = module._difference(net(input_ids=ids, attention_mask=real).logits, last, pairs).item()
+    total = module._attribution(net, sites, pairs, 400).sum().item()
+    direct = end["a"] - end["b"]
+    assert abs(total) > 0 and torch.isfinite(torch.tensor(direct))
+    one, many = (module._attribution(net, sites, pairs, n) for n in (200, 400))
+    torch.testing.assert_close(one, many, rtol=0.05, atol=1e-3)
+
+
+def test_means_leave_sinks_out_and_do_not_depend_on_company(model, contrast):
+    texts = [p.a for p in contrast.pairs[:4]] + [families.words(30)]
+    together, layout = text_means(model, families.tokenizer(), texts)
+    for text, row in zip(texts[:4], together):
+        alone, _ = text_means(model, families.tokenizer(), [text, texts[-1]])
+        torch.testing.assert_close(alone[0], row, rtol=1e-4, atol=1e-5)
+    assert together.shape == (5, layout.n_neurons)
+
+
+@pytest.mark.parametrize("name", ["agreement", "capitals", "sentences-nonwords", "sentences-shuffled", "reviews"])
+def test_sets_are_drawn_by_their_seed_and_keep_their_promise(name):
+    some = contrast_set(name, 40)
+    assert len(some) == 40 and some.pairs == contrast_set(name, 40).pairs != contrast_set(name, 40, seed=1).pairs
+    assert some.has_answers == (name in ("agreement", "capitals"))
+    for p in some.pairs:
+        a, b = p.a.split(), p.b.split()
+        assert p.a != p.b
+        if name == "agreement":
+            assert [x for x, y in zip(a, b) if x != y] == [a[1]] and b[1] == a[1] + "s"
+        if name == "sentences-nonwords":
+            assert [sorted(x) for x in a] == [sorted(y) for y in b]
+        if name == "sentences-shuffled":
+            assert sorted(a) == sorted(b)
+
+
+def test_tables_are_read_and_refused_by_row(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("a,b,answer_a,answer_b\nw4 w5,w4 w6, w7, w8\nw9,w10, w7, w8\n")
+    own = contrast_set(path)
+    assert own.pairs[1] == ContrastPair("w9", "w10", " w7", " w8") and own.has_answers
+    assert len(contrast_set(path, 1)) == 1
+    path.write_text("a,b\nw4,w5\n,w6\n")
+    with pytest.raises(ValueError):
+        contrast_set(path)
+    path.write_text("first,b\nw4,w5\n")
+    with pytest.raises(ValueError):
+        contrast_set(path)
+
+
+def test_what_cannot_be_compared_is_left_out_or_refused(model):
+    tokenizer, good = families.tokenizer(), ContrastPair("w4 w5", "w4 w6", " w20", " w21")
+    longer, same = ContrastPair("w4 w5", "w4", " w20", " w21"), ContrastPair("w4 w5", "w4 w6", " w20", " w20")
+    solved = contrast_accuracy(model, tokenizer, ContrastSet("some", (good, longer, same)))
+    assert solved.left_out == 2 and len(solved.margins) == 1
+    for bad in (ContrastSet("none", (longer,)), ContrastSet("mute", (ContrastPair("w4", "w5"),))):
+        with pytest.raises(ArgumentError) as e:
+            contrast_accuracy(model, tokenizer, bad)
+        assert e.value.argument == "contrast"
+    for call, argument in (
+        (lambda: contrast_set("agreements"), "name"),
+        (lambda: contrast_set("agreement", 0), "n"),
+        (lambda: localize(model, tokenizer, ContrastSet("one", (good, good)), score="f"), "score"),
+        (lambda: localize(model, tokenizer, ContrastSet("one", (good,))), "contrast"),
+    ):
+        with pytest.raises(ArgumentError) as e:
+            call()
+        assert e.value.argument == argument
+
+
+def test_masks_come_by_share_number_and_threshold_and_survive_a_file(model, contrast, tmp_path):
+    found = localize(model, families.tokenizer(), contrast)
+    n = len(found.map_)
+    assert found.mask(fraction=0.1).n == round(0.1 * n) and found.mask(n=3).n == 3
+    z = z_scores(found.map_[None])[0]
+    assert found.mask(alpha=2.0).n == int((z >= 2).sum()) and found.mask(alpha=2.0, tail="both").n == int(
+        (z.abs() >= 2).sum()
+    )
+    again = Localizer.load(found.save(tmp_path / "map.safetensors"))
+    assert torch.equal(again.map_, found.map_) and repr(again) == repr(found) and again.mask(n=5) == found.mask(n=5)
+    for bad in ({}, {"n": 3, "alpha": 2.0}, {"n": 0}, {"fraction": 2.0}):
+        with pytest.raises(ArgumentError):
+            found.mask(**bad)
