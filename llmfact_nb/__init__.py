@@ -9,17 +9,16 @@ __version__ = "0.1.0"
 _NAMES = {
     "base.models": "load_model",
     "base.texts": "load_texts load_labelled load_cloze",
-    "sites": "NeuronSite NeuronSites neuron_sites",
+    "sites": "neuron_sites",
     "activations": "Activations capture",
     "ica": "ICA",
     "masks": "NeuronMask apply_mask_and_average apply_mask_any",
-    "across.group": "GroupICA dual_regression text_shards",
+    "across.group": "GroupICA",
     "networks": "FunctionalNetworks iou match_networks",
     "across.reproducibility": "split_half match_maps",
     "masked_model": "MaskedModel",
     "connectivity": "network_time_courses functional_connectivity",
     "evaluate": "EvalSet perplexity paired_difference label_accuracy cloze_accuracy paired_accuracy",
-    "scores.generation": "generate_texts generation_samples generation_summary",
     "ablation": "Settings find_networks Intervention EvaluationSet loss_on answers_on ScoreCache measure "
     "ablation_study",
     "study.studies": "damage_curve preservation_study amplification_study",
@@ -29,12 +28,8 @@ _NAMES = {
     "tuning.sharing": "save_neurons load_neurons to_peft_lora",
     "tuning.gates": "NeuronGate",
     "tuning.pruning": "prune pruned_training save_pruned load_pruned",
-    "tuning.tables": "read_tuning",
     "command.run": "read_run",
-    "show.network_cards": "network_card",
     "study.whole": "paper_study read_study",
-    "show.paper_index": "draw_paper",
-    "show.paper_tables": "paper_table",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_MODULE_OF]  # noqa: PLE0604

@@ -1,4 +1,5 @@
-"""Pins that the built wheel works by itself: outside the repository, without nbdev, with settings.ini's metadata."""
+"""Pins that the built wheel works by itself: outside the repository, without nbdev, with settings.ini's metadata; and
+that the public names stay few."""
 
 import os
 import subprocess
@@ -7,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import llmfact_nb
 
 ROOT = Path(__file__).resolve().parent.parent
 USE = """
@@ -92,3 +95,7 @@ def test_wheel_in_a_fresh_environment(wheel, tmp_path):
     )
     assert outside(tmp_path, str(python), "-c", USE, str(tmp_path)).startswith("works")
     assert "run" in outside(tmp_path, str(python.with_name("llmfact")), "--help")
+
+
+def test_few_names_stand_at_the_top():
+    assert len(llmfact_nb.__all__) <= 62
