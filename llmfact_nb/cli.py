@@ -598,8 +598,7 @@ def paper(model, quick, grid, eval_tokens, sentences, jobs, out, device, dry_run
     sources = Sources(settings.find, device, progress())
     loaded, tokenizer = sources.load()
     tables = paper_study(loaded, tokenizer, out, settings, n_jobs=jobs, progress=progress(), model_name=model)
-    title = f"Figures and tables of the paper: {model}" + (" (quick: for trying out)" if quick else "")
-    drawn = draw_study(out, published_frames(), sources.load, title, progress())
+    drawn = draw_study(out, published_frames(), sources.load, progress=progress())
     lines = [f"{row.id} {row.verdict.upper()}: {row.claim}\n    {row.why}" for row in tables["verdicts"].itertuples()]
     files = list(drawn.values())
     lines += ["", *_drawn_lines(files, drawn.missing)]

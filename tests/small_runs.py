@@ -28,7 +28,7 @@ SMALL = dict(
     fraction=0.1,
     conditions=(("mean", "after-first"), ("zero", "all")),
 )
-N_ARMS = 1 + 2 * 12  # unmasked, and twelve arms under two conditions
+N_ARMS = 1 + 2 * 12 + 17  # unmasked, twelve arms under two conditions, and 17 more draws of the deciding control
 WORDS = [f"w{i}" for i in range(2, families.VOCAB)]
 
 

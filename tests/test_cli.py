@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import families
@@ -25,11 +26,14 @@ from llmfact_nb.ablation import Settings
 from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.base.models import load_model
 from llmfact_nb.cli import FIELD, SETTINGS
+from llmfact_nb.command.paper_study import KINDS
 from llmfact_nb.command.run import read_found
 from llmfact_nb.cli import app
 from llmfact_nb.command.verification import verify_folder
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
+from llmfact_nb.study.plan import QUICK, StudyTexts
+from llmfact_nb.study.whole import paper_study
 
 LLMFACT = Path(sys.executable).with_name("llmfact")
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -118,11 +122,16 @@ def test_key_neurons_are_compared_document_by_document(whole):
     table, results = pd.read_csv(whole[0] / "differences.csv"), pd.read_csv(whole[0] / "results.csv")
     for row in table.itertuples():
         here = results[(results["replace"] == row.replace) & (results.positions == row.positions)]
-        drawn = here[here.arm == row.against].damage
-        assert row.seeds == len(drawn) == 2
-        assert abs(row.difference - (here[here.arm == "key"].damage.item() - drawn.mean())) < 1e-9
-        assert row.ci_low < row.difference < row.ci_high
-    assert len(table) == 9
+        drawn = here[here.arm == row.against]
+        decides = row.against == "matched permuted" and row.replace == "mean"  # under the first condition
+        assert row.seeds == len(drawn) == (19 if decides else 2)
+        key = here[here.arm == "key"].damage.item()
+        assert abs(row.difference - (key - drawn.damage.mean())) < 1e-9
+        assert row.ci_low < row.difference < row.ci_high and 0 <= row.p <= 1
+        assert (row.verdict != "undecided") == (row.p < 0.05)
+        assert (drawn.key_minus - (key - drawn.damage)).abs().max() < 1e-9
+        assert (drawn.key_minus_low < drawn.key_minus).all() and (drawn.key_minus < drawn.key_minus_high).all()
+    assert len(table) == 9 and results[results.operation == "keep"].key_minus.isna().all()
 
 
 def test_the_same_command_resumes_and_another_is_refused(tiny, whole):
@@ -179,7 +188,7 @@ def test_a_dry_run_does_nothing_and_its_bounds_are_kept(tiny, whole, tmp_path):
     found = read_found(out)[1].facts
     assert 4 * found["tokens"] * found["neurons"] <= bill["activations"]
     scored = len(list((out / "parts" / "scores").glob("*.safetensors")))
-    assert scored <= 1 + 3 * (6 + 3 * 2) and "37" in bill["passes"]  # equal masks are measured once
+    assert scored <= 1 + 3 * (6 + 3 * 2) + 17 and "54" in bill["passes"]  # equal masks are measured once
 
 
 def test_a_matrix_that_does_not_fit_is_kept_on_disk(tiny, whole, tmp_path, monkeypatch):
@@ -532,6 +541,9 @@ def test_the_studies_of_the_paper_are_run_and_drawn(tiny, tmp_path, monkeypatch)
         asked.append((model.config.model_type, settings.recurrence_texts, more["n_jobs"], more["model_name"]))
         with claim(folder, "study", {"settings": "quick"}):
             shutil.copytree(PAPER / "tables", Path(folder) / "tables")
+            record = json.loads((PAPER / "study.json").read_text())
+            record["settings"] |= {"quick": settings.quick}
+            (Path(folder) / "study.json").write_text(json.dumps(record))
         return {"verdicts": pd.read_csv(PAPER / "tables" / "verdicts.csv")}
 
     monkeypatch.setattr("llmfact_nb.study.whole.paper_study", study)
@@ -542,10 +554,32 @@ def test_the_studies_of_the_paper_are_run_and_drawn(tiny, tmp_path, monkeypatch)
     pictures = {Path(p).name for p in answer["files"] if p.endswith(".png")}
     assert len(pictures) > 5 and answer["missing"]
     before = {p: p.read_bytes() for p in (out / "figures").glob("*.png")}
+    assert "quick: for trying out" in (out / "figures" / "index.html").read_text()
     shutil.rmtree(out / "figures")
     llmfact(f"figures {out}")
     assert {p: p.read_bytes() for p in (out / "figures").glob("*.png")} == before
+    assert "quick: for trying out" in (out / "figures" / "index.html").read_text(), "also without the model"
     assert json.loads(llmfact(f"info {out} --json")[0])["kind"] == "study"
+
+
+def test_a_dry_run_of_the_paper_keeps_its_word(tiny, tmp_path, capsys):
+    "What the studies count when they begin, with model and texts at hand, is no more than was said without them."
+    wiki = [json.loads(line)["text"] for line in (tiny / "texts.jsonl").read_text().splitlines()]
+    held_out = {kind: [f"w{i} {t}" for t in wiki[20:]] for i, kind in enumerate(KINDS)}
+    sentences = [(t, i % 2) for i, t in enumerate(wiki[:10])]
+    texts = StudyTexts(dict.fromkeys(KINDS, wiki[:20]), held_out, sentences, "{text}", ["w2", "w3"])
+    line = f"study paper --model {tiny / 'model'} --quick --dry-run --out {tmp_path / 'no'} --json"
+    bill = json.loads(llmfact(line)[0])
+    assert not (tmp_path / "no").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        paper_study(*load_model(tiny / "model"), tmp_path / "paper", QUICK, texts)
+    said = re.findall(r": ([\d,]+) measurements, ([\d,]+) tokens", capsys.readouterr().err)
+    arms, tokens = map(sum, zip(*[[int(n.replace(",", "")) for n in found] for found in said]))
+    measured = len(list((tmp_path / "paper" / "scores").glob("*.safetensors")))
+    assert f"the rest for {arms} measurements" in bill["passes"] and 0.5 * arms < measured <= arms
+    assert 0.3 * bill["tokens"] < tokens <= bill["tokens"]
+    assert sum(p.stat().st_size for p in (tmp_path / "paper").rglob("*") if p.is_file()) <= bill["disk"]
 
 
 def test_debug_shows_the_trace_wherever_it_stands():

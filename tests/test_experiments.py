@@ -4,7 +4,7 @@ score cache that measures what is missing and nothing else."""
 import random
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import families
 import numpy as np
@@ -32,9 +32,9 @@ from llmfact_nb.ablation import (
 )
 from llmfact_nb.activations import Activations
 from llmfact_nb.base.arguments import ArgumentError
-from llmfact_nb.base.files import write_json
+from llmfact_nb.base.files import ClaimError, check_claim, claim, write_json
 from llmfact_nb.base.tokens import own_hook
-from llmfact_nb.command.run import MATCHED, _said_of_match, held_out_courses
+from llmfact_nb.command.run import MATCHED, Sources, _said_of_match, held_out_courses, run_identity
 from llmfact_nb.evaluate import EvalSet, perplexity
 from llmfact_nb.ica import DataError
 from llmfact_nb.masks import DRAWN, NeuronMask, score_match
@@ -101,6 +101,46 @@ def test_presets_are_those_of_the_design():
     assert Settings().conditions == (("mean", "after-first"), ("zero", "after-first"), ("zero", "all"))
     assert PRESETS["paper"].conditions == (("zero", "all"),) and PRESETS["paper"].alpha in (1.96, 3.6)
     assert condition_name("mean", "after-first") == "mean, after the first token"
+
+
+OTHER = dict(
+    model="gpt2", texts="sotu", site="mlp_out", kind="spatial", n_components=31, standardize=False, exclude=None,
+    n_init=9, ica_seed=1, fraction=0.02, tail="both", conditions=(("zero", "all"),), control_seeds=2, fit_tokens=4097,
+    fit_length=255, eval_texts=13, eval_length=129,
+)  # fmt: skip
+
+
+def claimed(folder, **more):
+    "A folder that holds a run with the default settings."
+    with claim(folder, "run", run_identity(Sources(Settings(), **more))) as there:
+        (there / "settings.json").write_text("{}")
+    return folder
+
+
+def test_every_setting_is_compared(tmp_path):
+    assert set(OTHER) | {"alpha"} == set(asdict(Settings()))
+    folder = claimed(tmp_path / "run")
+    assert check_claim(folder, "run", run_identity(Sources(Settings())))
+    for name, value in OTHER.items():
+        with pytest.raises(ClaimError) as e:
+            check_claim(folder, "run", run_identity(Sources(replace(Settings(), **{name: value}))))
+        assert list(e.value.differences) == [name]
+
+
+@pytest.mark.parametrize(
+    "there, now",
+    [
+        ({"device": "cpu"}, {"device": "cuda"}),
+        ({"revision": "a"}, {}),
+        ({}, {"revision": "a"}),
+        ({}, {"device": "cpu"}),
+    ],
+    ids=str,
+)
+def test_another_device_or_revision_is_refused(there, now, tmp_path):
+    with pytest.raises(ClaimError) as e:
+        check_claim(claimed(tmp_path / "run", **there), "run", run_identity(Sources(Settings(), **now)))
+    assert set(e.value.differences) == {*there, *now}
 
 
 # arms

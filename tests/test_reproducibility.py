@@ -140,6 +140,14 @@ def test_seed_decides_the_halves():
     assert a.equals(b) and not np.allclose(a.r, c.r)
 
 
+def test_threads_change_nothing():
+    acts = planted()[0]
+    one, two = (split_half(acts, 4, n_splits=3, n_jobs=n).frame for n in (1, 2))
+    pandas.testing.assert_frame_equal(one, two)
+    one, two = (suggest_k(acts, (3, 4), n_splits=1, n_init=2, n_jobs=n).frame for n in (1, 2))
+    pandas.testing.assert_frame_equal(one, two)
+
+
 def test_noise_is_not_found_again():
     g = torch.Generator().manual_seed(0)
     acts, _ = planted()

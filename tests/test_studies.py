@@ -37,6 +37,7 @@ from llmfact_nb.masks import CONTROLS, NeuronMask
 from llmfact_nb.networks import Threshold
 from llmfact_nb.paper import late_binding_evidence, published
 from llmfact_nb.study.selections import gradient_times_activation, score_neurons, wanda_score
+from llmfact_nb.base.files import read_claim
 from llmfact_nb.base.statistics import control_p_value
 from llmfact_nb.base.tokens import own_hook
 from llmfact_nb.study.studies import (
@@ -49,6 +50,7 @@ from llmfact_nb.study.studies import (
     union_study,
 )
 from llmfact_nb.study.plan import (
+    QUICK,
     StudySettings,
     StudyTexts,
     evaluation_sets,
@@ -713,6 +715,17 @@ def test_a_study_of_odd_texts_and_thresholds(tmp_path, capsys):
     )
     name = json.loads((tmp_path / "out" / "study.json").read_text())["settings"]["find"]["model"]
     assert name == "GPT2LMHeadModel" and set(read_study(tmp_path / "out", name)) == set(tables)
+    claimed = read_claim(tmp_path / "out")["identity"]
+    assert claimed["model"] == name and "smollm2" not in json.dumps(claimed), "named before anything is measured"
+    for quick in (False, True):
+        record = json.loads((tmp_path / "out" / "study.json").read_text())
+        record["settings"]["quick"] = quick
+        (tmp_path / "out" / "study.json").write_text(json.dumps(record))
+        marks = {table.attrs["mark"] for table in read_study(tmp_path / "out").values()}
+        assert marks == {"quick: for trying out" if quick else ""}
+    assert {table.attrs["model"] for table in tables.values()} == {name} and QUICK.quick
+    rule = tables["verdicts"].set_index("id").rule["T4"]
+    assert "alpha 50" in rule and "3.6" not in rule
 
 
 @pytest.mark.slow
@@ -761,11 +774,7 @@ def test_the_whole_study_interrupted_and_resumed(tmp_path):
     two = paper_study(model, TOKENIZER, tmp_path / "d", WHOLE, texts, n_jobs=2, progress=False)
     for name, table in two.items():
         pd.testing.assert_frame_equal(table, whole[name], check_exact=True, obj=name)
-    named = paper_study(
-        model, TOKENIZER, tmp_path / "a", WHOLE, texts, progress=False, model_name="planted"
-    )  # a folder from before the model had a name
-    pd.testing.assert_frame_equal(named["union"], whole["union"], check_exact=True)
-    again = read_study(tmp_path / "a", "planted")
+    again = read_study(tmp_path / "a", "LlamaForCausalLM")
     assert (
         set(again) == set(whole)
         and again["union"].damage.tolist() == pytest.approx(whole["union"].damage.tolist(), nan_ok=True)

@@ -148,8 +148,7 @@ def _kept_rows(path: Path | None, make: Callable[[], list[dict]]) -> dict:
 def _each(texts: Mapping[str, Sequence[str]]) -> Iterator[tuple[int, str, int, str]]:
     "Yield (number from 1, kind, number within the kind, text)."
     pairs = [(kind, i, text) for kind, of in texts.items() for i, text in enumerate(of)]
-    for number, (kind, i, text) in enumerate(pairs, 1):
-        yield number, kind, i, text
+    yield from ((number, *pair) for number, pair in enumerate(pairs, 1))
 
 # %% ../../nbs/across/03_recurrence.ipynb #573292cd
 def recurrence_study(
@@ -167,12 +166,14 @@ def recurrence_study(
     max_iter: int = 200,  # as for ICA
     folder: str | os.PathLike | None = None,  # keep finished texts here and take them from here
     progress: bool = True,  # show a progress bar
+    n_jobs: int = 1,  # processes, as in joblib; each text takes a copy of the model there
 ) -> "pd.DataFrame":
     """Match the networks of single texts with group templates. Returns one row per method, template and text.
 
     Columns: method ("ICA" and the nulls "PCA", "rotation", "shuffled"), texts (kind), text (number), template, units
     (of the template), similar (how many networks of the text have IoU > 0.2 with it, the paper's count), matched (has a
     one-to-one partner above 0.2), iou (the largest), r (|r| with its one-to-one partner), converged (both fits)."""
+    import joblib
     import pandas as pd
 
     for name, of in (("group_texts", group_texts), ("single_texts", single_texts)):
@@ -187,18 +188,20 @@ def recurrence_study(
         texts = json.dumps([{k: list(v) for k, v in t.items()} for t in (group_texts, single_texts)])
         settings |= {"texts": hashlib.sha256(texts.encode()).hexdigest()[:16]} | model_fingerprint(model, tokenizer)
         folder = remember(folder, "recurrence", settings)
-    found = []
     with progress_bar(1 + sum(map(len, single_texts.values())), "recurrence", "text", progress) as bar:
         templates = _kept_templates(folder, lambda: fit(joined_captures([read(of) for of in group_texts.values()])))
         bar.update()
-        for number, kind, i, text in _each(single_texts):
 
-            def rows(number=number, kind=kind, i=i, text=text):
-                own = fit(read([text]))
-                about = {"texts": kind, "text": i, "converged": bool(templates.converged_ and own.converged_)}
-                return [about | row for row in match_text(templates, own, alpha, seed=1000 * seed + number)]
+        def rows_of(number, kind, i, text):
+            own = fit(read([text]))
+            about = {"texts": kind, "text": i, "converged": bool(templates.converged_ and own.converged_)}
+            return [about | row for row in match_text(templates, own, alpha, seed=1000 * seed + number)]
 
-            found.append(_kept_rows(folder and folder / text_rows_file(kind, i), rows))
+        kept = lambda *of: _kept_rows(folder and folder / text_rows_file(of[1], of[2]), lambda: rows_of(*of))
+        found = []
+        several = joblib.Parallel(n_jobs, return_as="generator")
+        for one in several(joblib.delayed(kept)(*of) for of in _each(single_texts)):
+            found.append(one)
             bar.update()
     if left_out := [f["why"] for f in found if f["why"]]:
         said = f"{len(left_out)} of {len(found)} texts do not carry {n_templates} networks and are left out"

@@ -198,20 +198,25 @@ def split_half(
     n_init: int = 1,  # restarts of every fit; at least 2 for a stability
     max_iter: int = 200,  # as for ICA
     tol: float = 1e-4,  # likewise
+    n_jobs: int = 1,  # threads that share the splits, as in joblib
 ) -> SplitHalf:
     "Fit random halves of the texts and match their maps, beside three nulls."
+    import joblib
     import pandas
 
     ica = ICA(n_components, kind, n_init=n_init, max_iter=max_iter, tol=tol, random_state=seed, standardize=standardize)
     fit = lambda samples: ICA(n_components, n_init=n_init, max_iter=max_iter, tol=tol, random_state=seed).fit(samples)
-    halves, rows = halves_of(activations, n_splits, seed), []
+
+    def one(split: int, pair: tuple) -> list[dict]:
+        a, b = (reduce_to(activations, h & full.rows_, n_components, kind, standardize, seed) for h in pair)
+        arms, converged = _arms(a, b, fit, n_components, seed * 1_000_003 + split)
+        return _rows(arms, full.mixing_, split=split, converged=converged)
+
+    halves = halves_of(activations, n_splits, seed)
     with _one_convergence_warning():
         full = FunctionalNetworks(exclude=exclude, ica=ica).fit(activations)
-        for split, pair in enumerate(halves):
-            a, b = (reduce_to(activations, h & full.rows_, n_components, kind, standardize, seed) for h in pair)
-            arms, converged = _arms(a, b, fit, n_components, seed * 1_000_003 + split)
-            rows += _rows(arms, full.mixing_, split=split, converged=converged)
-    return SplitHalf(pandas.DataFrame(rows), full)
+        found = joblib.Parallel(n_jobs, prefer="threads")(joblib.delayed(one)(*of) for of in enumerate(halves))
+    return SplitHalf(pandas.DataFrame([row for rows in found for row in rows]), full)
 
 # %% ../../nbs/across/02_reproducibility.ipynb #3bf95f55
 @dataclass(frozen=True, eq=False)
@@ -286,6 +291,7 @@ def suggest_k(
     exclude: str | None = None,  # likewise
     max_iter: int = 200,  # as for ICA
     tol: float = 1e-4,  # likewise
+    n_jobs: int = 1,  # threads that share the ks, as in joblib
 ) -> SuggestedK:
     """Measure how certain components are at each k. The data are whitened once per half, at the largest k.
 
@@ -293,6 +299,7 @@ def suggest_k(
     components), `stable` (share at or above the threshold); `r`, `r_10` (the same over pairs of halves), `found_again`
     (share of pairs at or above the threshold and above `null_95`, median over splits); `r_pca`, `r_rotation` (medians
     of the nulls), `null_95` (95th percentile of the rotation null), `converged` (all fits)."""
+    import joblib
     import pandas
 
     ks = sorted({check_whole("ks", k, least=1) for k in ks})
@@ -306,7 +313,8 @@ def suggest_k(
     whole = reduced(used)
     halves = [tuple(map(reduced, pair)) for pair in halves_of(activations, n_splits, seed)]
     with _one_convergence_warning():
-        frame = pandas.DataFrame([_certainty(whole, halves, k, seed, n_init, threshold, how) for k in ks])
+        jobs = (joblib.delayed(_certainty)(whole, halves, k, seed, n_init, threshold, how) for k in ks)
+        frame = pandas.DataFrame(joblib.Parallel(n_jobs, prefer="threads")(jobs))
     passed = frame[(frame.stable >= share) & (frame.found_again >= share)].k
     rule = f"at least {share:.0%} of the components stable over restarts (>= {threshold:g}) and as many found again in "
     rule += f"other texts (|r| >= {threshold:g} and above the 95th percentile of random rotations)"

@@ -41,6 +41,13 @@ def stream(
     name = hashlib.sha256(repr(tuple(map(str, names))).encode()).digest()
     return np.random.default_rng([check_whole("seed", seed, least=0), *np.frombuffer(name, np.uint32)])
 
+# %% ../../nbs/base/08_statistics.ipynb #c3dac36b
+def _tail(n: int) -> float:
+    "The share of bootstrap draws beyond each end of a 95 % interval: 2.5 %, or less with few documents."
+    from scipy.stats import norm, t
+
+    return float(norm.sf(math.sqrt(n / (n - 1)) * t.ppf(0.975, n - 1)))
+
 # %% ../../nbs/base/08_statistics.ipynb #34dad01e
 def document_estimate(
     statistic: Callable,  # from the arms' means, one (draws,) array each, to (draws,) numbers
@@ -49,7 +56,7 @@ def document_estimate(
     draws: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    "Return the statistic of the arms' means over items, with its bootstrap interval over documents."
+    "Return the statistic of the arms' means over items, with its expanded bootstrap interval over documents."
     draws, seed = check_whole("draws", draws, least=0), check_whole("seed", seed, least=0)
     sums, counts = np.stack([np.asarray(s, dtype=float) for s in sums]), np.asarray(counts, dtype=float)
     n = len(counts)
@@ -62,7 +69,8 @@ def document_estimate(
         drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
         values = np.asarray(statistic(*(drawn @ sums.T / (drawn @ counts)[:, None]).T))
     values = values[np.isfinite(values)]
-    ends = np.quantile(values, [0.025, 0.975]) if len(values) > draws / 2 else (math.nan, math.nan)
+    tail = _tail(n)
+    ends = np.quantile(values, [tail, 1 - tail]) if len(values) > draws / 2 else (math.nan, math.nan)
     return Estimate(value, *map(float, ends))
 
 # %% ../../nbs/base/08_statistics.ipynb #05236b90
@@ -161,6 +169,34 @@ def _enough(n: int) -> None:
             f"there are {n} control draws; a p-value needs at least {LEAST_DRAWS}, so that it can be as small as 0.05. "
             "Measure more seeds, or report the range without a p-value."
         )
+
+# %% ../../nbs/base/08_statistics.ipynb #27a5f058
+def _documents_variance(
+    sums: np.ndarray,  # (D,) the measure summed over the items of each document
+    counts: np.ndarray,  # (D,) items of each document
+) -> float:
+    "Return the variance of the mean over items when documents are drawn anew (linearised)."
+    n, rest = len(counts), sums - sums.sum() / counts.sum() * counts
+    return n / (n - 1) * float(np.square(rest).sum()) / float(counts.sum()) ** 2
+
+# %% ../../nbs/base/08_statistics.ipynb #aa267f6d
+def difference_to_draws(
+    selection: np.ndarray,  # (D,) damage of the key neurons, summed over the items of each document
+    controls: Sequence[np.ndarray],  # the same of each control draw
+    counts: np.ndarray,  # (D,) items of each document
+) -> tuple[Estimate, float]:
+    "Return the selection minus the mean of its controls, and the p-value (two-sided) of its being one more draw."
+    from scipy.stats import t
+
+    drawn, n, m = np.stack(list(controls)), len(counts), len(controls)
+    paired = selection - drawn.mean(0)
+    value = float(paired.sum() / counts.sum())
+    if n < 2 or m < 2 or not np.isfinite([selection, *drawn]).all():
+        return Estimate(value), math.nan
+    among = (drawn.sum(1) / counts.sum()).var(ddof=1) * (1 + 1 / m)
+    spread = max(math.sqrt(_documents_variance(paired, counts) + among), 1e-9)  # less is rounding
+    reach = float(t.ppf(0.975, min(n, m) - 1)) * spread
+    return Estimate(value, value - reach, value + reach), 2 * float(t.sf(abs(value) / spread, min(n, m) - 1))
 
 # %% ../../nbs/base/08_statistics.ipynb #92771d53
 def max_statistic(

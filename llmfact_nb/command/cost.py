@@ -18,6 +18,7 @@ import torch
 
 from ..ablation import Settings, arm_plan
 from ..base.downloads import RESOURCES, cache_folder, cached_file
+from ..base.statistics import LEAST_DRAWS
 from .checks import configuration, downloaded
 from ..sites import neuron_sites
 
@@ -246,7 +247,8 @@ def run_cost(
 ) -> Cost:
     "Return what a run, or only its networks, will cost."
     s, fit, held_out = settings, settings.fit_tokens + settings.fit_length, settings.eval_texts * settings.eval_length
-    arms = 0 if networks_only else 1 + len(s.conditions) * len(arm_plan(s.control_seeds))
+    more = max(0, LEAST_DRAWS - s.control_seeds)  # of the control that decides
+    arms = 0 if networks_only else 1 + len(s.conditions) * len(arm_plan(s.control_seeds)) + more
     tokens = fit + held_out * (1 + arms)
     words = f"{fit:,} to find the networks, {held_out:,} held out"
     words += "" if networks_only else f", those {arms} times more for the arms"

@@ -115,13 +115,15 @@ def draw_study(
     published: Mapping[str, pd.DataFrame],  # the paper's numbers, see `paper.published_frames`
     load: Callable[[], tuple]
     | None = None,  # gives (model, tokenizer); None: what needs the model is drawn if it is there
-    title: str = "Figures and tables of the paper",
+    title: str | None = None,  # None: by the study's model
     progress: bool = True,  # say what is made
 ) -> DrawnPaper:
     """Draw the paper's figures and write its tables into `folder/figures`.
 
     Raises FileNotFoundError if the study is not finished."""
     folder, tables = Path(folder), read_study(folder)
+    of = tables["verdicts"].attrs
+    title = title or f"Figures and tables of the paper: {of['model']}" + (f" ({of['mark']})" if of["mark"] else "")
     there = [p.parent for p in sorted((folder / "networks").glob("*/found.safetensors"))]
     networks = {p.name: Found.load(p) for p in there if p.name == "baseline" or p.name.startswith("published k")}
     if load is not None and "baseline" in networks:

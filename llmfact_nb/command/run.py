@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -45,7 +44,7 @@ from llmfact_nb.base.files import (
 )  # fmt: skip
 from ..base.identity import model_fingerprint
 from ..base.models import load_model, resource_record
-from ..base.statistics import document_estimate
+from ..base.statistics import LEAST_DRAWS, difference_to_draws, document_estimate
 from ..base.texts import load_texts
 from ..base.tokens import token_name
 from .checks import check_model, check_texts, named_content
@@ -357,6 +356,30 @@ def write_page(
     acts, tokenizer = read()
     return write_network_page(found.networks, path, acts, tokenizer, title=f"Functional networks of {settings.model}")
 
+# %% ../../nbs/command/04_run.ipynb #40b5dda4
+DECIDES = "matched permuted"  # the control of the run's sentence
+
+
+def _arms(found: Found, s: Settings) -> list:
+    "Every arm under every condition; under the first, more draws of the control that decides."
+    more = key_arms(found, s.conditions[:1], {DECIDES: LEAST_DRAWS}, selections=(), keep=False)
+    return key_arms(found, s.conditions, s.control_seeds) + more[s.control_seeds :]
+
+# %% ../../nbs/command/04_run.ipynb #6d3b2804
+MINUS = ("key_minus", "key_minus_low", "key_minus_high")  # columns of a run beside those of every study
+
+
+def _minus_rows(table: pd.DataFrame, cache: ScoreCache) -> pd.DataFrame:
+    "Beside every other ablation: the key neurons' damage minus this row's, with its interval over documents."
+    rows = table.assign(**dict.fromkeys(MINUS, math.nan))
+    for _, here in rows[rows.operation == "ablate"].groupby(["replace", "positions"], sort=False):
+        key = cache.kept(here[here.arm == "key"].part.iloc[0])
+        for i, part in here[~here.arm.isin(["key", "all off"])].part.items():
+            sums = [key.sums["nats"], cache.kept(part).sums["nats"]]
+            of = document_estimate(lambda a, b: a - b, sums, key.counts)
+            rows.loc[i, list(MINUS)] = of.value, of.low, of.high
+    return rows
+
 # %% ../../nbs/command/04_run.ipynb #f9436e10
 def scored_texts(sources: Sources, fingerprint: str) -> EvaluationSet:
     "Return the held-out texts as an evaluation set; they are read when the first arm is scored."
@@ -370,10 +393,12 @@ def arms_measured(
     sources: Sources,
     folder: Path,  # of the run
     measurable: bool = True,  # False: raise KeyError if something is missing
+    n_jobs: int = 1,  # processes that measure
 ) -> tuple[pd.DataFrame, ScoreCache]:
-    "Return the table of all arms and the cache that holds the losses."
-    s, (cache, texts) = sources.settings, _scoring(sources, folder, measurable)
-    return measure(cache, key_arms(found, s.conditions, s.control_seeds), [texts], "run"), cache
+    "Return the table of all arms, with the differences to the key neurons, and the cache that holds the losses."
+    cache, texts = _scoring(sources, folder, measurable)
+    table = measure(cache, _arms(found, sources.settings), [texts], "run", n_jobs=n_jobs)
+    return _minus_rows(table, cache), cache
 
 
 def _scoring(sources: Sources, folder: Path, measurable: bool) -> tuple[ScoreCache, EvaluationSet]:
@@ -390,7 +415,7 @@ def scores_known(
     "Return how many scores are kept, and how many the run needs; arms of equal masks share one."
     s, found = read_found(folder)
     cache, texts = _scoring(Sources(s), folder, False)
-    arms = [None, *(key_arms(found, s.conditions, s.control_seeds) if found.key.n else [])]
+    arms = [None, *(_arms(found, s) if found.key.n else [])]
     needed = len({cache.key(arm, texts) for arm in arms})
     return needed - len(cache.missing(arms, [texts])), needed
 
@@ -399,25 +424,17 @@ def differences(
     results: pd.DataFrame,  # from `arms_measured`
     cache: ScoreCache,  # that holds the losses
 ) -> pd.DataFrame:
-    "Return the key neurons' damage minus that of each drawn control, with 95 % intervals and a verdict."
-    from scipy.stats import t
-
-    rows = []
-    for (replace, positions), here in results[results.operation == "ablate"].groupby(
-        ["replace", "positions"], sort=False
-    ):
+    "Return the key neurons' damage minus that of each drawn control, with 95 % interval, p-value and verdict."
+    rows, ablated = [], results[results.operation == "ablate"]
+    for (replace, positions), here in ablated.groupby(["replace", "positions"], sort=False):
         key = cache.kept(here[here.arm == "key"].part.iloc[0])
-        for control in DRAWN:
-            drawn = here[here.arm == control]
-            sums = [cache.kept(part).sums["nats"] for part in drawn.part]
-            over_documents = document_estimate(lambda a, b: a - b, [key.sums["nats"], np.mean(sums, 0)], key.counts)
-            spread = drawn.damage.std() * math.sqrt(1 + 1 / len(drawn)) if len(drawn) > 1 else math.inf
-            reach = t.ppf(0.975, max(1, len(drawn) - 1)) * spread
-            d, low, high = over_documents.value, over_documents.low, over_documents.high
-            low, high = d - math.hypot(d - low, reach), d + math.hypot(high - d, reach)
-            verdict = "above" if low > 0 else "below" if high < 0 else "undecided"
-            row = {"replace": replace, "positions": positions, "against": control, "seeds": len(drawn)}
-            rows.append(row | {"difference": d, "ci_low": low, "ci_high": high, "p": math.nan, "verdict": verdict})
+        for control, parts in here[here.arm.isin(DRAWN)].groupby("arm", sort=False).part:
+            sums = [cache.kept(part).sums["nats"] for part in parts]
+            of, p = difference_to_draws(key.sums["nats"], sums, key.counts)
+            verdict = "above" if of.low > 0 else "below" if of.high < 0 else "undecided"
+            row = {"replace": replace, "positions": positions, "against": control, "seeds": len(sums)}
+            row |= {"difference": of.value, "ci_low": of.low, "ci_high": of.high}
+            rows.append(row | {"p": p, "verdict": verdict})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/command/04_run.ipynb #d41ba2b0
@@ -510,6 +527,7 @@ def read_results(path: Path, settings: Settings) -> pd.DataFrame:
     with reading(path, "table of arms"):
         kept = pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")  # words, so that no digit is lost
         results = as_table([{column: _CELLS.get(cell, cell) for column, cell in row.items()} for row in kept])
+        results = results.assign(**{column: [float(row[column] or "nan") for row in kept] for column in MINUS})
         here = set(zip(results.arm, results["replace"], results.positions))
         needed = [(arm, *c) for c in settings.conditions for arm in ("key", "random", *MATCHED)]
         if lacking := [arm for arm in (("unmasked", "", ""), *needed) if arm not in here]:
@@ -592,6 +610,7 @@ def run_experiment(
     out: str | os.PathLike,  # output folder
     device: str | None = None,  # "cuda", "cpu"; None leaves the model where transformers puts it
     progress: bool = True,  # show progress bars and say what is done, on the error stream
+    n_jobs: int = 1,  # processes that measure the arms, each with a copy of the model
     **load_options,  # for `load_model`, e.g. revision, trust_remote_code, accept_licence
 ) -> Run:
     """Run the experiment into `out`; return the finished run.
@@ -604,7 +623,7 @@ def run_experiment(
             search(sources, folder)
         sources.check = lambda loaded: refuse_another_model(folder, settings.model, *loaded)
         found = read_found(folder)[1]
-        results, cache = arms_measured(found, sources, folder)
+        results, cache = arms_measured(found, sources, folder, n_jobs=n_jobs)
         courses = held_out_courses(found, folder, sources.read)
         run = Run(folder, settings, found, results, differences(results, cache), courses)
         if not (folder / "networks.html").exists():
@@ -637,7 +656,7 @@ def manifest(run: Run) -> dict:
         "llmfact_nb": __version__,
         "texts": resource_record(s.texts),
         "settings": dataclasses.asdict(s),
-        "seeds": {"ica": s.ica_seed, "controls": list(range(s.control_seeds))},
+        "seeds": {"ica": s.ica_seed, "controls": list(range(max(LEAST_DRAWS, s.control_seeds)))},
         "found": run.found.facts,
         "files": {name: sha256_of(run.folder / name) for name in kept},
     } | loaded

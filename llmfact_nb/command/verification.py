@@ -341,7 +341,7 @@ def _tables_again(
             rows = [row for file in files for row in read_json(folder / "recurrence" / file, ("rows",))["rows"]]
             again["recurrence"] = pd.DataFrame(rows, columns=RECURRENCE_COLUMNS)
     with reading(folder, "study"):
-        return again | {"verdicts": verdict_table(again)}
+        return again | {"verdicts": verdict_table(again, settings.published.alpha, settings.ks[0])}
 
 # %% ../../nbs/command/06_verification.ipynb #50cb5752
 def verify_folder(

@@ -59,6 +59,7 @@ class StudySettings:
     recurrence_texts: int = 8  # texts of each kind for the templates, and again to be decomposed alone; 0: none
     sample_tokens: int = 128  # for the norm of what is injected
     grid: bool = False  # every changed factor with all arms, on the long texts: a day instead of an hour
+    quick: bool = False  # for trying out: the tables say that their numbers mean nothing
 
     def __post_init__(self):
         _check_study(self)
@@ -95,6 +96,7 @@ QUICK = StudySettings(
     variant_restarts=1,
     recurrence_texts=1,
     sample_tokens=48,
+    quick=True,
 )
 
 # %% ../../nbs/study/06_plan.ipynb #fb5149fa

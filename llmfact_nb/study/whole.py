@@ -55,7 +55,7 @@ def read_study(
     folder: str | os.PathLike,  # of a whole study
     model: str | None = None,  # the name of the model it must be a study of; None: any
 ) -> dict[str, "pd.DataFrame"]:
-    """Return the tables of a finished study by name.
+    """Return the tables of a finished study by name; `.attrs` of each has the model, and the mark of a quick study.
 
     Raises FileNotFoundError if there are none, and ValueError if they are another model's."""
     import pandas as pd
@@ -64,11 +64,11 @@ def read_study(
     paths = sorted((folder / "tables").glob("*.csv"))
     if not paths:
         raise FileNotFoundError(f"folder={str(folder)!r} holds no tables of a study. Run llmfact study paper first.")
-    if model is not None:
-        with reading(folder / "study.json", "record of a whole study"):
-            measured = read_json(folder / "study.json")["settings"]["find"]["model"]
-        if measured != from_home(model):
-            raise ValueError(f"model={model!r}: folder={str(folder)!r} holds a study of {measured!r}.")
+    with reading(folder / "study.json", "record of a whole study"):
+        settings = read_json(folder / "study.json", ("settings",))["settings"]
+        measured, quick = settings["find"]["model"], bool(settings.get("quick"))
+    if model is not None and measured != from_home(model):
+        raise ValueError(f"model={model!r}: folder={str(folder)!r} holds a study of {measured!r}.")
     tables = {}
     for path in paths:
         with reading(path, "table of a whole study"):
@@ -76,6 +76,13 @@ def read_study(
             if list(table.columns) == list(COLUMNS):
                 table = as_table(table.astype(object).where(table.notna(), None).to_dict("records"))
             tables["random share" if path.stem == "random-share" else path.stem] = table
+    return _labelled(tables, measured, quick)
+
+
+def _labelled(tables: dict[str, "pd.DataFrame"], model: str, quick: bool) -> dict[str, "pd.DataFrame"]:
+    "The tables, each with what it is of."
+    for table in tables.values():
+        table.attrs = {"model": model, "mark": "quick: for trying out" if quick else ""}
     return tables
 
 # %% ../../nbs/study/07_whole.ipynb #21da67e3
@@ -205,17 +212,13 @@ def _find_all(model, tokenizer, wanted, texts: StudyTexts, folder: Path, progres
     return found
 
 # %% ../../nbs/study/07_whole.ipynb #1bf44851
-def _recurrence(model, tokenizer, texts: StudyTexts, s: StudySettings, folder: Path, progress: bool) -> "pd.DataFrame":
+def _recurrence(model, tokenizer, texts: StudyTexts, s: StudySettings, folder: Path, progress: bool, n_jobs: int):
     "Recurrence of the networks of single texts, found in the published way."
     group, single = ({k: of[k][: s.recurrence_texts] for k in of} for of in (texts.fit, texts.held_out))
     p = s.published
-    how: dict[str, Any] = {
-        "alpha": p.alpha or 3.6,
-        "max_length": p.fit_length,
-        "seed": p.ica_seed,
-        "progress": progress,
-    }
-    how |= {"standardize": p.standardize, "exclude": p.exclude, "folder": folder / "recurrence"}
+    how: dict[str, Any] = {"alpha": p.alpha or 3.6, "max_length": p.fit_length, "seed": p.ica_seed}
+    how |= {"progress": progress, "n_jobs": n_jobs, "standardize": p.standardize}
+    how |= {"exclude": p.exclude, "folder": folder / "recurrence"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the table's column `converged` says it
         return recurrence_study(model, tokenizer, group, single, s.ks[0], p.site, **how)
@@ -261,8 +264,8 @@ def _all_tables(model, tokenizer, folder: Path, s: StudySettings, texts, identit
     sample = capture(model, tokenizer, some, s.find.site, max_length=s.sample_tokens, progress=False)
     tables = study_tables(cache, found, sets, s, kinds, sample, n_jobs)
     if s.recurrence_texts:
-        tables["recurrence"] = _recurrence(model, tokenizer, texts, s, folder, progress)
-    return tables | {"verdicts": verdict_table(tables)}
+        tables["recurrence"] = _recurrence(model, tokenizer, texts, s, folder, progress, n_jobs)
+    return tables | {"verdicts": verdict_table(tables, s.published.alpha, s.ks[0])}
 
 # %% ../../nbs/study/07_whole.ipynb #759a046b
 def paper_study(
@@ -281,16 +284,17 @@ def paper_study(
     difference if the folder belongs to other settings, texts or another model."""
     settings = settings or StudySettings()
     texts, identity = texts or StudyTexts.default(settings), model_fingerprint(model, tokenizer)
-    asked = plain(asdict(settings)) | {"texts": texts.fingerprint} | identity
+    name = from_home(model_name or str(getattr(model, "name_or_path", "")) or type(model).__name__)
+    find, published = (replace(of, model=name) for of in (settings.find, settings.published))
+    named = plain(asdict(replace(settings, find=find, published=published)))
+    unnamed = {part: {k: v for k, v in named[part].items() if k != "model"} for part in ("find", "published")}
+    asked = named | unnamed | {"model": name, "texts": texts.fingerprint} | identity
     with claim(folder, "study", asked) as folder:
-        started, name = time.perf_counter(), model_name or str(getattr(model, "name_or_path", ""))
+        started = time.perf_counter()
         tables = _all_tables(model, tokenizer, folder, settings, texts, identity, n_jobs, progress)
         for table in tables:
             write_text(folder / "tables" / table_file(table), tables[table].to_csv(index=False))
-        name = from_home(name or type(model).__name__)
-        find, published = (replace(of, model=name) for of in (settings.find, settings.published))
-        named = replace(settings, find=find, published=published)
-        record = {"settings": plain(asdict(named)), "model": identity, "threads": torch.get_num_threads()}
+        record = {"settings": named, "model": identity, "threads": torch.get_num_threads()}
         write_json(folder / "study.json", record | {"seconds of the last call": round(time.perf_counter() - started)})
     note(f"{len(tables)} tables in {folder / 'tables'}", progress)
-    return tables
+    return _labelled(tables, name, settings.quick)
