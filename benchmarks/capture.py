@@ -14,9 +14,7 @@ from llmfact_nb import activations
 from llmfact_nb.activations import capture
 from llmfact_nb.base.models import load_model
 from llmfact_nb.base.texts import load_texts
-from llmfact_nb.sites import neuron_sites
-
-SITES = ("mlp_out", "mlp_hidden")
+from llmfact_nb.sites import SITES, neuron_sites
 
 
 class Stop(Exception):
@@ -57,7 +55,7 @@ def bare(model, batches, last) -> None:
 
 
 def compare(args) -> list[dict]:
-    "Time of capture against the bare forward pass, both sites, to memory and to disk."
+    "Time of capture against the bare forward pass, all sites, to memory and to disk."
     model, tokenizer = load_model()
     texts, rows = load_texts("wiki", "fit", n=args.texts)["text"][:], []
     for site in SITES:

@@ -45,7 +45,7 @@ if __name__ == "__main__":
         "--share", type=float, default=0.01, help="share of neurons in the mask, drawn at random over all layers"
     )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--sites", nargs="+", default=["mlp_hidden", "mlp_out"])
+    parser.add_argument("--sites", nargs="+", default=["mlp_hidden", "mlp_out", "attn_heads"])
     args = parser.parse_args()
 
     model, tokenizer = load_model()
@@ -58,8 +58,11 @@ if __name__ == "__main__":
             return target(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
 
     for site in args.sites:
-        widths = neuron_sites(model, site).widths
-        mask = NeuronMask.from_flat(np.random.default_rng(0).random(sum(widths)) < args.share, widths, site)
+        sites, draw = neuron_sites(model, site), np.random.default_rng(0)
+        if sites.heads:
+            mask = NeuronMask.from_heads(draw.random((len(sites), sites.heads[0])) < args.share, sites)
+        else:
+            mask = NeuronMask.from_flat(draw.random(sites.n_neurons) < args.share, sites.widths, site)
         mm = MaskedModel(model).fit_means(
             capture(model, tokenizer, load_texts("wiki", "fit", n=2), site, max_length=64, progress=False)
         )
@@ -81,8 +84,8 @@ if __name__ == "__main__":
         for r in results
     ]
     note = (
-        f"smollm2-135m, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons drawn at random over all "
-        f"layers; each arm between two unmasked passes, medians of {args.repeats} repetitions."
+        f"smollm2-135m, {args.rows} x {args.length} tokens, {args.share:.0%} of the neurons, or of the heads, drawn at "
+        f"random over all layers; each arm between two unmasked passes, medians of {args.repeats} repetitions."
     )
     publish(
         "masking",

@@ -13,6 +13,7 @@ PAGE = ROOT / "docs" / "pages" / "architectures.md"
 HEADINGS = (
     "family",
     "down projection",
+    "attention's output projection",
     "layers",
     "capture",
     "ablate",
@@ -30,21 +31,24 @@ The families of models that were tried, what works with each of them, and which 
 
 Every row is a test. A random model of three narrow layers is built from the family's own configuration. The package
 does each thing with it, and the result is compared with hooks, weights and gradients that the test handles itself,
-without the package. The down projection of every family is written down by hand. The tests are
+without the package. The down projection of every family, and the output projection of its attention, are written down
+by hand. The tests are
 {test}`test_matrix.py::test_family`; `docs/matrix.py` writes this page from them.
 
 capture
-: The rows of a padded batch equal those of a plain hook on each text alone, at both sites.
+: The rows of a padded batch equal those of a plain hook on each text alone, at every site that the family has: the
+  sides of the down projection, those of the attention's output projection, and the output of each block.
 
 ablate
 : The masked model gives the logits of a model whose weights were set to zero by hand: columns of the down projection
-  at `mlp_hidden`, rows and bias at `mlp_out`.
+  at `mlp_hidden`, of the attention's output projection for whole heads at `attn_heads`; rows and bias at `mlp_out` and
+  `attn_out`. At `residual` it gives those of a model with plain hooks.
 
 keep
 : The same for everything but the mask, and equal to ablating its complement.
 
 bake
-: The baked copy gives the logits of the masked model and has no hook.
+: The baked copy gives the logits of the masked model and has no hook. An ablation of the residual stream is refused.
 
 generate
 : A left-padded batch is continued under the mask as by the model with zeroed weights. Encoders write no text.
@@ -61,9 +65,10 @@ restored
 REFUSED = """
 ## Families that are refused
 
-Most of these do not have exactly one MLP in each layer; in a few, the rest of the batch influences every text. Sites,
-capture, masks and tuning refuse them with the same message and leave the model as it was. Where the message says so,
-modules can be given by name.
+Most of these do not have exactly one MLP in each layer; in a few, the rest of the batch influences every text. The two
+sites of the MLP, capture, masks and tuning refuse them with the same message and leave the model as it was. Where the
+message says so, modules can be given by name; mixtures of experts still have the sites of the attention and of the
+residual stream.
 """
 TUNING = """
 ## Families that are masked but not tuned
@@ -88,11 +93,12 @@ def cell(words: str) -> str:
     return words if words in ("works", "writes no text") else "refused"
 
 
-def row(name: str, found: dict[str, str], pattern: str, layers: int) -> str:
+def row(name: str, found: dict[str, str], pattern: str, attention: str | None, layers: int) -> str:
     "One family's row of the table."
     cells = [
         f"`{name}`",
         f"`{pattern}`",
+        f"`{attention}`" if attention else "not in every layer",
         str(layers),
         *(cell(found[c]) for c in ("capture", "ablate", "keep", "bake", "generate", "tune", "restored")),
     ]
@@ -114,13 +120,14 @@ def page() -> str:
     sys.path.insert(0, str(ROOT / "tests"))
     import transformers
     from architectures import WORKS, examine
-    from families import KNOWN, LAYERS
+    from families import ATTENTION, KNOWN, LAYERS
     from families import REFUSED as WITHOUT
     from survey import NOT_BUILT, kinds, look
 
     found = {name: examine(name) for name in (*KNOWN, *WITHOUT)}
     table = [f"| {' | '.join(HEADINGS)} |", "|" + " --- |" * len(HEADINGS)]
-    table += [row(name, found[name], KNOWN[name].down.format("*"), LAYERS) for name in sorted(KNOWN)]
+    places = {name: (KNOWN[name].down.format("*"), ATTENTION.get(name)) for name in sorted(KNOWN)}
+    table += [row(name, found[name], *at, LAYERS) for name, at in places.items()]
     untuned = [refusal(name, found[name]["tune"]) for name in sorted(KNOWN) if found[name]["tune"] != WORKS]
     refused = [refusal(name, found[name]["site"]) for name in sorted(WITHOUT)]
     seen = {name: look(name) for name in kinds() if name not in found}

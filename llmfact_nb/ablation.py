@@ -76,7 +76,7 @@ class Settings:
 
     model: str = "smollm2-135m"  # default | hub id | local folder | .gguf
     texts: str = "wiki"  # text set: its fit split finds the networks, its eval split judges them
-    site: str = "mlp_hidden"  # "mlp_hidden" or "mlp_out"
+    site: str = "mlp_hidden"  # one of sites.SITES
     kind: str = "temporal"  # "temporal" or "spatial" ICA
     n_components: int = 32  # k, networks
     standardize: bool = True  # each neuron in units of its standard deviation

@@ -88,9 +88,10 @@ class Activations:
     sinks: torch.Tensor  # (T,) bool, first tokens and others with an outlying norm
     widths: tuple[int, ...]  # units per layer
     depths: tuple[int, ...]  # layer number of each block of columns
-    site: str | tuple[str, ...]  # "mlp_out", "mlp_hidden" or module names
+    site: str | tuple[str, ...]  # one of SITES, or module names
     model: str = ""  # name or path of the model
     n_cut: int = 0  # texts that were cut at max_length
+    heads: tuple[int, ...] = ()  # of each layer, where the units are those of heads
 
     @property
     def n_tokens(self) -> int:
@@ -104,8 +105,8 @@ class Activations:
 
     @property
     def layout(self) -> Layout:
-        "Widths, depths and site as one `Layout`."
-        return Layout(self.widths, self.depths, self.site)
+        "Widths, depths, site and heads as one `Layout`."
+        return Layout(self.widths, self.depths, self.site, self.heads)
 
     def layer(self, layer: int) -> torch.Tensor:  # layer number
         "Return the columns of one layer, (T, n_l), without copying. Raises ArgumentError if it was not captured."
@@ -188,6 +189,7 @@ _TYPES = {
 }
 _COLUMNS = {"text_ids": torch.int64, "positions": torch.int64, "token_ids": torch.int64, "sinks": torch.bool}
 _ABOUT = ("widths", "depths", "site", "model", "n_cut")
+_ABOUT_NOW = (*_ABOUT, "heads")  # files of earlier versions lack the last
 
 # %% ../nbs/02_activations.ipynb #eee102ca
 class _Store:
@@ -236,7 +238,7 @@ class _Store:
 # %% ../nbs/02_activations.ipynb #24e9f0d5
 def save_activations(acts: Activations, path: str | os.PathLike) -> Path:
     "Write a capture to one safetensors file, atomically, and return its path."
-    about = {k: getattr(acts, k) for k in _ABOUT}
+    about = {k: getattr(acts, k) for k in _ABOUT_NOW}
     with write_atomic(path) as p, _Store(p, acts.n_tokens, acts.n_neurons, acts.values.dtype, about) as store:
         for start in range(0, acts.n_tokens, 512):
             store.put(start, acts.values[start : start + 512])
@@ -261,7 +263,8 @@ def load_activations(path: str | os.PathLike) -> Activations:
     "Open a saved capture, memory-mapped. Raises what `files.read_header` raises, and ValueError if parts do not fit."
     meta = read_header(path, "activations", ("values", *_COLUMNS, *_ABOUT))
     with reading(path, "capture"):
-        about: dict[str, Any] = {k: tuple(meta[k]) if isinstance(meta[k], list) else meta[k] for k in _ABOUT}
+        known = {k: meta[k] for k in _ABOUT_NOW if k in meta}
+        about: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
         acts = Activations(**_mapped(path), **about)
         n = len(acts.text_ids)
         if not acts.values.is_floating_point() or acts.values.shape != (n, acts.layout.n_neurons):
@@ -502,7 +505,7 @@ def capture(
     model: nn.Module,  # any Hugging Face model with transformer blocks
     tokenizer,  # its tokenizer; a pad token is not needed
     texts: Sequence[str],  # list of texts, or a Dataset with a column "text"
-    site: str | Sequence[str] = "mlp_out",  # "mlp_out", "mlp_hidden" or module names, see `neuron_sites`
+    site: str | Sequence[str] = "mlp_out",  # one of SITES, or module names; see `neuron_sites`
     layers: Sequence[int] | None = None,  # layer numbers to read; None for all
     batch_size: int | str = "auto",  # texts per forward pass, or "auto"
     max_length: int = 1024,  # tokens; longer texts are cut (and counted) or split
@@ -534,7 +537,7 @@ def capture(
         "token_ids": torch.tensor([t for x in lists for t in x]),
     }
     name = str(getattr(model, "name_or_path", ""))
-    about = dict(widths=sites.widths, depths=sites.depths, site=sites.site, model=name, n_cut=n_cut)
+    about = dict(widths=sites.widths, depths=sites.depths, site=sites.site, model=name, n_cut=n_cut, heads=sites.heads)
     # an automatic batch keeps the model busy and the copied activations under about half a gigabyte
     tokens = min(2048 if reader.device.type == "cpu" else 16384, 2**29 // (4 * sites.n_neurons))
     batches = length_batches(lengths.tolist(), batch_size, tokens, reader.model)

@@ -71,10 +71,10 @@ SETTINGS: dict[str, Option] = {
     "documents": DOCUMENTS,
     "site": option(
         str,
-        "Inner neurons of the MLPs, or their outputs.",
+        "Neurons of the MLPs or their outputs, attention heads or their output, residual stream.",
         _FIND,
         shown="mlp_hidden; paper: mlp_out",
-        accepted=("mlp_hidden", "mlp_out"),
+        accepted=("mlp_hidden", "mlp_out", "attn_heads", "attn_out", "residual"),
     ),
     "kind": option(
         str,

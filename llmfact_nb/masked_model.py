@@ -232,7 +232,7 @@ class _Block:
 
 # %% ../nbs/06_masked_model.ipynb #940267db
 def _bake_layer(module: nn.Module, chosen: torch.Tensor, values: torch.Tensor | None, where: str) -> None:
-    "Write one layer's ablation into the weights of its down projection."
+    "Write one layer's ablation into the weights of its projection."
     weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight  # (outputs, inputs), a view
     units = chosen.nonzero()[:, 0].to(weight.device)
     if where == "input":
@@ -281,9 +281,7 @@ class _Wrapped:
     def __init__(
         self,
         model: nn.Module,  # a Hugging Face model: causal, base, classification or PEFT-wrapped
-        site: str
-        | Sequence[str]
-        | None = None,  # "mlp_out", "mlp_hidden", module names; None: the mask's, else "mlp_out"
+        site: str | Sequence[str] | None = None,  # one of SITES, module names; None: the mask's, else "mlp_out"
         legacy_late_binding: bool = False,  # replay the published mistake: the last layer's row everywhere
     ):
         refuse_unfit(model)
@@ -460,6 +458,9 @@ class MaskedModel(_Wrapped):
 def baked(model: nn.Module, sites: NeuronSites, mask: NeuronMask, rows: list[torch.Tensor] | None) -> nn.Module:
     "Return a copy with the ablation in its weights; ValueError, naming the module, where they cannot carry it."
     used = [(i, s) for i, s in enumerate(sites) if mask.counts[i]]
+    if sites.site == "residual":
+        what = "a site that is a side of one linear map"
+        raise ArgumentError("mask", "site 'residual'", what, "Every layer writes to the stream; use `ablate`.")
     check_own_weights(model, {s.name: s.module for _, s in used})
     for _, s in used:
         if rows is not None and s.module.bias is None:

@@ -10,8 +10,8 @@ import functools
 import operator
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Self, TypeAlias
 
 import numpy as np
@@ -20,15 +20,16 @@ import torch
 from .base.arguments import ArgumentError, check_choice, check_whole, refuse_masked
 from .base.display import always_shown, bars, card, site_name
 from .base.files import load_tensors, reading, save_tensors
+from .sites import SITES, NeuronSites
 
 # %% ../nbs/04_masks.ipynb #fc9132b8
 def _site(site: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
     "Return `site` in the form a layout keeps; ValueError if it is no site."
-    if site is None or site in ("mlp_out", "mlp_hidden"):
+    if site is None or site in SITES:
         return site
     if not isinstance(site, str) and len(site) and all(isinstance(name, str) for name in site):
         return tuple(site)
-    raise ArgumentError("site", site, "'mlp_out', 'mlp_hidden', module names, or None")
+    raise ArgumentError("site", site, f"{', '.join(map(repr, SITES))}, module names, or None")
 
 # %% ../nbs/04_masks.ipynb #484b49c2
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Layout:
 
     widths: tuple[int, ...]  # units of each layer
     depths: tuple[int, ...] = ()  # layer numbers; (): 0, 1, 2, ...
-    site: str | tuple[str, ...] | None = None  # "mlp_out", "mlp_hidden", module names; None: not known
+    site: str | tuple[str, ...] | None = None  # one of SITES, module names; None: not known
+    heads: tuple[int, ...] = field(default=(), compare=False)  # of each layer; (): the units are no heads'
 
     def __post_init__(self):
         widths = tuple(map(operator.index, self.widths))
@@ -46,8 +48,16 @@ class Layout:
             raise ArgumentError("widths", widths, "a positive number of units for each layer")
         if len(depths) != len(widths) or any(a >= b for a, b in zip(depths, depths[1:])):
             raise ArgumentError("depths", depths, f"{len(widths)} growing layer numbers")
-        for name, value in (("widths", widths), ("depths", depths), ("site", _site(self.site))):
+        heads = tuple(map(operator.index, self.heads))
+        if heads and (len(heads) != len(widths) or any(h < 1 or w % h for w, h in zip(widths, heads))):
+            raise ArgumentError("heads", heads, "for each layer a number that divides its width")
+        for name, value in (("widths", widths), ("depths", depths), ("site", _site(self.site)), ("heads", heads)):
             object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, sites: NeuronSites) -> Self:
+        "Return the layout of a model's sites."
+        return cls(sites.widths, sites.depths, sites.site, sites.heads)
 
     @property
     def n_neurons(self) -> int:
@@ -131,6 +141,17 @@ class _Units:
 def _layout(widths: Sequence[int] | Layout, site, depths) -> Layout:
     return widths if isinstance(widths, Layout) else Layout(tuple(widths), tuple(depths or ()), site)
 
+# %% ../nbs/04_masks.ipynb #a92a0d45
+def _units_of_heads(heads: Sequence[Row], layout: Layout) -> bytes:
+    "The units of these heads, one byte each. Raises ArgumentError, naming the argument, where they do not fit."
+    rows = [_booleans(row, f"heads[{i}]") for i, row in enumerate(heads)]
+    if not layout.heads:
+        raise ArgumentError("sites", layout.site, "neuron_sites(model, 'attn_heads')", "Units elsewhere form no heads.")
+    if tuple(map(len, rows)) != layout.heads:
+        what = f"{len(layout.heads)} rows, one for each layer, of {sorted(set(layout.heads))} heads"
+        raise ArgumentError("heads", [len(row) for row in rows], what)
+    return b"".join(np.repeat(row, w // len(row)).tobytes() for row, w in zip(rows, layout.widths))
+
 # %% ../nbs/04_masks.ipynb #96373e60
 class _UnitSet(_Units):
     "Made from booleans, and combined as sets are."
@@ -156,6 +177,27 @@ class _UnitSet(_Units):
         "Return the mask whose layer l selects the units where `layers[l]` is True."
         rows = [_booleans(row, f"layers[{i}]") for i, row in enumerate(layers)]
         return cls(b"".join(row.tobytes() for row in rows), _layout([len(r) for r in rows], site, depths))
+
+    @classmethod
+    def from_heads(
+        cls,
+        heads: Sequence[Row],  # (layers, heads) booleans, or one row of booleans for each layer
+        sites: NeuronSites,  # of the model, neuron_sites(model, "attn_heads")
+    ) -> Self:
+        "Return the mask that selects all units of the heads where `heads` is True."
+        return cls(_units_of_heads(heads, Layout.of(sites)), Layout.of(sites))
+
+    @property
+    def head_shares(self) -> tuple[torch.Tensor, ...]:
+        "The share of each head's units that are selected, (heads,) for each layer; () where units are no heads'."
+        rows = zip(self.layers, self.layout.heads)
+        return tuple(row.view(h, -1).float().mean(1) for row, h in rows)
+
+    def as_heads(self) -> Self | None:
+        "Return the set with one unit for each head; None unless it consists of whole heads."
+        shares = self.head_shares
+        whole = bool(shares) and all(set(s.tolist()) <= {0.0, 1.0} for s in shares)
+        return type(self).from_layers([s > 0 for s in shares], depths=self.depths) if whole else None
 
     @classmethod
     def empty(cls, widths: Sequence[int] | Layout, site=None, depths=None) -> Self:
@@ -217,6 +259,14 @@ def _ranges(numbers: Sequence[int]) -> str:
             parts.append([i])
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
+# %% ../nbs/04_masks.ipynb #bdc9a0bc
+def _mask_facts(mask: _UnitSet) -> list[str]:
+    "What a mask is, in phrases."
+    heads = mask.as_heads()
+    facts = [] if heads is None else [f"{heads.n:,} of {heads.n_neurons:,} heads"]
+    facts += [f"{mask.n:,} of {mask.n_neurons:,} units", f"site {site_name(mask.site)}"]
+    return [*facts, f"layers {_ranges(mask.depths)}"]
+
 # %% ../nbs/04_masks.ipynb #7d42a8b5
 class NeuronMask(_UnitSet):
     """A set of neurons: one boolean per unit, layers side by side in order of depth. Immutable, hashable, on the CPU.
@@ -228,21 +278,13 @@ class NeuronMask(_UnitSet):
     def __repr__(self):
         counts = [str(c) for c in self.counts]
         shown = " ".join(counts if len(counts) <= 12 else [*counts[:6], "...", *counts[-3:]])
-        return (
-            f"NeuronMask({self.n:,} of {self.n_neurons:,} units, site {site_name(self.site)}, "
-            f"layers {_ranges(self.depths)}, per layer {shown})"
-        )
+        return f"NeuronMask({', '.join(_mask_facts(self))}, per layer {shown})"
 
     @always_shown
     def _repr_html_(self):
-        facts = [
-            f"{self.n:,} of {self.n_neurons:,} units ({self.n / self.n_neurons:.2%})",
-            f"site {site_name(self.site)}",
-            f"layers {_ranges(self.depths)}",
-        ]
         what = f"units per layer, {self.depths[0]} to {self.depths[-1]}; at most {max(self.counts):,} in one"
         names = [f"layer {d}, of {w:,}" for d, w in zip(self.depths, self.widths)]
-        return card("NeuronMask", facts, (bars(self.counts, names, what), what))
+        return card("NeuronMask", _mask_facts(self), (bars(self.counts, names, what), what))
 
     def save(self, path: str | os.PathLike) -> None:  # file to write, usually *.safetensors
         "Write the mask with its layout to `path`, atomically."
@@ -253,7 +295,8 @@ class NeuronMask(_UnitSet):
         "Return the mask in `path`. Raises FileNotFoundError, or ValueError if the file is damaged or something else."
         tensors, meta = load_tensors(path, "mask", ("flat", "widths", "site", "depths"))
         with reading(path, "mask"):
-            return cls.from_flat(tensors["flat"], meta["widths"], meta["site"], meta["depths"])
+            where = Layout(meta["widths"], meta["depths"], meta["site"], meta.get("heads", ()))
+            return cls.from_flat(tensors["flat"], where)
 
     def matched_random(
         self,
@@ -358,6 +401,17 @@ def _warn_of_draw(mask: "_UnitSet", crowded: Sequence[int], left_over: int) -> N
             stacklevel=4,
         )
 
+# %% ../nbs/04_masks.ipynb #72194301
+def _by_head(mask: _UnitSet, score: Row | None, draw: Callable):
+    "What `draw(set of heads, score of each head)` chooses, as units; None unless the mask consists of whole heads."
+    if (heads := mask.as_heads()) is None:
+        return None
+    of_heads = None
+    if score is not None:
+        rows = zip(mask.layout.split(_numbers(score, mask.n_neurons)), heads.widths)
+        of_heads = np.concatenate([row.reshape(h, -1).mean(1) for row, h in rows])
+    return type(mask)(_units_of_heads(draw(heads, of_heads).layers, mask.layout), mask.layout)
+
 # %% ../nbs/04_masks.ipynb #266f6e7c
 def drawn_alike(
     mask: _UnitSet,  # the set that needs a control
@@ -366,11 +420,13 @@ def drawn_alike(
     bins: int = 10,  # quantile bins of the score within a layer; more match more closely, and leave less to chance
     disjoint: bool = True,  # draw from the units outside the mask; False: from all units
 ):
-    """Return a random mask with as many units in every layer as `mask` has.
+    """Return a random mask with as many units in every layer as `mask` has; of whole heads, as many heads.
 
     With `score`, every unit is replaced by one from the same quantile bin of its layer; report what `score_match` says.
     Warns when bins had too few candidates (then the nearest scores are taken), and when a layer has more units in the
     mask than outside (then that layer is drawn from all). The draw depends on the seed and the layer's number only."""
+    if (by_head := _by_head(mask, score, lambda heads, s: drawn_alike(heads, seed, s, bins, disjoint))) is not None:
+        return by_head
     seed, bins = check_whole("seed", seed, least=0), check_whole("bins", bins, least=1)
     scores = [None] * len(mask.widths) if score is None else mask.layout.split(_numbers(score, mask.n_neurons))
     rows, crowded, left_over = [], [], 0
@@ -391,9 +447,14 @@ def top_alike(
     score: Row,  # (N,), e.g. each neuron's variance
     exclude: _UnitSet | None = None,  # units that must not be taken
 ):
-    "Return as many units of every layer as `mask` has, those with the highest score (of equal scores the first)."
+    """Return as many units of every layer as `mask` has, those with the highest score (of equal scores the first).
+
+    Of a mask of whole heads the heads with the highest mean score; `exclude` has to consist of whole heads then."""
     if exclude is not None:
         common_layout([mask, exclude])
+    without = None if exclude is None else exclude.as_heads()
+    if (by_head := _by_head(mask, score, lambda heads, s: top_alike(heads, s, without))) is not None:
+        return by_head
     barred = np.zeros(mask.n_neurons, dtype=bool) if exclude is None else exclude.array
     scores, rows = mask.layout.split(_numbers(score, mask.n_neurons)), []
     for depth, row_score, out, count in zip(mask.depths, scores, mask.layout.split(barred), mask.counts):
@@ -444,9 +505,9 @@ def control(
     """Return a control with as many units as `mask` in every layer.
 
     "random": any others of the layer; "matched random": others from the same of 100 variance bins (fewer in narrow
-    layers, so that a bin holds 15); "matched permuted": the same, from all units; "top variance"; "least active".
-    How close a draw comes is for `score_match` to say. Warns where a layer has too few other units, so that the control
-    overlaps the mask. Raises ValueError for an unknown name."""
+    layers, so that a bin holds 15, or 3 heads); "matched permuted": the same, from all units; "top variance";
+    "least active". Of whole heads all are whole heads. How close a draw comes is for `score_match` to say. Warns where
+    a layer has too few other units, so that the control overlaps the mask. Raises ValueError for an unknown name."""
     check_choice("control", name, CONTROLS)
     score = activity if name == "least active" else variance
     if score is None and name != "random":
@@ -457,7 +518,9 @@ def control(
         if name == "random":
             return mask.matched_random(seed)
         if name in DRAWN:
-            bins = max(1, min(100, min(mask.widths) // 15))
+            heads = mask.as_heads()
+            least = min(mask.widths) // 15 if heads is None else min(heads.widths) // 3
+            bins = max(1, min(100, least))
             return mask.matched_random(seed, score, bins, disjoint=name == "matched random")
         return mask.matched_top(score if name == "top variance" else -_numbers(score, mask.n_neurons))
 

@@ -23,9 +23,11 @@ class NeuronSite:
 
     layer: int  # depth in the model, 0 is next to the embedding
     name: str  # the module's dotted name in the model
-    module: nn.Module = field(repr=False, compare=False)  # the down projection itself
+    module: nn.Module = field(repr=False, compare=False)  # the module itself, such as the down projection
     width: int  # number of units
-    where: str  # "input" (mlp_hidden) or "output" (mlp_out) of the module
+    where: str  # "input" (mlp_hidden, attn_heads) or "output" (the others) of the module
+    heads: int = 0  # attention heads that the units are divided among, side by side; 0: the units are no heads'
+    key_heads: int = 0  # sets of keys and values that these heads share; fewer than heads: grouped keys
 
 # %% ../nbs/01_sites.ipynb #e0a4be96
 class NeuronSites(Sequence):
@@ -34,7 +36,7 @@ class NeuronSites(Sequence):
     def __init__(
         self,
         sites: Sequence[NeuronSite],  # in order of depth
-        site: str | tuple[str, ...],  # "mlp_out", "mlp_hidden" or the module names asked for
+        site: str | tuple[str, ...],  # one of SITES, or the module names asked for
     ):
         self._sites, self.site = tuple(sites), site
 
@@ -47,6 +49,7 @@ class NeuronSites(Sequence):
     widths = property(lambda self: tuple(s.width for s in self._sites), doc="Units of each layer.")
     depths = property(lambda self: tuple(s.layer for s in self._sites), doc="Layer number of each entry.")
     n_neurons = property(lambda self: sum(self.widths), doc="Units of all layers together.")
+    heads = property(lambda self: tuple(s.heads for s in self if s.heads), doc="Heads of each layer; () elsewhere.")
 
     def at(self, layers: Sequence[int] | None) -> "NeuronSites":  # layer numbers; None for all
         "Return the sites of these layers, in order of depth. Raises ArgumentError for a layer the model does not have."
@@ -59,6 +62,9 @@ class NeuronSites(Sequence):
 
     def __repr__(self):
         first, last, what = self._sites[0], self._sites[-1], f"{len(self)} layers, {self.n_neurons:,} units"
+        if first.heads:
+            shared = "" if first.key_heads == first.heads else f" that share {first.key_heads} sets of keys and values"
+            what += f", {first.heads} heads a layer{shared}"
         return f"NeuronSites({self.site}: {what}, {first.name} ... {last.name}, {first.where} side)"
 
 # %% ../nbs/01_sites.ipynb #b1fb433c
@@ -160,14 +166,24 @@ _DOWN_NAMES = (
     "Wo",
 )  # fmt: skip
 
+# %% ../nbs/01_sites.ipynb #dd9a4705
+def _unclear(model: nn.Module, block: str, what: str, maps: Sequence[tuple]) -> NotImplementedError:
+    "The error for a block of which it cannot be told where something is, with the candidates."
+    shapes = [f"{path} {inputs} -> {outputs}" for path, _, (inputs, outputs) in maps]
+    example = f", e.g. ['{block}.{maps[-1][0]}']" if maps else ""
+    return NotImplementedError(
+        f"model type {_model_type(model)!r}: cannot tell which linear map of block {block} is {what}; "
+        f"candidates: {shapes or 'none'}. Give site= a list of module names{example}."
+    )
 
+# %% ../nbs/01_sites.ipynb #886bd55a
 def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str, nn.Module, tuple[int, int]]:
     "The one down projection of a block, with its shape; NotImplementedError with the candidates otherwise."
-    kind, width = _model_type(model), getattr(_text_config(model), "hidden_size", None)
+    width = getattr(_text_config(model), "hidden_size", None)
     if any(word in path for path, _ in block.named_modules() for word in ("expert", "router")):
         raise NotImplementedError(
-            f"model type {kind!r}: block {name} is a mixture of experts, whose neurons depend on each token's route; "
-            "this is not supported. Use a dense model, or give site= a list of module names."
+            f"model type {_model_type(model)!r}: block {name} is a mixture of experts, whose neurons depend on each "
+            "token's route; this is not supported. Use a dense model, or give site= a list of module names."
         )
     maps = [m for m in _linear_maps(block) if not any(w in part for part in m[0].split(".") for w in _MIXERS)]
     made = {n for *_, (_, outputs) in maps for n in (outputs, outputs // 2)}
@@ -176,11 +192,52 @@ def _down_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str
         found = [f for f in found if f".{f[0]}".endswith(tuple(f".{known}" for known in _DOWN_NAMES))]
     if len(found) == 1:
         return found[0]
-    shapes, example = [f"{p} {i} -> {o}" for p, _, (i, o) in maps], f", e.g. ['{name}.{maps[-1][0]}']" if maps else ""
-    raise NotImplementedError(
-        f"model type {kind!r}: cannot tell which linear map of block {name} is the MLP's down projection; "
-        f"candidates: {shapes or 'none'}. Give site= a list of module names{example}."
-    )
+    raise _unclear(model, name, "the MLP's down projection", maps)
+
+# %% ../nbs/01_sites.ipynb #6017289d
+_ATTENTION = ("attn", "attention")  # what a module is called that holds heads, in any case
+_FOLDING_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "Wo", "o")
+
+
+def _attention_projection(model: nn.Module, block: nn.Module, name: str) -> tuple[str, nn.Module, tuple[int, int]]:
+    "The one output projection of a block's attention; NotImplementedError with the candidates otherwise."
+    inside = lambda path: any(word in path.rpartition(".")[0].lower() for word in _ATTENTION) and "linear" not in path
+    maps, width = [m for m in _linear_maps(block) if inside(m[0])], getattr(_text_config(model), "hidden_size", None)
+    found = [m for m in maps if m[0].rpartition(".")[2] in _FOLDING_NAMES and m[2][1] == width]
+    if len(found) == 1:
+        return found[0]
+    raise _unclear(model, name, "the output projection of its attention", maps)
+
+# %% ../nbs/01_sites.ipynb #daf3d1cf
+def _heads(model: nn.Module, block: str, width: int) -> tuple[int, int]:
+    "How many heads these units are divided among, and how many sets of keys and values the heads share."
+    config = _text_config(model)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or width % heads:
+        raise NotImplementedError(
+            f"model type {_model_type(model)!r}: cannot tell which of the {width} inputs of the attention's output "
+            f"projection in block {block} belong to which head; its configuration has {heads!r} heads. "
+            "Use site='attn_out', or give site= a list of module names."
+        )
+    if getattr(config, "new_decoder_architecture", False):  # Falcon's own word for grouped keys
+        return heads, config.num_kv_heads
+    return heads, 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None) or heads
+
+# %% ../nbs/01_sites.ipynb #8a789b56
+def _whole_block(model: nn.Module, block: nn.Module, name: str) -> tuple[str, nn.Module, tuple[int, int]]:
+    "The block itself; it gives as many numbers a token as it takes."
+    width = getattr(_text_config(model), "hidden_size", 0)
+    return "", block, (width, width)
+
+# %% ../nbs/01_sites.ipynb #6a425484
+_RULES = {  # site: (what finds the module in a block, the side of it)
+    "mlp_out": (_down_projection, "output"),
+    "mlp_hidden": (_down_projection, "input"),
+    "attn_heads": (_attention_projection, "input"),
+    "attn_out": (_attention_projection, "output"),
+    "residual": (_whole_block, "output"),
+}
+SITES = tuple(_RULES)
 
 # %% ../nbs/01_sites.ipynb #0fb835b9
 def _output_width(name: str, module: nn.Module) -> int:
@@ -210,13 +267,20 @@ def _named_sites(model: nn.Module, names: Sequence[str]) -> NeuronSites:
     sites = [NeuronSite(i, n, m, _output_width(n, m), "output") for i, (n, m) in enumerate(modules)]
     return NeuronSites(sites, tuple(n for n, _ in modules))
 
-# %% ../nbs/01_sites.ipynb #e6a2ebf5
-SITES = ("mlp_out", "mlp_hidden")
+# %% ../nbs/01_sites.ipynb #e9310019
+def _site_in(model: nn.Module, block: nn.Module, name: str, layer: int, site: str) -> NeuronSite:
+    "One block's entry."
+    find, where = _RULES[site]
+    path, module, (inputs, outputs) = find(model, block, name)
+    width, heads = (inputs, outputs)[where == "output"], (0, 0)
+    if site == "attn_heads":
+        heads = _heads(model, name, width)
+    return NeuronSite(layer, f"{name}.{path}" if path else name, module, width, where, *heads)
 
 # %% ../nbs/01_sites.ipynb #fddec95c
 def neuron_sites(
     model: nn.Module,  # a Hugging Face model: causal, base, classification or PEFT-wrapped
-    site: str | Sequence[str] = "mlp_out",  # "mlp_out", "mlp_hidden", or a list of module names (their output side)
+    site: str | Sequence[str] = "mlp_out",  # "mlp_out", "mlp_hidden", "attn_heads", "attn_out", "residual"; or names
 ) -> NeuronSites:
     "Return the model's neuron sites in order of depth. Raises NotImplementedError if they cannot be located."
     if not isinstance(site, str):
@@ -224,16 +288,10 @@ def neuron_sites(
     if site not in SITES:
         raise ArgumentError("site", site, f"{', '.join(map(repr, SITES))} or a list of module names")
     list_name, layers = blocks(model)
-    sites = []
-    for i, block in enumerate(layers):
-        path, module, (inputs, outputs) = _down_projection(model, block, f"{list_name}.{i}")
-        width, where = (inputs, "input") if site == "mlp_hidden" else (outputs, "output")
-        sites.append(NeuronSite(i, f"{list_name}.{i}.{path}", module, width, where))
+    sites = [_site_in(model, block, f"{list_name}.{i}", i, site) for i, block in enumerate(layers)]
     if len({s.module for s in sites}) < len(sites):
-        kind = _model_type(model)
-        raise NotImplementedError(
-            f"model type {kind!r}: some layers share one down projection and its neurons; this is not supported."
-        )
+        kind, path = _model_type(model), sites[0].name
+        raise NotImplementedError(f"model type {kind!r}: some layers share one {path}; this is not supported.")
     return NeuronSites(sites, site)
 
 # %% ../nbs/01_sites.ipynb #928b1f96
@@ -247,10 +305,13 @@ def _hook(site: NeuronSite, i: int, function: Callable[[int, torch.Tensor], torc
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): new})
 
     def on_output(module, args, output):
-        if not isinstance(output, tuple):
+        if not isinstance(output, (tuple, list)):
             return function(i, output)
+        if not output or not isinstance(output[0], torch.Tensor):
+            kinds = [type(part).__name__ for part in output]
+            raise NotImplementedError(f"site: {site.name} returns {kinds}; expected a tensor first.")
         new = function(i, output[0])
-        return None if new is None else (new, *output[1:])
+        return None if new is None else type(output)((new, *output[1:]))
 
     if site.where == "input":
         return site.module.register_forward_pre_hook(on_input, with_kwargs=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import families
 import torch
-from families import LAYERS, D
+from families import LAYERS, D, width_of
 
 from llmfact_nb.activations import capture
 from llmfact_nb.finetune import neuron_training
@@ -19,7 +19,6 @@ from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.sites import neuron_sites
 
-SITES = ("mlp_out", "mlp_hidden")
 COLUMNS = ("site", "capture", "ablate", "keep", "bake", "generate", "tune", "restored")
 # One of each layout: Conv1D, residual inside the MLP, fused gate, MLP without a module of its own, parallel block,
 # window and many norms, convolutions, encoder, experts, experts that hide, two stacks.
@@ -57,20 +56,33 @@ class Subject:
     def down(self) -> list[tuple[str, torch.nn.Module]]:
         return families.down_projections(self.name, self.model)
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return families.sites_of(self.name)
+
+    def at(self, site: str) -> list[torch.nn.Module]:
+        return [module for _, module in families.modules_of(self.name, self.model, site)]
+
     def mask(self, site: str) -> NeuronMask:
-        "Some units of each layer, in each layer others."
-        n = D if site == "mlp_out" else families.KNOWN[self.name].hidden
-        g = torch.Generator().manual_seed(7)
+        "Some units of each layer, in each layer others; of heads, the second of the first layer, the first elsewhere."
+        if site == "attn_heads":
+            heads = families.config_of(self.name).num_attention_heads
+            some = [torch.arange(heads) == (layer == 0) for layer in range(LAYERS)]
+            return NeuronMask.from_heads(some, neuron_sites(self.model, site))
+        n, g = width_of(self.name, site), torch.Generator().manual_seed(7)
         return NeuronMask.from_layers([torch.rand(n, generator=g) < 0.4 for _ in range(LAYERS)], site)
 
     def zeroed(self, mask: NeuronMask) -> torch.nn.Module:
-        """A copy whose weights are zeroed by hand: columns of the down projection for hidden neurons, rows and entries
-        of the bias for its outputs."""
+        """A copy that is changed by hand: columns of the projection for neurons and heads, rows and entries of the bias
+        for its outputs; where every layer writes, a plain hook."""
         other = Subject(self.name, copy.deepcopy(self.model))
         with torch.no_grad():
-            for chosen, (_, module) in zip(mask.layers, other.down):
+            for chosen, module in zip(mask.layers, other.at(mask.site)):
+                if mask.site == "residual":
+                    module.register_forward_hook(functools.partial(_zero_first, chosen))
+                    continue
                 weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight  # (outputs, inputs)
-                if mask.site == "mlp_hidden":
+                if mask.site in ("mlp_hidden", "attn_heads"):
                     weight[:, chosen] = 0
                 else:
                     weight[chosen] = 0
@@ -80,15 +92,21 @@ class Subject:
 
     def read(self, ids: list[int], site: str) -> torch.Tensor:
         "Activations of one text, (tokens, layers * units), by a plain hook on each module."
-        seen = {}
+        seen, inner = {}, site in ("mlp_hidden", "attn_heads")
         with ExitStack() as stack, torch.no_grad():
-            for i, (_, module) in enumerate(self.down):
-                hook = lambda m, args, out, i=i: seen.update(
-                    {i: (out if site == "mlp_out" else args[0]).detach().clone()}
-                )
+            for i, module in enumerate(self.at(site)):
+                hook = lambda m, args, out, i=i: seen.update({i: (args[0] if inner else _first(out)).detach().clone()})
                 stack.callback(module.register_forward_hook(hook).remove)
             self.model(input_ids=torch.tensor([ids]))
         return torch.cat([seen[i].reshape(len(ids), -1) for i in range(LAYERS)], 1)
+
+
+def _first(output) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def _zero_first(chosen: torch.Tensor, module, args, output):
+    _first(output)[..., chosen] = 0  # in place: whatever the block returns around it stays
 
 
 def answer(model, ids=IDS) -> torch.Tensor:
@@ -102,18 +120,25 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def check_site(s: Subject) -> str:
-    "Both sites are the two sides of the modules in the table."
-    for site in SITES:
+    "The sites are sides of the modules in the tables; a family without heads in every layer is refused by name."
+    for site in s.sites:
         found = neuron_sites(s.model, site)
-        assert [(x.name, x.module) for x in found] == s.down, f"{site}: {[x.name for x in found]}"
+        assert [x.module for x in found] == s.at(site), f"{site}: {[x.name for x in found]}"
         assert found.widths == (s.mask(site).widths) and found.depths == tuple(range(LAYERS)), f"{site}: {found}"
+    for site in set(families.SITES) - set(s.sites):
+        try:
+            neuron_sites(s.model, site)
+        except NotImplementedError as e:
+            assert repr(s.name) in str(e), str(e)
+        else:
+            raise AssertionError(f"{site}: accepted")
     return WORKS
 
 
 def check_capture(s: Subject) -> str:
     "Rows of a padded batch are those of a plain hook on each text alone."
     tokenizer = families.tokenizer(side="left")
-    for site in SITES:
+    for site in s.sites:
         got = capture(s.model, tokenizer, TEXTS, site, batch_size=2, progress=False)
         expected = torch.cat([s.read(tokenizer(t)["input_ids"], site) for t in TEXTS])
         assert close(got.values, expected), f"{site}: off by {float((got.values - expected).abs().max()):.2g}"
@@ -123,7 +148,7 @@ def check_capture(s: Subject) -> str:
 def check_ablate(s: Subject) -> str:
     "The masked model answers as the one with zeroed weights, and not as the plain one."
     plain = answer(s.model)
-    for mask in map(s.mask, SITES):
+    for mask in map(s.mask, s.sites):
         with MaskedModel(s.model).ablate(mask) as counts:
             got = answer(s.model)
         assert counts == mask.counts and close(got, answer(s.zeroed(mask))), f"{mask.site}: not as zeroed weights"
@@ -133,7 +158,7 @@ def check_ablate(s: Subject) -> str:
 
 def check_keep(s: Subject) -> str:
     "Keeping a mask is zeroing its complement."
-    for mask in map(s.mask, SITES):
+    for mask in map(s.mask, s.sites):
         with MaskedModel(s.model).keep(mask) as counts:
             got = answer(s.model)
         with MaskedModel(s.model).ablate(~mask):
@@ -146,7 +171,13 @@ def check_keep(s: Subject) -> str:
 
 def check_bake(s: Subject) -> str:
     "The baked copy answers as the masked model, without a hook, and the original is another model still."
-    for mask in map(s.mask, SITES):
+    for mask in map(s.mask, s.sites):
+        if mask.site == "residual":
+            try:
+                MaskedModel(s.model).bake(mask)
+            except ValueError:
+                continue
+            raise AssertionError("residual: baked")
         baked = MaskedModel(s.model).bake(mask)
         with MaskedModel(s.model).ablate(mask):
             assert close(answer(baked), answer(s.model)), f"{mask.site}: not as masked"

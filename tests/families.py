@@ -231,6 +231,27 @@ REFUSED = {
     ),  # the parts of a block in lists of their own
 }
 
+# Output projection of the attention, from the block on. What is not here has no heads in every layer, and is refused.
+_FOLDING = {
+    "self_attn.o_proj": """llama mistral qwen2 qwen3 gemma3_text phi3 gemma gemma2 stablelm starcoder2 cohere olmo2 glm4
+        smollm3 granite nemotron exaone4 apertus glm olmo cohere2 nanochat seed_oss eurobert mixtral qwen2_moe
+        qwen3_moe gpt_oss olmoe doge""",
+    "self_attn.out_proj": "opt biogpt xglm",
+    "self_attn.dense": "phi persimmon",
+    "self_attention.dense": "bloom falcon",
+    "attention.dense": "gpt_neox",
+    "attn.c_proj": "gpt2 gpt_bigcode openai-gpt",
+    "attn.out_proj": "gptj codegen mpt",
+    "attn.attention.out_proj": "gpt_neo",
+    "attn.Wo": "modernbert",
+    "attention.output.dense": "bert roberta electra deberta-v2 deberta xlm-roberta",
+    "attention.out_lin": "distilbert",
+    "attention.attn.o": "mpnet",
+    "multi_head_attention.dense": "ctrl",
+}
+ATTENTION = {name: path for path, names in _FOLDING.items() for name in names.split()}
+SITES = ("mlp_out", "mlp_hidden", "attn_heads", "attn_out", "residual")
+
 _BUILT: dict = {}
 
 
@@ -271,15 +292,33 @@ def build(name: str, head: str | None = None, **changes):
     return copy.deepcopy(_BUILT[key])  # a test may do to its model what it likes
 
 
-def down_projections(name: str, model) -> list[tuple[str, torch.nn.Module]]:
-    "Name and module of every layer's down projection, by the table."
+def sites_of(name: str) -> tuple[str, ...]:
+    "The sites that a family has."
+    return tuple(s for s in SITES if not s.startswith("attn") or name in ATTENTION)
+
+
+def width_of(name: str, site: str) -> int:
+    "Units of each layer."
+    return KNOWN[name].hidden if site == "mlp_hidden" else D
+
+
+def modules_of(name: str, model, site: str = "mlp_hidden") -> list[tuple[str, torch.nn.Module]]:
+    "Name and module of every layer's entry, by the tables."
     modules = dict(model.named_modules())
     found = []
+    down = KNOWN[name].down
+    block = down[: down.index("{}") + 2]
+    pattern = {"residual": block, "attn": f"{block}.{ATTENTION.get(name)}"}.get(site.partition("_")[0], down)
     for layer in range(LAYERS):
-        ending = KNOWN[name].down.format(layer)
+        ending = pattern.format(layer)
         (path,) = [p for p in modules if f".{p}".endswith(f".{ending}")]
         found.append((path, modules[path]))
     return found
+
+
+def down_projections(name: str, model) -> list[tuple[str, torch.nn.Module]]:
+    "Name and module of every layer's down projection, by the table."
+    return modules_of(name, model)
 
 
 def tokenizer(pad: bool = True, side: str = "right", special: bool = False, **options):

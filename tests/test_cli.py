@@ -390,7 +390,7 @@ def test_an_unknown_home_names_the_way_out(tmp_path):
     "line, code, says",
     [
         ("run --preset papr", 2, "--preset|'papr'|'paper'"),
-        ("run --site mlp_hiden", 2, "--site|'mlp_hidden', 'mlp_out'|'mlp_hidden'"),
+        ("run --site mlp_hiden", 2, "--site|'mlp_hidden', 'mlp_out', 'attn_heads'|'mlp_hidden'"),
         ("run --alpha -1", 2, "--alpha|-1"),
         ("run --k 0", 2, "--k|0"),
         ("run --k many", 2, "--k"),

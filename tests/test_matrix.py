@@ -11,7 +11,7 @@ import survey
 import torch
 import transformers
 from architectures import ALWAYS, COLUMNS, NO_TEXT, WORKS, examine
-from families import KNOWN, LAYERS, REFUSED
+from families import ATTENTION, KNOWN, LAYERS, REFUSED
 from refusals import refused
 
 from llmfact_nb.sites import neuron_sites
@@ -31,7 +31,7 @@ def test_family(name):
     else:
         assert found["generate"] == (WORKS if KNOWN[name].kind == "causal" else NO_TEXT)
         assert {c for c, words in found.items() if words not in (WORKS, NO_TEXT)} <= {"tune"}
-        lines = [matrix.row(name, found, KNOWN[name].down.format("*"), LAYERS)]
+        lines = [matrix.row(name, found, KNOWN[name].down.format("*"), ATTENTION.get(name), LAYERS)]
         if found["tune"] != WORKS:
             assert (
                 families.down_projections(name, families.build(name))[0][0].rpartition(".")[0] in found["tune"]

@@ -93,7 +93,7 @@ def _about(shard: Shard) -> dict:
     "Whose neurons these are, ready for JSON."
     if isinstance(shard, TextShard):
         of = neuron_sites(shard.model, shard.options.get("site", "mlp_out")).at(shard.options.get("layers"))
-        layout = Layout(of.widths, of.depths, of.site)
+        layout = Layout.of(of)
         name = getattr(getattr(shard.model, "config", None), "_name_or_path", "")
     else:
         acts = _open(shard)

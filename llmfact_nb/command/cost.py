@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,13 +31,18 @@ class ModelSize:
     layers: int
     hidden: int  # width of the residual stream
     mlp: int  # units of the widest layer at the site mlp_hidden
+    attention: int  # and at the site attn_heads
     neurons: int  # at the site asked for, all layers
     vocabulary: int
 
+    def units(self, site: str) -> int:
+        "Return how many units there are at another site, if all layers are as wide as the widest."
+        return self.layers * {"mlp_hidden": self.mlp, "attn_heads": self.attention}.get(site, self.hidden)
 
-_EMBEDDED = {  # parameters, layers, hidden, mlp, vocabulary
-    "smollm2-135m": (134_515_008, 30, 576, 1536, 49_152),
-    "gemma-3-270m": (268_098_176, 18, 640, 2048, 262_144),
+
+_EMBEDDED = {
+    "smollm2-135m": ModelSize(134_515_008, 30, 576, 1536, 576, 30 * 1536, 49_152),
+    "gemma-3-270m": ModelSize(268_098_176, 18, 640, 2048, 1024, 18 * 2048, 262_144),
 }
 
 # %% ../../nbs/command/03_cost.ipynb #7ed7f828
@@ -49,10 +54,7 @@ def model_size(
 
     Raises ArgumentError without a configuration, NotImplementedError where the neurons are not found."""
     if name in _EMBEDDED:
-        parameters, layers, hidden, mlp, vocabulary = _EMBEDDED[name]
-        return ModelSize(
-            parameters, layers, hidden, mlp, layers * (mlp if site == "mlp_hidden" else hidden), vocabulary
-        )
+        return replace(_EMBEDDED[name], neurons=_EMBEDDED[name].units(site))
     from transformers import AutoModelForCausalLM
 
     if (config := configuration(name)) is None:
@@ -60,10 +62,14 @@ def model_size(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    text, sites = config.get_text_config(), {s: neuron_sites(model, s) for s in ("mlp_hidden", "mlp_out")}
-    widths = max(sites["mlp_out"].widths), max(sites["mlp_hidden"].widths)
-    parameters = sum(p.numel() for p in model.parameters())
-    return ModelSize(parameters, len(sites["mlp_out"]), *widths, neuron_sites(model, site).n_neurons, text.vocab_size)
+    parameters, layers = sum(p.numel() for p in model.parameters()), len(neuron_sites(model, "mlp_out"))
+    hidden, mlp = (max(neuron_sites(model, s).widths) for s in ("mlp_out", "mlp_hidden"))
+    try:
+        attention = max(neuron_sites(model, "attn_heads").widths)
+    except NotImplementedError:  # a model of another kind, whose heads nobody asked for
+        attention = 0
+    vocabulary, neurons = config.get_text_config().vocab_size, neuron_sites(model, site).n_neurons
+    return ModelSize(parameters, layers, hidden, mlp, attention, neurons, vocabulary)
 
 # %% ../../nbs/command/03_cost.ipynb #d6b6c8e6
 def bytes_to_fetch(

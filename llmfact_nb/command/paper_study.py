@@ -70,9 +70,9 @@ def paper_cost(
 
 
 def _paper_needs(size: ModelSize, sets: list[Wanted], tokens: int, arms: int) -> Needs:
-    neurons = {"mlp_hidden": size.layers * size.mlp, "mlp_out": size.layers * size.hidden}
-    search = sum(search_flops(w.settings, 0, neurons[w.settings.site]) for w in sets)
-    maps = sum(8 * w.settings.n_components * (neurons[w.settings.site] + w.settings.fit_tokens) for w in sets)
+    units = {w.settings.site: size.units(w.settings.site) for w in sets}
+    search = sum(search_flops(w.settings, 0, units[w.settings.site]) for w in sets)
+    maps = sum(8 * w.settings.n_components * (units[w.settings.site] + w.settings.fit_tokens) for w in sets)
     largest = max((w.settings for w in sets), key=lambda s: (s.site == "mlp_hidden", s.n_components))
     one = run_needs(largest, size)
     return Needs(

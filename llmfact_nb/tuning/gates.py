@@ -252,7 +252,7 @@ def _put(gate: _Gates, model: nn.Module, for_a_block: bool) -> ExitStack:
     if any("neuron_gate" in vars(m) or "neuron_gate" in m._modules for m in model.modules()):
         raise ValueError("model has gates already (model.neuron_gate); detach() them first, or make one NeuronGate.")
     refuse_compiled(model)
-    device = sites[0].module.weight.device
+    device = next(sites[0].module.parameters()).device
     gate.to("cpu" if device.type == "meta" else device)  # meta: offloaded
     gate._hooks, gate._model = _hang(gate, model, sites, for_a_block), weakref.ref(model)
     return gate._hooks
