@@ -30,7 +30,7 @@ OPENING = """# Architectures
 The families of models that were tried, what works with each of them, and which are refused and why.
 
 Every row is a test. A random model of three narrow layers is built from the family's own configuration. The package
-does each thing with it, and the result is compared with hooks, weights and gradients that the test handles itself,
+performs each operation on it; the result is compared with hooks, weights and gradients that the test handles itself,
 without the package. The down projection of every family, and the output projection of its attention, are written down
 by hand. The tests are
 {test}`test_matrix.py::test_family`; `docs/matrix.py` writes this page from them.
@@ -51,14 +51,14 @@ bake
 : The baked copy gives the logits of the masked model and has no hook. An ablation of the residual stream is refused.
 
 generate
-: A left-padded batch is continued under the mask as by the model with zeroed weights. Encoders write no text.
+: A left-padded batch is continued under the mask as by the model with zeroed weights. Encoders generate no text.
 
 tune selected
 : Three steps of AdamW with weight decay 0.1 move every entry that belongs to the mask's neurons and no other by a
   single bit. Gradients show which entries belong to a neuron.
 
 restored
-: After all of it weights and answers are equal bit for bit, and no hook is left.
+: After all of these steps, weights and outputs are equal bit for bit, and no hook is left.
 
 ## Families that are handled
 """

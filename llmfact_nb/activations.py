@@ -296,7 +296,7 @@ def _split_text(tokenizer, text: str, max_length: int) -> list[list[int]]:
 
 # %% ../nbs/02_activations.ipynb #287fdbc5
 def _tokenize(tokenizer, texts: list[str], max_length: int, windows: bool) -> tuple[list[list[int]], list[int], int]:
-    "Token lists, the text each belongs to, and how many texts were cut."
+    "Return token lists, the text of each, and how many texts were cut."
     lists, owners, cut = [], [], 0
     for i, text in enumerate(texts):
         start = text if windows else text[: 32 * max_length]  # articles are long, and tokenising is slow

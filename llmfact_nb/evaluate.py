@@ -39,7 +39,7 @@ from llmfact_nb.base.tokens import (
 
 # %% ../nbs/08_evaluate.ipynb #9961622d
 def require_causal(
-    model: Any,  # should be a causal language model, in the wrapping of PEFT or torch.compile or not
+    model: Any,  # should be a causal language model, possibly wrapped by PEFT or torch.compile
 ) -> None:
     "Raise TypeError unless the model predicts each next token from the tokens before it."
     name = type(unwrapped(model)).__name__ if isinstance(model, nn.Module) else type(model).__name__
@@ -52,7 +52,7 @@ def require_causal(
         )
     if not once_per_model(model, "causal", lambda: _blind_to_later_tokens(model)):
         raise TypeError(
-            f"model is a {name} whose predictions change with later tokens, so the next token is no prediction. "
+            f"model is a {name} whose predictions change with later tokens, so it does not predict the next token. "
             "Use a causal language model."
         )
 
@@ -73,7 +73,7 @@ def _blind_to_later_tokens(model: nn.Module) -> bool:
         return True
     if not any("quantized" in type(m).__module__ for m in model.modules()):
         return False
-    # 8-bit activations share one scale, by which the last token moves the others, but much less than an earlier one
+    # 8-bit activations share one scale, so the last token affects the others, but much less than an earlier one
     earlier = _probe(model, [changed[-1], *tokens[1:]]).logits[0, 1:-1].float()
     return bool((one - other).abs().max() < 0.1 * (one[1:].float() - earlier).abs().max())
 
@@ -111,11 +111,11 @@ def _options(model: nn.Module) -> set[str]:
 
 # %% ../nbs/08_evaluate.ipynb #36bd992e
 def _read_logits(
-    logits: torch.Tensor,  # (n, vocabulary) what the model said at n places
+    logits: torch.Tensor,  # (n, vocabulary) logits of the model at n positions
     targets: Sequence[int],  # (n,) the tokens that came next
     block: int = 256,  # places at a time
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Return (n,) float32 log-probabilities of the targets, and (n,) bool: was the target the first choice?"
+    "Return (n,) float32 log-probabilities of the targets, and (n,) bool: whether the target was the first choice."
     log_probs, first = [], []
     for rows, wanted in zip(logits.split(block), torch.tensor(targets, device=logits.device).split(block)):
         rows = rows.float()
@@ -164,18 +164,18 @@ def _require_readable(model: nn.Module, sequences: Sequence[Sequence[int]]) -> N
     embedding, largest = model.get_input_embeddings().weight, max(max(s) for s in sequences)
     if embedding.dim() == 2 and embedding.shape[0] <= largest:
         raise ValueError(
-            f"tokenizer gives token {largest:,}, and the model knows {embedding.shape[0]:,}: they do not belong "
-            "together. Load both by one name."
+            f"tokenizer gives token {largest:,}, but the model has {embedding.shape[0]:,}: they do not belong "
+            "together. Load both by the same name."
         )
 
 # %% ../nbs/08_evaluate.ipynb #f1a9e0c3
 def fingerprint_of(*parts) -> str:
-    "Return a checksum of what was asked, and how."
+    "Return a checksum of the questions and the way in which they were asked."
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 # %% ../nbs/08_evaluate.ipynb #33a13227
 class EvalSet:
-    """Texts as token ids, ready to be evaluated again and again: give it to `perplexity` in place of the texts.
+    """Texts as token ids, ready to be evaluated repeatedly: pass an EvalSet to `perplexity` in place of the texts.
 
     `ids` holds the token ids of each kept text, `text_ids` its number among the given ones; `n_tokens` counts scored
     tokens, `n_cut` texts that were too long, `n_dropped` those with nothing to score. Raises ValueError if no text has
@@ -226,7 +226,7 @@ class Perplexity:
         counts = f"{self.n_texts} texts, {self.n_tokens:,} tokens"
         worse = ", above the vocabulary size" if self.above_vocabulary else ""
         interval = f"95 % CI {self.ci[0]:.3f} to {self.ci[1]:.3f}"
-        return f"Perplexity({self.value:,.2f}{worse}; {self.nats:.3f} nats a token, {interval}; {counts})"
+        return f"Perplexity({self.value:,.2f}{worse}; {self.nats:.3f} nats per token, {interval}; {counts})"
 
 # %% ../nbs/08_evaluate.ipynb #83936d8a
 def perplexity(
@@ -274,7 +274,7 @@ class PairedDifference:
     def __repr__(self):
         interval = f"95 % CI {self.ci[0]:+.3f} to {self.ci[1]:+.3f}"
         counts = f"{self.n_texts} texts, {self.n_tokens:,} tokens"
-        return f"PairedDifference({self.nats:+.3f} nats a token, {interval}; {counts})"
+        return f"PairedDifference({self.nats:+.3f} nats per token, {interval}; {counts})"
 
 # %% ../nbs/08_evaluate.ipynb #f6d8c8f4
 def paired_difference(
@@ -298,7 +298,7 @@ def paired_difference(
 # %% ../nbs/08_evaluate.ipynb #bcbd2db3
 def uses_chat(
     tokenizer,
-    chat: bool | str,  # True, False, or "auto": where the tokenizer has a template
+    chat: bool | str,  # True, False, or "auto": True if the tokenizer has a template
 ) -> bool:
     "Return whether prompts are put as a user's message. Raises ArgumentError for chat=True without a template."
     has = bool(getattr(text_tokenizer(tokenizer), "chat_template", None))
@@ -322,8 +322,8 @@ def as_prompt(
 # %% ../nbs/08_evaluate.ipynb #d18d408e
 def split_prompt(
     tokenizer,
-    prompt: str,  # what stands before the answer
-    answers: Sequence[str],  # possible continuations; a space is put in front where none stands yet
+    prompt: str,  # the text before the answer
+    answers: Sequence[str],  # possible continuations; a space is put in front if there is none
     chat: bool = False,  # put the prompt as a user's message
 ) -> tuple[list[list[int]], int]:
     "Return the token ids of prompt + answer for each answer, and the place where the answers begin."
@@ -335,14 +335,14 @@ def split_prompt(
     for answer, ids in zip(answers, together):
         if start == 0 or len(ids) <= start:
             raise ValueError(
-                f"prompt={prompt!r:.200} and answer={answer!r}: each must give at least one token of its own. "
+                f"prompt={prompt!r:.200} and answer={answer!r}: each must give at least one token. "
                 "Drop empty ones, or put a word into the template."
             )
     return together, start
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    "How many tokens both begin with."
+    "Return how many tokens both begin with."
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 # %% ../nbs/08_evaluate.ipynb #846f33c0
@@ -369,7 +369,7 @@ def fitting(
 def choose(
     scores: torch.Tensor,  # (n, number of labels) what is compared
 ) -> torch.Tensor:
-    "Return (n,) int64, the label with the highest score of each row; -1 where two share it or any is no number."
+    "Return (n,) int64, the label with the highest score of each row; -1 if two share it or any is nan."
     top = scores.topk(2).values
     return scores.argmax(1).masked_fill(~(scores == scores).all(1) | (top[:, 0] == top[:, 1]), -1)
 
@@ -381,7 +381,7 @@ class LabelAccuracy:
     accuracy: float  # share of texts whose label has the highest score
     ci: tuple[float, float]  # 95 % Wilson interval of the accuracy
     chance: float  # one over the number of labels
-    majority: float  # share of the most frequent label: the score of always saying it
+    majority: float  # share of the most frequent label: the score of always giving it
     n: int  # texts
     label_words: tuple[str, ...]  # what was compared, in the order of the labels
     labels: torch.Tensor  # (n,) int64 true labels
@@ -456,7 +456,7 @@ def _label_words(
     if not different or not set(labels) <= set(range(len(words))):
         raise ArgumentError("label_words", words, f"a word, all different, for each label of {sorted(set(labels))}")
     if missing := [f"{i} ({word!r})" for i, word in enumerate(words) if i not in set(labels)]:
-        says = f"label {', '.join(missing)} does not occur among the {len(labels)} texts: nothing is said about it."
+        says = f"label {', '.join(missing)} does not occur among the {len(labels)} texts: it is not covered."
         warnings.warn(f"{says} Take more texts, or shuffle them.", stacklevel=3)
     return words
 
@@ -465,15 +465,15 @@ def label_accuracy(
     model: nn.Module,  # a causal language model; masks and other hooks it carries stay in force
     tokenizer,  # its tokenizer
     data,  # Dataset with columns "text" and "label", or a list of (text, label) with labels 0, 1, 2, ...
-    template: str = "Text: {text}\nLabel:",  # the prompt; {text} stands for the text, a label word follows
+    template: str = "Text: {text}\nLabel:",  # the prompt; {text} is replaced by the text, a label word follows
     label_words: dict[str, str] | Sequence[str] | None = None,  # {class: word}, or in label order; None: class names
     chat: bool | str = False,  # give the prompt as a user's message; "auto": where the tokenizer has a chat template
     batch_size: int | str = "auto",  # prompts per forward pass; the result does not depend on it
     progress: bool = True,  # show a progress bar
     compare: str = "sum",  # "sum", "mean" or "calibrated" log-likelihoods
-    no_content: str = "N/A",  # what stands for the text in the prompt without content, for "calibrated"
+    no_content: str = "N/A",  # replaces the text in the prompt without content, for "calibrated"
 ) -> LabelAccuracy:
-    """Return how often the right label is the likeliest continuation, beside the chance and the majority level.
+    """Return how often the right label is the most likely continuation, with the chance and the majority level.
 
     Prompts beyond the model's positions are left out, with a warning, and counted in `n_too_long`. Raises ValueError
     on a template without {text}, labels without words, words that cannot be told apart, and if no prompt fits."""

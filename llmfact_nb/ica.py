@@ -84,7 +84,7 @@ def decorrelate(
 
 
 def newton_schulz(W: torch.Tensor, steps: int = 40) -> torch.Tensor:
-    "The same by products: each step lifts small singular values by half and squares the distance of large ones from 1."
+    "The same by matrix products: a step raises small singular values by half and brings large ones closer to 1."
     A = W.double()
     A = A / (A.abs().sum(-1).amax(-1) * A.abs().sum(-2).amax(-1)).sqrt()[..., None, None]
     for _ in range(steps):
@@ -99,10 +99,10 @@ def fastica(
     max_iter: int = 200,
     tol: float = 1e-4,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "All restarts at once: (unmixing (restarts, k, k), iterations (restarts,), movement (iterations, restarts, k))."
+    "Run all restarts; return (unmixing (restarts, k, k), iterations (restarts,), movement (iterations, restarts, k))."
     W = decorrelate(W)
     R, k = W.shape[:2]
-    every = 1 if W.device.type == "cpu" else 8  # asking a GPU whether we are done makes it wait
+    every = 1 if W.device.type == "cpu" else 8  # a test of convergence makes a GPU wait
     running, result, n_iter, moved = torch.arange(R), torch.empty_like(W), torch.zeros(R, dtype=torch.long), []
     for i in range(1, max_iter + 1):
         new = decorrelate(fixed_point_step(W, Z, CONTRASTS[fun]))
@@ -158,8 +158,8 @@ class Unmixed(NamedTuple):
 
     W: torch.Tensor  # (k, k) orthogonal
     stability: torch.Tensor  # (k,), nan with one start
-    n_iter: int  # of the start that took the most
-    converged: bool  # every start
+    n_iter: int  # iterations of the slowest start
+    converged: bool  # whether every start converged
     convergence: torch.Tensor  # (iterations, 4) percentiles 0, 50, 90, 100 of the movement
 
 
@@ -169,16 +169,16 @@ def _settled(W: torch.Tensor, n_iter: torch.Tensor, converged: bool, convergence
 
 # %% ../nbs/03_ica.ipynb #a3ac7744
 def unmix(Z: torch.Tensor, starts: np.ndarray, fun: str, max_iter: int, tol: float) -> Unmixed:
-    "FastICA of white samples (k, samples) from all starts, and the one answer they agree on."
+    "Run FastICA on white samples (k, samples) from all starts; return the one answer on which they agree."
     W, n_iter, history = fastica(Z, torch.from_numpy(starts).to(Z), fun, max_iter, tol)
     last = history[n_iter - 1, torch.arange(len(n_iter))]
     still = int((last.amax(1) >= tol).sum())
     if still:
         median, p90, worst = torch.quantile(last.flatten(), torch.tensor([0.5, 0.9, 1.0])).tolist()
         warnings.warn(
-            f"FastICA has not converged: {still} of {len(last)} restarts still moved after max_iter={max_iter} "
+            f"FastICA has not converged: {still} of {len(last)} restarts were still moving after max_iter={max_iter} "
             f"iterations (median {median:.0e}, 90th percentile {p90:.0e}, worst {worst:.0e}; tol={tol:g}). Raise "
-            "max_iter, use more tokens or fewer components; with n_init=10, stability_ tells which to trust.",
+            "max_iter, use more tokens or fewer components; with n_init=10, stability_ shows which are reliable.",
             ConvergenceWarning,
             stacklevel=4,
         )
@@ -208,14 +208,14 @@ def positive_skew(maps: torch.Tensor) -> torch.Tensor:
 
 # %% ../nbs/03_ica.ipynb #937eacc1
 def components(w: Whitened, W: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
-    "All that is read off the rotation W (k, k), by the name of ICA's attribute without its underscore."
+    "Return the results that follow from the rotation W (k, k), named as ICA's attributes without the underscore."
     white, loadings = w.white(kind)
     non_gaussian, temporal = negentropy(W @ white.T), kind == "temporal"
     order = non_gaussian.argsort(descending=True)
     maps = W[order] @ (loadings if temporal else white).T
     sign = positive_skew(maps)
     rotation, maps = W[order] * sign[:, None], maps.mul_(sign[:, None])
-    if temporal:  # what is left of a constant neuron is rounding
+    if temporal:  # after centring, a constant neuron holds only rounding errors
         rounding = torch.finfo(maps.dtype).eps * w.mean.abs() / w.scale
         maps[:, w.constant | (maps.abs().amax(0) <= rounding)] = 0
     T, N = len(w.time), len(w.neurons)
@@ -272,7 +272,7 @@ def by_sklearn(data: CentredX, kind: str, starts: np.ndarray, fun: str, max_iter
 
 # %% ../nbs/03_ica.ipynb #1e1f6441
 def as_dtype(dtype) -> torch.dtype:
-    "float32 or float64, by name or as torch has it. Raises ArgumentError for any other."
+    "Return float32 or float64, given by name or as a torch dtype. Raises ArgumentError for any other."
     return getattr(torch, check_choice("dtype", str(dtype).removeprefix("torch."), ("float32", "float64")))
 
 # %% ../nbs/03_ica.ipynb #ec1c4a1f
@@ -312,11 +312,11 @@ def _checked(ica: "ICA") -> None:
 
 # %% ../nbs/03_ica.ipynb #0c51d3a2
 def _plan(ica: "ICA", X: torch.Tensor, rows: torch.Tensor | None) -> tuple[CentredX, str, str]:
-    "The centred matrix, walked along the side that the solver wants; the solver; why this one."
+    "Return the centred matrix, read along the side that the solver needs; the solver; the reason for this choice."
     spatial, (T, N) = ica.kind == "spatial", (X.shape[0] if rows is None else len(rows), X.shape[1])
     most, size = min(T, N - spatial), f"{T:,} tokens x {N:,} neurons"
     if ica.n_components > most:
-        raise DataError(f"n_components={ica.n_components} is above {most}, the most that {size} can carry.")
+        raise DataError(f"n_components={ica.n_components} is above {most}, the most that {size} allow.")
     solver, why = ica.whiten_solver, "as asked"
     if ica.backend == "sklearn":
         solver, why = "svd", "backend='sklearn'"
@@ -327,7 +327,7 @@ def _plan(ica: "ICA", X: torch.Tensor, rows: torch.Tensor | None) -> tuple[Centr
 
 # %% ../nbs/03_ica.ipynb #3a89435e
 def _made_from(ica: "ICA", X: torch.Tensor, rows: torch.Tensor | None, solver: str) -> dict:
-    "What the whitened data depend on, ready for JSON."
+    "Return everything that the whitened data depend on, in a form that JSON can store."
     parts = X.split(256) if rows is None else (X.index_select(0, some) for some in rows.split(256))
     seed = None if ica.random_state is None else int(ica.random_state)
     made_from = {"n_components": int(ica.n_components), "kind": ica.kind, "whiten_solver": solver, "random_state": seed}
@@ -379,8 +379,8 @@ class ICA:
     max_iter: int = 200  # FastICA iterations of each start
     tol: float = 1e-4  # a start has converged when no |<w_new, w_old>| is further from 1
     random_state: int | None = 0  # seed of the starts and the randomized solver; None: a new one each time
-    device: str | torch.device | None = None  # where to compute; None: where X lies
-    backend: str = "torch"  # "torch", or "sklearn" for parity
+    device: str | torch.device | None = None  # where to compute; None: the device of X
+    backend: str = "torch"  # "torch", or "sklearn" for comparison
     standardize: bool = False  # divide each neuron by its standard deviation over the rows used
     dtype: torch.dtype | str = torch.float32  # arithmetic, float32 or float64
     w_init: np.ndarray | torch.Tensor | None = None  # (k, k) first start; None: as scikit-learn draws it
@@ -390,23 +390,23 @@ class ICA:
     rotation_: torch.Tensor = field(init=False)  # (k, k): maps_ are rotation_ @ principal_maps_
     sign_: torch.Tensor = field(init=False)  # (k,) 1 or -1, the sign that ICA gave
     stability_: torch.Tensor = field(init=False)  # (k,), nan without restarts
-    negentropy_: torch.Tensor = field(init=False)  # (k,), falling
+    negentropy_: torch.Tensor = field(init=False)  # (k,), in decreasing order
     explained_variance_: torch.Tensor = field(init=False)  # (k,) squared units of X per token, summed over neurons
     explained_variance_ratio_: torch.Tensor = field(init=False)  # (k,)
     singular_values_: torch.Tensor = field(init=False)  # (k,)
     mean_: torch.Tensor = field(init=False)  # (N,)
     scale_: torch.Tensor = field(init=False)  # (N,), ones unless standardized
     convergence_: torch.Tensor = field(init=False)  # (iterations, 4) percentiles 0, 50, 90, 100 of the movement
-    n_iter_: int = field(init=False)  # of the start that took the most
-    converged_: bool = field(init=False)  # every start
+    n_iter_: int = field(init=False)  # iterations of the slowest start
+    converged_: bool = field(init=False)  # whether every start converged
     whiten_solver_: str = field(init=False)  # "gram", "covariance", "randomized" or "svd"
-    whitening_report_: str = field(init=False)  # why this one, and how it went
+    whitening_report_: str = field(init=False)  # the reason for the solver, and its accuracy
 
     def fit(
         self,
         X: torch.Tensor | np.ndarray,  # (T, N), may be bfloat16 or memory-mapped; read in blocks, never copied
         rows: torch.Tensor | np.ndarray | None = None,  # bool (T,): tokens to use, e.g. ~activations.sinks; None: all
-        path: str | os.PathLike | None = None,  # keep the whitened data in this file and go on from it
+        path: str | os.PathLike | None = None,  # keep the whitened data in this file and resume from it
     ) -> "ICA":
         "Find the components; return self. Raises DataError if X has fewer than k directions or holds nan or infinity."
         _fit(self, as_matrix(X), rows, path)

@@ -33,19 +33,9 @@ from llmfact_nb.sites import (
     refuse_unfit,
 )
 
-# %% ../nbs/06_masked_model.ipynb #8f16c98f
-def late_bound(
-    mask: NeuronMask,  # its layers must be of equal width
-) -> NeuronMask:
-    "Return what the published code made of the mask: the last layer's row in every layer."
-    if len(set(mask.widths)) > 1:
-        accepted = "layers of equal width with legacy_late_binding=True"
-        raise ArgumentError("mask", f"widths {sorted(set(mask.widths))}", accepted)
-    return NeuronMask.from_layers([mask.layers[-1]] * len(mask.widths), mask.site, mask.depths)
-
 # %% ../nbs/06_masked_model.ipynb #49c037b9
 class _Columns:
-    "The chosen units of one layer, and what becomes of them. Index tensors follow the values to their device."
+    "The chosen units of one layer and the change made to them. Index tensors follow the values to their device."
 
     def __init__(self, chosen: torch.Tensor, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
         self.few = int(chosen.sum()) * 2 <= len(chosen)
@@ -65,14 +55,14 @@ class _Columns:
 
 # %% ../nbs/06_masked_model.ipynb #4c0d5b29
 class _Row:
-    "One value per unit of a layer, carried once to each device and type where it is needed."
+    "One value per unit of a layer, copied once to each device and type that needs it."
 
     def __init__(self, values: torch.Tensor):
         self.values = values
-        self.placed: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}  # by where they are needed
+        self.placed: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}  # by device and type
 
     def __call__(self, x: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-        "The values of these units, like x."
+        "Return the values of these units, on the device and in the type of x."
         key = (x.device, x.dtype)
         if key not in self.placed:
             with torch.inference_mode(False):  # kept for passes that may have gradients
@@ -81,7 +71,7 @@ class _Row:
 
 # %% ../nbs/06_masked_model.ipynb #40673366
 def _rows(mask: NeuronMask, values: torch.Tensor | np.ndarray, name: str) -> list[torch.Tensor]:
-    "(N,) values as one row per layer."
+    "Return (N,) values as one row per layer."
     kind = f"{mask.n_neurons:,} finite numbers, one for each neuron of the mask"
     refuse_masked(name, values)
     if not isinstance(values, (torch.Tensor, np.ndarray)):
@@ -95,7 +85,7 @@ def _rows(mask: NeuronMask, values: torch.Tensor | np.ndarray, name: str) -> lis
 def _number_or_rows(
     mask: NeuronMask, value: float | torch.Tensor | np.ndarray, name: str
 ) -> float | list[torch.Tensor]:
-    "A number as it is, or (N,) values as one row per layer."
+    "Return a number unchanged, or (N,) values as one row per layer."
     if not isinstance(value, numbers.Real):
         return _rows(mask, value, name)
     if not math.isfinite(value):
@@ -104,7 +94,7 @@ def _number_or_rows(
 
 # %% ../nbs/06_masked_model.ipynb #2c86a904
 def first_tokens(
-    signature: inspect.Signature,  # of the backbone's `forward`
+    signature: inspect.Signature,  # signature of the backbone's `forward`
     args: tuple,  # the positional arguments of one forward pass
     kwargs: dict,  # its named arguments
 ) -> torch.Tensor | None:
@@ -142,14 +132,14 @@ class Passes:
         self.inner, self.sparing = inner, positions == "after-first"
         self.signature = inspect.signature(inner.forward)
         self.may_checkpoint = [m for m in inner.modules() if hasattr(m, "gradient_checkpointing")]
-        self.running = self.checkpointed = False  # a pass; one whose layers run again
-        self.first: torch.Tensor | None = None  # its first tokens
+        self.running = self.checkpointed = False  # whether a pass is running; whether its layers will run again
+        self.first: torch.Tensor | None = None  # first tokens of the running pass
         self.waiting = 0  # passes whose layers have not run again yet
-        self.first_again: torch.Tensor | None = None  # first tokens of the last of them
-        self.ran_again = False  # its layers have
+        self.first_again: torch.Tensor | None = None  # first tokens of the last waiting pass
+        self.ran_again = False  # its layers have run again
 
     def first_now(self) -> torch.Tensor | None:
-        "Return the first tokens for the layer at work. Raises ValueError where they, or the gradients, would be wrong."
+        "Return the first tokens for the running layer. Raises ValueError if they, or the gradients, would be wrong."
         if self.running:
             if self.checkpointed and not torch.is_grad_enabled():
                 raise ValueError(
@@ -176,7 +166,7 @@ class Passes:
         self.running = False
 
     def __enter__(self) -> "Passes":
-        with ExitStack() as hooks:  # if the second one fails, the first goes
+        with ExitStack() as hooks:  # if the second hook fails, the first is removed
             hooks.callback(self.inner.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             hooks.callback(self.inner.register_forward_hook(self._end, always_call=True).remove)
             self.hooks = hooks.pop_all()
@@ -187,13 +177,13 @@ class Passes:
 
 # %% ../nbs/06_masked_model.ipynb #5dc7f4e5
 def is_masked(model: nn.Module) -> bool:
-    "Tell whether a block of ours is open, in which the model is changed."
+    "Return whether a block of this module is open, in which the model is changed."
     hooks = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
     return any(isinstance(getattr(hook, "__self__", None), Passes) for hook in hooks)
 
 
 class _Block:
-    "Changes to a model for the length of a `with`, which gives the number of units changed in each layer."
+    "Changes to a model while a `with` block is open; the block gives the number of units changed in each layer."
 
     def __init__(
         self, model: nn.Module, sites: NeuronSites, mask: NeuronMask, change: Callable, positions: str, opened: list
@@ -206,7 +196,7 @@ class _Block:
 
     def __enter__(self) -> tuple[int, ...]:
         if self.hooks is not None:
-            raise ValueError("this block is open already. Call ablate, keep or amplify again for the inner one.")
+            raise ValueError("this block is open already. Call ablate, keep or amplify again for the inner block.")
         refuse_compiled(self.model)
         passes = Passes(backbone(self.model, self.sites), self.positions)
 
@@ -230,6 +220,16 @@ class _Block:
             self.hooks.close()
         self.hooks = None
 
+# %% ../nbs/06_masked_model.ipynb #8f16c98f
+def late_bound(
+    mask: NeuronMask,  # its layers must be of equal width
+) -> NeuronMask:
+    "Return the mask that the published code applied instead: the last layer's row in every layer."
+    if len(set(mask.widths)) > 1:
+        accepted = "layers of equal width with legacy_late_binding=True"
+        raise ArgumentError("mask", f"widths {sorted(set(mask.widths))}", accepted)
+    return NeuronMask.from_layers([mask.layers[-1]] * len(mask.widths), mask.site, mask.depths)
+
 # %% ../nbs/06_masked_model.ipynb #940267db
 def _bake_layer(module: nn.Module, chosen: torch.Tensor, values: torch.Tensor | None, where: str) -> None:
     "Write one layer's ablation into the weights of its projection."
@@ -246,21 +246,21 @@ def _bake_layer(module: nn.Module, chosen: torch.Tensor, values: torch.Tensor | 
 
 # %% ../nbs/06_masked_model.ipynb #d14f33f4
 def _plain_copy(model: nn.Module) -> nn.Module:
-    "A copy without hooks; ValueError if it would compute with the original's weights."
+    "Return a copy without hooks; ValueError if it would compute with the original's weights."
     for name, m in model.named_modules():
         if isinstance(vars(m).get("forward"), types.FunctionType):
             where = name or type(m).__name__
             what = f"one with a function set as forward of {where}"
             raise ArgumentError("model", what, "one whose copy is independent", "The copy would call the original.")
     plain = copy.deepcopy(model)
-    for m in plain.modules():  # an open block, or anybody's hook, has no business in the copy
+    for m in plain.modules():  # hooks of an open block, or of other code, must not be in the copy
         m._forward_hooks.clear()
         m._forward_pre_hooks.clear()
     return plain
 
 # %% ../nbs/06_masked_model.ipynb #985a4c1b
 def _few_logits(model: nn.Module) -> torch.Tensor:
-    "What the model answers to a few tokens."
+    "Return the model's logits for a few tokens."
     ids = torch.tensor([probe_tokens(model, 4)], device=input_device(model))
     both = {"decoder_input_ids": ids} if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else {}
     with evaluation_mode(model):
@@ -268,7 +268,7 @@ def _few_logits(model: nn.Module) -> torch.Tensor:
 
 # %% ../nbs/06_masked_model.ipynb #8fb0a755
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    "Whether two answers are the same up to rounding in their arithmetic."
+    "Return whether two outputs are equal up to rounding in their arithmetic."
     finite, tolerance = torch.isfinite(b), max(1e-3, 8 * torch.finfo(b.dtype).eps)
     if not torch.equal(torch.isfinite(a), finite) or not finite.any():
         return torch.equal(torch.isfinite(a), finite)
@@ -281,8 +281,10 @@ class _Wrapped:
     def __init__(
         self,
         model: nn.Module,  # a Hugging Face model: causal, base, classification or PEFT-wrapped
-        site: str | Sequence[str] | None = None,  # one of SITES, module names; None: the mask's, else "mlp_out"
-        legacy_late_binding: bool = False,  # replay the published mistake: the last layer's row everywhere
+        site: str
+        | Sequence[str]
+        | None = None,  # one of SITES, module names; None: the site of the mask, else "mlp_out"
+        legacy_late_binding: bool = False,  # reproduce the published mistake: the last layer's row in every layer
     ):
         refuse_unfit(model)
         self.model, self.legacy_late_binding = model, legacy_late_binding
@@ -300,10 +302,10 @@ class _Wrapped:
         "The wrapped model's own `generate`."
         return self.model.generate(*args, **kwargs)
 
-    def sites(self, mask: NeuronMask) -> NeuronSites:  # the mask to be placed
-        "Return the sites that the mask's layers mean here. Raises ValueError, naming the layer, if they do not fit."
+    def sites(self, mask: NeuronMask) -> NeuronSites:  # the mask to be applied
+        "Return the sites of the mask's layers in this model. Raises ValueError, naming the layer, if they do not fit."
         if not isinstance(mask, NeuronMask):
-            raise TypeError(f"mask is a {type(mask).__name__}; expected a NeuronMask, e.g. of NeuronMask.from_flat.")
+            raise TypeError(f"mask is a {type(mask).__name__}; expected a NeuronMask, e.g. from NeuronMask.from_flat.")
         if self.site is not None and mask.site not in (None, self.site):
             raise ArgumentError("mask", f"one of site {mask.site!r}", f"those of this MaskedModel, {self.site!r}")
         every = neuron_sites(self.model, self.site or mask.site or "mlp_out")
@@ -318,7 +320,7 @@ class _Wrapped:
         return sites
 
     def fit_means(self, activations) -> "_Wrapped":  # `Activations` of the same model and site
-        "Remember each neuron's mean over the tokens that are no sinks, for replace='mean'; return self."
+        "Remember each neuron's mean over the tokens that are not sinks, for replace='mean'; return self."
         if self.site is not None and activations.site != self.site:
             what = f"of site {activations.site!r}"
             raise ArgumentError("activations", what, f"those of site {self.site!r}, as this MaskedModel")
@@ -340,14 +342,14 @@ class _Wrapped:
 
 # %% ../nbs/06_masked_model.ipynb #6d8302af
 def _settings(wrapped: _Wrapped) -> list[str]:
-    "What is wrapped, in phrases."
+    "Return short phrases that describe the wrapped model."
     site = f"site {site_name(wrapped.site) if wrapped.site else 'of the mask'}"
     means = "no means fitted" if wrapped.means is None else f"means of {len(wrapped.means):,} neurons fitted"
     return [site, means, *(["legacy late binding"] if wrapped.legacy_late_binding else [])]
 
 # %% ../nbs/06_masked_model.ipynb #b3c4839f
 def _card(wrapped: _Wrapped) -> str:
-    "What a notebook shows: the units changed now, or the model's units."
+    "Return the HTML for a notebook: the units changed now, or all units of the model."
     model, now = wrapped.model, wrapped._open
     facts = [type(model).__name__, f"{sum(p.numel() for p in model.parameters()):,} parameters", *_settings(wrapped)]
     if now:
@@ -368,8 +370,8 @@ def _card(wrapped: _Wrapped) -> str:
 class MaskedModel(_Wrapped):
     """A model whose neurons can be ablated, kept alone, or amplified for the length of a `with` block.
 
-    While a block is open the wrapped model itself is masked: `model(...)`, `model.generate(...)` and `mm(...)` all are.
-    Blocks nest; the inner one sees what the outer one left. Each gives the number of units changed per layer. A pass in
+    While a block is open, the wrapped model itself is masked, in `model(...)`, `model.generate(...)` and `mm(...)`.
+    Blocks nest; the inner one gets the outer one's values. Each gives the number of units changed per layer. A pass in
     which a masked layer does not run exactly once raises ValueError. Masks hold per layer (paper, section 2)."""
 
     def ablate(
@@ -392,7 +394,7 @@ class MaskedModel(_Wrapped):
     def keep(
         self,
         mask: NeuronMask,  # the neurons to keep
-        replace: str | torch.Tensor | np.ndarray = "zero",  # what the others become
+        replace: str | torch.Tensor | np.ndarray = "zero",  # replacement of all others
         positions: str = "all",  # "all" or "after-first"
     ) -> _Block:
         "Context manager: every neuron but the mask's is replaced (the paper's preservation)."
@@ -401,7 +403,7 @@ class MaskedModel(_Wrapped):
 
     def amplify(
         self,
-        mask: NeuronMask,  # the neurons to turn up or down
+        mask: NeuronMask,  # the neurons to amplify or weaken
         gain: float | torch.Tensor | np.ndarray = 1.0,  # factor, a number or (N,)
         add: float | torch.Tensor | np.ndarray = 0.0,  # added then, in activation units; the published code has add=1
         positions: str = "all",  # "all" or "after-first"
@@ -423,9 +425,9 @@ class MaskedModel(_Wrapped):
         replace: str | torch.Tensor | np.ndarray = "zero",  # "zero", "mean" or (N,) values
         positions: str = "all",  # only "all" can be expressed in weights
     ) -> nn.Module:
-        "Return a copy with the ablation in its weights. Raises ValueError for what weights cannot express."
+        "Return a copy with the ablation in its weights. Raises ValueError if weights cannot express it."
         if positions != "all":
-            raise ArgumentError("positions", positions, "'all'", "Weights know no positions; use `ablate`.")
+            raise ArgumentError("positions", positions, "'all'", "Weights apply to all positions; use `ablate`.")
         refuse_compiled(self.model)
         return baked(self.model, self.sites(mask), self._meant(mask), self._replacement(mask, replace))
 
@@ -445,7 +447,7 @@ class MaskedModel(_Wrapped):
         return list(self.means.split(mask.widths))
 
     def _meant(self, mask: NeuronMask) -> NeuronMask:
-        "The mask that is applied."
+        "Return the mask that is really applied."
         if mask.n == 0:
             warnings.warn("no unit is masked: the mask leaves the model as it is.", stacklevel=4)
         return late_bound(mask) if self.legacy_late_binding else mask
@@ -456,7 +458,7 @@ class MaskedModel(_Wrapped):
 
 # %% ../nbs/06_masked_model.ipynb #18773ff3
 def baked(model: nn.Module, sites: NeuronSites, mask: NeuronMask, rows: list[torch.Tensor] | None) -> nn.Module:
-    "Return a copy with the ablation in its weights; ValueError, naming the module, where they cannot carry it."
+    "Return a copy with the ablation in its weights; ValueError, naming the module, if they cannot express it."
     used = [(i, s) for i, s in enumerate(sites) if mask.counts[i]]
     if sites.site == "residual":
         what = "a site that is a side of one linear map"
@@ -474,6 +476,6 @@ def baked(model: nn.Module, sites: NeuronSites, mask: NeuronMask, rows: list[tor
         for i, s in used:
             _bake_layer(result.get_submodule(s.name), mask.layers[i], None if rows is None else rows[i], s.where)
     if not _alike(_few_logits(result), expected):
-        what = "one whose baked copy does not answer as the masked model does"
+        what = "one whose baked copy and masked model give different outputs"
         raise ArgumentError("model", what, "one that its weights describe", "Use the context manager `ablate`.")
     return result

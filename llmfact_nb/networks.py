@@ -37,7 +37,7 @@ _TAILS = ("positive", "both", "raw")
 
 @dataclass(frozen=True)
 class Threshold:
-    "Which units belong to a network: those whose z passes `alpha`, or the top `fraction` of all by largest |z|."
+    "Which units belong to a network: those whose z passes `alpha`, or the top `fraction` of units by |z|."
 
     alpha: float | None = None  # standard deviations of the map
     fraction: float | None = None  # share of all units, above 0 and up to 1; the alpha it implies cuts both tails
@@ -74,11 +74,11 @@ def _strongest(maps: torch.Tensor, fraction: float) -> torch.Tensor:
 
 # %% ../nbs/05_networks.ipynb #18cd6c2f
 class _Maps:
-    "Maps over neurons in units of their own spread."
+    "Maps over neurons as z-scores."
 
     maps_: torch.Tensor  # (k, N) z-scores, the longer tail positive
     sign_: torch.Tensor  # (k,) 1 or -1, the sign ICA gave
-    layout: Layout  # of the N neurons
+    layout: Layout  # layout of the N neurons
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ class _Maps:
 
     @property
     def site(self) -> str | tuple[str, ...] | None:
-        "Where the neurons live."
+        "The site of the neurons."
         return self.layout.site
 
     def fitted(self) -> Self:
@@ -111,7 +111,7 @@ class _Maps:
 
 # %% ../nbs/05_networks.ipynb #b6d5ce1c
 class _Cut(_Maps):
-    "What a threshold makes of the maps."
+    "Maps with the sets of neurons that a threshold selects."
 
     def masks(
         self,
@@ -129,7 +129,7 @@ class _Cut(_Maps):
         alpha: float | None = None,  # threshold in standard deviations; None with fraction=None: 1.96
         tail: str = "positive",  # which tail alpha cuts
         fraction: float | None = None,  # instead: this share of all units, those with the largest |z| in any map
-        threshold: Threshold | None = None,  # instead of the three
+        threshold: Threshold | None = None,  # instead of the three arguments above
     ) -> NeuronMask:
         "Return the key neurons: the union of the networks at alpha, or the top fraction by largest |z|."
         cut = threshold or Threshold(1.96 if alpha is None and fraction is None else alpha, fraction, tail)
@@ -140,7 +140,7 @@ class _Cut(_Maps):
         return NeuronMask.from_flat(chosen, self.layout)
 
     def at_alpha(self, threshold: Threshold) -> Threshold:
-        "Return the threshold as an alpha and a tail: as it is, or the ones that its fraction implies here."
+        "Return the threshold as an alpha and a tail: unchanged, or as its fraction implies for these maps."
         self.fitted()
         if threshold.fraction is None:
             return threshold
@@ -166,8 +166,8 @@ def rows_to_use(
 def least_squares_courses(
     activations: Activations,
     mixing: torch.Tensor,  # (k, N) maps, in units of the activations over `scale`
-    mean: torch.Tensor,  # (N,) taken off first
-    scale: torch.Tensor,  # (N,) divided by then
+    mean: torch.Tensor,  # (N,) subtracted first
+    scale: torch.Tensor,  # (N,) then divided by
 ) -> torch.Tensor:
     "Return (T, k): how much of each map is in each token, by least squares; layer by layer, in little memory."
     unmixing = torch.linalg.pinv(mixing.double()).float()  # (N, k)
@@ -188,9 +188,9 @@ def random_rotation(k: int, seed: int) -> torch.Tensor:
 
 # %% ../nbs/05_networks.ipynb #43505382
 class _Learned(_Cut):
-    "What a decomposition leaves, beside the maps."
+    "The other results of a decomposition, in addition to the maps."
 
-    ica: ICA  # how it was found
+    ica: ICA  # the decomposition that found the networks
     n_components: int
     kind: str
     exclude: str | None
@@ -225,7 +225,7 @@ def learned(
     networks: N,  # not fitted yet
     ica,  # a fitted `ICA`, or another estimator with the same attributes
     rows: torch.Tensor,  # (T,) bool, the tokens used
-    layout: Layout,  # of the neurons
+    layout: Layout,  # layout of the neurons
     model: str,  # name or path
     texts_centred: bool = False,  # each text was centred on its own mean
 ) -> N:
@@ -257,7 +257,7 @@ def turned(networks: N, turn: torch.Tensor, method: str) -> N:
 
 # %% ../nbs/05_networks.ipynb #8c73ceb4
 def _origin(networks: _Learned) -> list[str]:
-    "Where fitted networks come from, in phrases."
+    "Return short phrases about the origin of fitted networks."
     used, steps = networks.rows_, f"in {networks.n_iter_} steps"
     phrases = [f"site {site_name(networks.site)}", f"{int(used.sum()):,} of {len(used):,} tokens"]
     if networks.method_ == "ica":
@@ -266,7 +266,7 @@ def _origin(networks: _Learned) -> list[str]:
 
 # %% ../nbs/05_networks.ipynb #1160a19f
 def _networks_card(networks: _Learned) -> str:
-    "The networks as a notebook shows them."
+    "Return the HTML that a notebook shows for the networks."
     k, key, stability = len(networks.maps_), networks.key_neurons(fraction=0.01), networks.stability_
     facts = [f"{k} networks of {networks.layout.n_neurons:,} neurons", f"{networks.method_}, {networks.kind}"]
     facts += [*_origin(networks), f"{len(networks.widths)} layers"]
@@ -281,14 +281,14 @@ def _networks_card(networks: _Learned) -> str:
 
 # %% ../nbs/05_networks.ipynb #87c06836
 class _Found(_Learned):
-    "What can be done with networks once they are found."
+    "Methods of fitted networks."
 
     def alternative(
         self,
         method: str = "pca",  # "pca": principal components; "rotation": a random rotation of them
-        seed: int = 0,  # of the rotation
+        seed: int = 0,  # seed of the rotation
     ) -> Self:
-        "Return other components of the same subspace, fitted: nulls that explain as much, without independence."
+        "Return other components of the same subspace as fitted networks: null models that explain as much variance."
         check_choice("method", method, ("pca", "rotation"))
         k = len(self.fitted().mixing_)
         turn = torch.eye(k, dtype=torch.float64) if method == "pca" else random_rotation(k, seed)
@@ -319,7 +319,7 @@ class _Found(_Learned):
 
 # %% ../nbs/05_networks.ipynb #436e8a1c
 def _fit_text(networks: "FunctionalNetworks", activations: Activations, text: int) -> "FunctionalNetworks":
-    "The networks of one text, found in the same way."
+    "Return the networks of one text, fitted with the same settings."
     try:
         return FunctionalNetworks(ica=networks.ica, exclude=networks.exclude).fit(activations.of_text(text))
     except DataError as e:
@@ -356,14 +356,14 @@ class FunctionalNetworks(_Found):
         exclude: str | None = None,  # tokens left out of the fit: None, "first" (of each text) or "sinks"
         n_init: int = 1,  # starts; with more, their consensus is taken and `stability_` is known
         max_iter: int = 200,  # FastICA iterations of each start
-        tol: float = 1e-4,  # when a start has converged
+        tol: float = 1e-4,  # tolerance at which a start has converged
         random_state: int | None = 0,  # seed of the starts
         fun: str = "logcosh",  # contrast: "logcosh", "cube" or "exp"
         whiten_solver: str = "auto",  # see `ICA`
         dtype: torch.dtype | str = torch.float32,  # arithmetic
         device: str | torch.device | None = None,  # where to compute
         backend: str = "torch",  # "torch" or "sklearn"
-        ica: ICA | None = None,  # a prepared `ICA` instead of all of these but `exclude`
+        ica: ICA | None = None,  # a prepared `ICA` instead of the other arguments, except `exclude`
     ):
         check_choice("exclude", exclude, EXCLUDE)
         own = ICA(
@@ -380,7 +380,7 @@ class FunctionalNetworks(_Found):
         activations: Activations,  # one text or many, whose tokens are stacked (paper, section 2)
         path: str | os.PathLike | None = None,  # file for the whitened data, see `ICA.fit`
     ) -> Self:
-        "Find the networks; return self. Raises DataError where the data, or what `exclude` leaves of them, do not do."
+        "Find the networks; return self. Raises DataError if the data, or those that `exclude` leaves, do not suffice."
         if not isinstance(activations, Activations):
             raise TypeError(f"activations is a {type(activations).__name__}; expected what capture() gives.")
         rows = rows_to_use(activations, self.exclude)
@@ -392,7 +392,7 @@ class FunctionalNetworks(_Found):
         return self.fit(activations).transform(activations)
 
     def fit_each(self, activations: Activations) -> "list[FunctionalNetworks]":  # several texts
-        "Fit every text by itself; return one fitted object per text. Raises DataError naming the text that fails."
+        "Fit every text separately; return one fitted object per text. Raises DataError naming the text that fails."
         return [_fit_text(self, activations, text) for text in activations.text_ids.unique().tolist()]
 
     def transform(self, activations: Activations) -> torch.Tensor:  # of the same model, site and layers
@@ -402,7 +402,7 @@ class FunctionalNetworks(_Found):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FunctionalNetworks":
-        "Return the networks stored in `path`. Raises as `files.load_tensors` does."
+        "Return the networks stored in `path`. Raises what `files.load_tensors` raises."
         return load_networks(path)
 
 # %% ../nbs/05_networks.ipynb #2c6651e2
@@ -451,11 +451,11 @@ def match_networks(
 
 # %% ../nbs/05_networks.ipynb #54b54878
 def _check_parts(networks: _Learned) -> None:
-    "Raise ValueError if what was read from a file does not fit together."
+    "Raise ValueError if the parts read from a file do not fit together."
     k, n = networks.mixing_.shape
     rows = networks.rows_
     if rows.dtype != torch.bool or rows.dim() != 1 or not k or not networks.mixing_.double().isfinite().all():
-        raise ValueError("there are no maps, they hold nan or infinity, or the rows are no row of booleans")
+        raise ValueError("there are no maps, they hold nan or infinity, or rows_ is not a row of booleans")
     shapes = dict.fromkeys(("sign_", "stability_", "explained_variance_ratio_"), (k,)) | {
         "rotation_": (k, k),
         "mean_": (n,),
@@ -492,7 +492,7 @@ def save_networks(networks: _Learned, path: str | os.PathLike) -> Path:
 
 # %% ../nbs/05_networks.ipynb #fdaf90a8
 def load_networks(path: str | os.PathLike) -> FunctionalNetworks:
-    "Return the networks stored in `path`. Raises as `files.load_tensors` does, and ValueError if parts do not fit."
+    "Return the networks stored in `path`. Raises like `files.load_tensors`, and ValueError if parts do not fit."
     tensors, meta = load_tensors(path, "networks", (*_TENSORS, "settings", "learned"))
     with reading(path, "set of networks"):
         networks = FunctionalNetworks(**meta["settings"])

@@ -454,4 +454,4 @@ def check_own_weights(
         shared = [n for n in holders[weight.untyped_storage().data_ptr()] if n not in own]
         if shared:
             what = f"{name} shares its weight with {', '.join(shared)}"
-            raise ArgumentError("model", what, "modules with a weight of their own", "Give it a copy of the weight.")
+            raise ArgumentError("model", what, "modules that share no weight", "Give it a copy of the weight.")

@@ -125,7 +125,7 @@ def test_masks_that_do_not_belong_together():
         (lambda: NeuronMask.from_flat([True] * 4, (4, 0)), ValueError, "positive"),
         (lambda: NeuronMask.from_layers([[True], [1.0]]), TypeError, "layers[1]"),
         (lambda: NeuronMask.from_layers([]), ValueError, "widths"),
-        (lambda: NeuronMask.empty((4, 4), depths=(1, 0)), ValueError, "growing"),
+        (lambda: NeuronMask.empty((4, 4), depths=(1, 0)), ValueError, "increasing"),
         (lambda: NeuronMask.empty((4, 4), depths=(1,)), ValueError, "depths"),
         (lambda: NeuronMask.empty((4,), site="mlp"), ValueError, "mlp_hidden"),
         (lambda: NeuronMask.empty((4,), site=[]), ValueError, "site"),
