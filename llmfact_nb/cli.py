@@ -45,6 +45,7 @@ def main(
 # %% ../nbs/12_command.ipynb #66983dd7
 OUT = option(Path("out/run"), "Folder of the run. The same command again resumes it.", "Where")
 DEVICE = option(str, "cuda, cpu, ...", "Where", shown="where transformers puts the model")
+JOBS = option(1, "Processes that share the work.", "Where", "--jobs", "--processes", least=1)
 LICENCE = option(False, "Accept the terms of a model that has its own (gemma-3-270m).", "What", "--accept-licence")
 SAME_FOLDER = option(Path, "The same folder, given as an option.", "Where", "--out")
 DRY_RUN = option(
@@ -173,8 +174,8 @@ def bill(
     return Answer(lines, facts | {"enough_disk": "disk" not in short, "dry_run": True}, int(bool(short)))
 
 # %% ../nbs/12_command.ipynb #6fac6f26
-@command(**SETTINGS, out=OUT, preset=PRESET, device=DEVICE, accept_licence=LICENCE, dry_run=DRY_RUN)
-def run(out, preset, device, accept_licence, dry_run, **given) -> Answer:
+@command(**SETTINGS, out=OUT, preset=PRESET, device=DEVICE, jobs=JOBS, accept_licence=LICENCE, dry_run=DRY_RUN)
+def run(out, preset, device, jobs, accept_licence, dry_run, **given) -> Answer:
     """Find networks, ablate them, write a report.
 
     The whole experiment on one model, with controls, as a table, figures, a report and an interactive page. It
@@ -191,7 +192,7 @@ def run(out, preset, device, accept_licence, dry_run, **given) -> Answer:
     sources = planned(preset, given, out, device, accept_licence)
     if dry_run:
         return bill(run_cost(sources.settings, device=device), out, sources.settings.model)
-    done = run_experiment(sources.settings, out, device, progress(), **sources.load_options)
+    done = run_experiment(sources.settings, out, device, progress(), jobs, **sources.load_options)
     report, page, rest = out / "report.html", out / "networks.html", summary(done.found, done.results, done.settings)
     lines = [results_table(done.results, done.differences), "", *(f"- {s}" for s in rest), "", f"report: {report}"]
     lines += [f"networks, to click through: {page}", f"tables, figures, networks, manifest: {out}"]
@@ -566,7 +567,7 @@ PAPER = {
     "grid": option(False, "Every changed factor with all selections and controls; most of a day.", "What", "--grid"),
     "eval_tokens": option(20_000, "Held-out tokens for the arms of the baseline.", "What", least=1),
     "sentences": option(500, "Labelled sentences.", "What", least=1),
-    "jobs": option(1, "Processes that share the work.", "Where", "--jobs", "--processes", least=1),
+    "jobs": JOBS,
     "out": option(Path("out/paper"), "Folder of the studies. The same command again resumes them.", "Where"),
     "device": DEVICE,
     "dry_run": DRY_RUN,

@@ -134,6 +134,13 @@ def test_key_neurons_are_compared_document_by_document(whole):
     assert len(table) == 9 and results[results.operation == "keep"].key_minus.isna().all()
 
 
+@pytest.mark.slow
+def test_two_processes_give_the_same_run(tiny, whole, tmp_path):
+    llmfact(run_line(tiny, tmp_path / "two") + " --jobs 2")
+    two, one = (pd.read_csv(folder / "differences.csv") for folder in (tmp_path / "two", whole[0]))
+    pd.testing.assert_frame_equal(two, one, atol=1e-6)
+
+
 def test_the_same_command_resumes_and_another_is_refused(tiny, whole):
     out = whole[0]
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -509,7 +516,7 @@ def test_choices_are_those_of_the_library():
             kept = {"exclude": None} if value == "none" else {FIELD.get(name, name): value}
             Settings(**kept | ({"alpha": 2.0, "fraction": None} if name == "tail" else {}))
     options = {n: set(re.findall(r"^  (--[\w-]+)", llmfact(f"{n} --help")[0], re.M)) for n in ("run", "networks")}
-    assert options["run"] - options["networks"] == {"--control-seeds"}
+    assert options["run"] - options["networks"] == {"--control-seeds", "--jobs"}
     assert options["networks"] - options["run"] == {"--html"}
 
 

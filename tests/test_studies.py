@@ -826,8 +826,8 @@ def test_the_whole_study_interrupted_and_resumed(tmp_path):
     assert set(grid[grid.measure == "nats"].data.dropna()) <= {"topics", ""}, "all factors on the same texts"
 
     sets = evaluation_sets(TOKENIZER, texts, WHOLE)
-    passes = study_passes(WHOLE, ["topics", "others"])
+    passes = study_passes(replace(WHOLE, ks=(4,)), ["topics", "others"])  # 300 networks cannot be found
     files = len(list((tmp_path / "a" / "scores").glob("*.safetensors")))
     counted = sum(n for study, of in passes.items() for name, n in of.items())
     assert {name for of in passes.values() for name in of} <= set(sets)
-    assert files <= counted < 1.5 * files, "an upper bound: networks that cannot be found and repetitions count too"
+    assert files <= counted < 1.2 * files, "an upper bound: what cannot be found, or is equal, counts too"

@@ -88,7 +88,7 @@ def _open(shard: Shard) -> Activations:
         return shard.open()
     return shard if isinstance(shard, Activations) else Activations.load(shard)
 
-
+# %% ../../nbs/across/01_group.ipynb #7fbb470f
 def _about(shard: Shard) -> dict:
     "Whose neurons these are, ready for JSON."
     if isinstance(shard, TextShard):
@@ -113,7 +113,7 @@ def _mark(shard: Shard, rows: torch.Tensor | None) -> str:
         found = [digest(a.token_ids, a.text_ids, a.sinks, a.values[some])]
     return " ".join(found if rows is None else [*found, digest(rows)])
 
-
+# %% ../../nbs/across/01_group.ipynb #afa4146f
 def _weights(shards: Sequence[Shard]) -> list[str]:
     "Checksums of the models' weights; parts that are offloaded are passed over."
     models = {id(s.model): s.model for s in shards if isinstance(s, TextShard)}
@@ -547,6 +547,11 @@ def _moments(fit: _Progress) -> _Moments:
     return _Moments(counts, mean, scale, T * float((std / scale).square().sum()))
 
 # %% ../../nbs/across/01_group.ipynb #a463aa4b
+def _shorter(fit: _Progress, rows: torch.Tensor, r: int) -> torch.Tensor:
+    "The r leading rows of a stack as it is: its rows have no mean of their own."
+    return leading_rows(fit.centred(rows, mean=torch.zeros(rows.shape[1])), r, fit.seed).cpu()
+
+# %% ../../nbs/across/01_group.ipynb #0b7b2074
 def _stack(fit: _Progress, group: _Moments) -> torch.Tensor:
     "This rank's rows, centred and scaled for the group."
     stack, most = [torch.zeros(0, fit.layout.n_neurons, dtype=fit.dtype)], fit.how.max_rows
@@ -563,11 +568,6 @@ def _stack(fit: _Progress, group: _Moments) -> torch.Tensor:
             stack = [_shorter(fit, torch.cat(stack), most)]
     return torch.cat(stack)
 
-
-def _shorter(fit: _Progress, rows: torch.Tensor, r: int) -> torch.Tensor:
-    "The r leading rows of a stack as it is: its rows have no mean of their own."
-    return leading_rows(fit.centred(rows, mean=torch.zeros(rows.shape[1])), r, fit.seed).cpu()
-
 # %% ../../nbs/across/01_group.ipynb #8a1e00bc
 def _gathered(fit: _Progress, rows: torch.Tensor) -> torch.Tensor:
     "The stacks of all ranks, one after the other; with max_rows never more than two of that length."
@@ -581,7 +581,7 @@ def _gathered(fit: _Progress, rows: torch.Tensor) -> torch.Tensor:
             stack = fit.ranks.together(lambda: _shorter(fit, stack, most))
     return stack
 
-
+# %% ../../nbs/across/01_group.ipynb #6645560a
 def _leading(fit: _Progress, group: _Moments, rows: torch.Tensor) -> torch.Tensor:
     "Leading directions of the stack (q, N): orthonormal if temporal, with their lengths if spatial."
     k, spatial = fit.how.n_components, fit.how.kind == "spatial"
@@ -611,7 +611,7 @@ def _by_token(how: GroupICA, X: torch.Tensor, index, mean: torch.Tensor, scale: 
     given = {} if how.standardize == "text" else {"mean": mean, "scale": scale}
     return CentredX(X, index, not given, "tokens", dtype=as_dtype(how.dtype), device=how.device, **given)
 
-
+# %% ../../nbs/across/01_group.ipynb #2d0d96fb
 def _project_shard(fit: _Progress, w: _Work, group: _Moments, basis: torch.Tensor, back: bool) -> dict:
     how, acts = fit.how, _open(w.shard)
     used = _used(acts, how.exclude, w.rows, w.name)

@@ -144,7 +144,7 @@ def _kept_rows(path: Path | None, make: Callable[[], list[dict]]) -> dict:
         write_json(path, found)
     return found
 
-
+# %% ../../nbs/across/03_recurrence.ipynb #a6090118
 def _each(texts: Mapping[str, Sequence[str]]) -> Iterator[tuple[int, str, int, str]]:
     "Yield (number from 1, kind, number within the kind, text)."
     pairs = [(kind, i, text) for kind, of in texts.items() for i, text in enumerate(of)]

@@ -32,7 +32,7 @@ class MapMatch:
     r: torch.Tensor  # (pairs,) |r| over neurons, in the order of the first set
     pairs: list[tuple[int, int]]  # (map of the first set, map of the second set)
 
-
+# %% ../../nbs/across/02_reproducibility.ipynb #31b6762e
 def _unit(maps: torch.Tensor) -> torch.Tensor:
     "Maps without their mean, of length 1."
     centred = maps.double() - maps.double().mean(1, keepdim=True)

@@ -152,6 +152,14 @@ def paired_shares(
 LEAST_DRAWS = 19
 
 
+def _enough(n: int) -> None:
+    if n < LEAST_DRAWS:
+        raise ValueError(
+            f"there are {n} control draws; a p-value needs at least {LEAST_DRAWS}, so that it can be as small as 0.05. "
+            "Measure more seeds, or report the range without a p-value."
+        )
+
+# %% ../../nbs/base/08_statistics.ipynb #3aeb3db3
 def control_p_value(
     value: float,  # of the selection in question
     controls: Sequence[float],  # the same of each control draw
@@ -161,14 +169,6 @@ def control_p_value(
     if math.isnan(value) or any(math.isnan(c) for c in controls):
         raise ValueError("value or controls hold nan; a p-value over missing measurements would be wrong.")
     return (1 + sum(c >= value for c in controls)) / (1 + len(controls))
-
-
-def _enough(n: int) -> None:
-    if n < LEAST_DRAWS:
-        raise ValueError(
-            f"there are {n} control draws; a p-value needs at least {LEAST_DRAWS}, so that it can be as small as 0.05. "
-            "Measure more seeds, or report the range without a p-value."
-        )
 
 # %% ../../nbs/base/08_statistics.ipynb #27a5f058
 def _documents_variance(

@@ -20,28 +20,14 @@ import pandas as pd
 import torch
 
 from .. import __version__
-from llmfact_nb.ablation import (
-    FACTS,
-    PRESETS,
-    EvaluationSet,
-    Found,
-    ScoreCache,
-    Settings,
-    as_table,
-    find_networks,
-    first_texts,
-    key_arms,
-    loss_on,
-    measure,
-)
+from ..ablation import FACTS, PRESETS, EvaluationSet, Found, ScoreCache, Settings, as_table, condition_name
+from ..ablation import find_networks, first_texts, key_arms, loss_on, measure
 from ..activations import capture
 from ..base.arguments import ArgumentError, check_choice
 from ..base.display import note
 from ..base.downloads import RESOURCES, sha256_of
-from llmfact_nb.base.files import (
-    ClaimError, check_claim, claim, digest, from_home, load_tensors, read_header, read_json, reading, save_tensors,
-    write_json, write_text,
-)  # fmt: skip
+from ..base.files import ClaimError, check_claim, claim, digest, from_home, load_tensors, read_header
+from ..base.files import read_json, reading, save_tensors, write_json, write_text
 from ..base.identity import model_fingerprint
 from ..base.models import load_model, resource_record
 from ..base.statistics import LEAST_DRAWS, difference_to_draws, document_estimate
@@ -223,21 +209,6 @@ def search(
     found.save(folder)
 
 # %% ../../nbs/command/04_run.ipynb #5adc526d
-def refuse_another_model(
-    folder: Path,  # of a run that has its networks
-    name: str,  # of the model
-    model,  # as it was loaded now
-    tokenizer,  # likewise
-) -> None:
-    "Raise ClaimError, naming the model, if it is not the one that the networks were found in."
-    there, now = read_json(folder / _LOADED, ("fingerprint",))["fingerprint"], model_fingerprint(model, tokenizer)
-    if there != now:
-        other = {k: (f"{there.get(k)}", f"{now.get(k)}") for k in {*there, *now} if there.get(k) != now.get(k)}
-        said = f"model={name!r} is no longer what the run in {str(folder)!r} began with ({', '.join(sorted(other))})"
-        named = {f"model {name!r}, {what}": pair for what, pair in sorted(other.items())}
-        raise ClaimError(f"{said}. Choose another folder, or delete this one.", folder, "run", named)
-
-
 def run_settings_of(
     folder: str | os.PathLike,  # of a run
 ) -> Settings:
@@ -262,6 +233,21 @@ def read_found(
         if missing := [name for name in FACTS if name not in found.facts]:
             raise ValueError(f"it lacks {', '.join(missing)}")
     return settings, found
+
+# %% ../../nbs/command/04_run.ipynb #7f51328a
+def refuse_another_model(
+    folder: Path,  # of a run that has its networks
+    name: str,  # of the model
+    model,  # as it was loaded now
+    tokenizer,  # likewise
+) -> None:
+    "Raise ClaimError, naming the model, if it is not the one that the networks were found in."
+    there, now = read_json(folder / _LOADED, ("fingerprint",))["fingerprint"], model_fingerprint(model, tokenizer)
+    if there != now:
+        other = {k: (f"{there.get(k)}", f"{now.get(k)}") for k in {*there, *now} if there.get(k) != now.get(k)}
+        said = f"model={name!r} is no longer what the run in {str(folder)!r} began with ({', '.join(sorted(other))})"
+        named = {f"model {name!r}, {what}": pair for what, pair in sorted(other.items())}
+        raise ClaimError(f"{said}. Choose another folder, or delete this one.", folder, "run", named)
 
 # %% ../../nbs/command/04_run.ipynb #a301b446
 def find_into(
@@ -388,6 +374,14 @@ def scored_texts(sources: Sources, fingerprint: str) -> EvaluationSet:
     return EvaluationSet(s.texts, ("nats",), fingerprint, s.eval_texts * s.eval_length, score)
 
 
+def _scoring(sources: Sources, folder: Path, measurable: bool) -> tuple[ScoreCache, EvaluationSet]:
+    "The run's scores, and the texts that they are of."
+    loaded = read_json(folder / _LOADED, ("fingerprint", "held-out tokens"))
+    model = (lambda: sources.load()[0]) if measurable else None
+    cache = ScoreCache(model, folder / "parts" / "scores", loaded["fingerprint"], sources.progress and measurable)
+    return cache, scored_texts(sources, loaded["held-out tokens"])
+
+# %% ../../nbs/command/04_run.ipynb #ef737825
 def arms_measured(
     found: Found,
     sources: Sources,
@@ -400,15 +394,7 @@ def arms_measured(
     table = measure(cache, _arms(found, sources.settings), [texts], "run", n_jobs=n_jobs)
     return _minus_rows(table, cache), cache
 
-
-def _scoring(sources: Sources, folder: Path, measurable: bool) -> tuple[ScoreCache, EvaluationSet]:
-    "The run's scores, and the texts that they are of."
-    loaded = read_json(folder / _LOADED, ("fingerprint", "held-out tokens"))
-    model = (lambda: sources.load()[0]) if measurable else None
-    cache = ScoreCache(model, folder / "parts" / "scores", loaded["fingerprint"], sources.progress and measurable)
-    return cache, scored_texts(sources, loaded["held-out tokens"])
-
-
+# %% ../../nbs/command/04_run.ipynb #16fc4ffb
 def scores_known(
     folder: Path,  # of a run that has its networks
 ) -> tuple[int, int]:
@@ -438,15 +424,6 @@ def differences(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/command/04_run.ipynb #d41ba2b0
-def summary(
-    found: Found,
-    results: pd.DataFrame,  # table of the arms
-    settings: Settings,  # of the run
-) -> list[str]:
-    "Return what the numbers rest on, in plain sentences."
-    return [*_said_of_networks(found.facts, settings), *_said_of_match(results)]
-
-
 def _said_of_networks(f: dict, s: Settings) -> list[str]:
     converged = "converged" if f["converged"] else "did NOT converge"
     left_out = {"sinks": "they are left out", "first": "the first tokens are left out", None: "they take part"}[
@@ -460,6 +437,20 @@ def _said_of_networks(f: dict, s: Settings) -> list[str]:
         f"Union of the networks at alpha {f['null alpha']:g} ({f['null tail']}): {f['observed union']:.1%} of the "
         f"units; Gaussian maps would give {f['expected union of Gaussian maps']:.1%}.",
     ]
+
+# %% ../../nbs/command/04_run.ipynb #1452e6e1
+def summary(
+    found: Found,
+    results: pd.DataFrame,  # table of the arms
+    settings: Settings,  # of the run
+) -> list[str]:
+    "Return what the numbers rest on, in plain sentences."
+    draws = results[
+        (results.arm == DECIDES) & (results.setting == condition_name(*settings.conditions[0]))
+    ].seed.nunique()
+    sure = f"The comparison with variance-matched neurons rests on {draws} draws of {DECIDES}; "
+    sure += "neurons that are themselves such a draw would be called above or below them in at most 5 % of cases."
+    return [*_said_of_networks(found.facts, settings), *_said_of_match(results), sure]
 
 # %% ../../nbs/command/04_run.ipynb #6a0a2750
 MATCHED = ("matched random", "matched permuted")

@@ -56,6 +56,13 @@ class GumbelNoise:
         return scores.float() / self.temperature - (-uniform.clamp_min(1e-300).log()).log().to(scores)
 
 # %% ../../nbs/scores/01_generation.ipynb #1b3376b7
+def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
+    "Ids of the tokens that end a text, by the checkpoint and by the tokenizer."
+    config = getattr(unwrapped(model), "generation_config", None)
+    given = [getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    return sorted({int(t) for g in given if g is not None for t in (g if isinstance(g, (list, tuple)) else [g])})
+
+# %% ../../nbs/scores/01_generation.ipynb #b6640df0
 @contextmanager
 def _own_settings_aside(model: nn.Module, pad: int, end: list[int]) -> Iterator[None]:
     "Evaluation mode, and generation settings of the checkpoint out of the way, during the block."
@@ -71,13 +78,6 @@ def _own_settings_aside(model: nn.Module, pad: int, end: list[int]) -> Iterator[
     finally:
         inner.generation_config = before
 
-
-def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
-    "Ids of the tokens that end a text, by the checkpoint and by the tokenizer."
-    config = getattr(unwrapped(model), "generation_config", None)
-    given = [getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    return sorted({int(t) for g in given if g is not None for t in (g if isinstance(g, (list, tuple)) else [g])})
-
 # %% ../../nbs/scores/01_generation.ipynb #31aa40aa
 def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
     "Return token ids and attention mask, padded on the left."
@@ -86,7 +86,16 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) 
     real = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in rows], device=device)
     return {"input_ids": ids, "attention_mask": real}
 
+# %% ../../nbs/scores/01_generation.ipynb #1a162a07
+def _first_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    "The logits (rows, 2 * vocabulary) of the first two new tokens, the first of which is given: the same in all rows."
+    given = lambda ids, scores: scores.index_fill(1, torch.tensor([7 % scores.shape[1]], device=scores.device), 1e9)
+    options = dict(max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    fed = _left_padded(rows, 0, input_device(model))
+    out = model.generate(**fed, logits_processor=[given], **options)
+    return torch.cat(out.logits, 1).float().cpu()
 
+# %% ../../nbs/scores/01_generation.ipynb #fc2da07a
 def generates_alike(
     model: nn.Module,  # a causal language model
 ) -> bool:
@@ -99,15 +108,6 @@ def generates_alike(
         return close(together, torch.cat(alone), exact)
 
     return once_per_model(model, "generation", look)
-
-
-def _first_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    "The logits (rows, 2 * vocabulary) of the first two new tokens, the first of which is given: the same in all rows."
-    given = lambda ids, scores: scores.index_fill(1, torch.tensor([7 % scores.shape[1]], device=scores.device), 1e9)
-    options = dict(max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    fed = _left_padded(rows, 0, input_device(model))
-    out = model.generate(**fed, logits_processor=[given], **options)
-    return torch.cat(out.logits, 1).float().cpu()
 
 # %% ../../nbs/scores/01_generation.ipynb #c00aa596
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def distinct(
     runs = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(runs)) / len(runs) if runs else math.nan
 
-
+# %% ../../nbs/scores/01_generation.ipynb #883ec9b6
 def text_measures(new: Continuation) -> dict:
     "Return the measures of one text."
     return dict(

@@ -61,7 +61,7 @@ def _harness_model(
     own = dict(softmax_dtype="float32", backend="causal")
     return CountingModel(model, tokenizer=copy.deepcopy(tokenizer), batch_size=1, max_length=max_length, **own)
 
-
+# %% ../../nbs/scores/04_harness.ipynb #e15a4c53
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
     "The random states of Python, numpy and torch after the block are those before it."
@@ -85,7 +85,18 @@ def _levels(
     chance = float(np.mean([1 / len(s["resps"]) for s in one_each]))
     return chance, max(Counter(str(s["target"]) for s in one_each).values()) / len(one_each)
 
+# %% ../../nbs/scores/04_harness.ipynb #38ad6e63
+def _measured(metric: str, value: float, error: Any, n: int, levels: tuple[float, float]) -> dict:
+    error = float(error) if isinstance(error, (int, float)) else math.nan
+    low, high = value - 1.96 * error, value + 1.96 * error
+    share = metric.startswith(("acc", "exact_match"))
+    if share and n and 0 <= value <= 1 and abs(value * n - round(value * n)) < 1e-6:
+        low, high = wilson(round(value * n), n).ci
+    chance, majority = levels if share else (math.nan, math.nan)
+    named = dict(metric=metric, value=float(value), low=low, high=high, stderr=error)
+    return dict(**named, n=n, chance=chance, majority=majority)
 
+# %% ../../nbs/scores/04_harness.ipynb #ad801eea
 def result_rows(
     results: dict,  # what lm_eval.simple_evaluate returns
     n_cut: int,  # requests that were cut
@@ -104,17 +115,6 @@ def result_rows(
                 rows.append(dict(task=task, filter=rule, n_cut=n_cut, **_measured(metric, value, error, n, levels)))
     columns = "task metric filter value low high stderr n chance majority n_cut".split()
     return [{c: row[c] for c in columns} for row in rows]
-
-
-def _measured(metric: str, value: float, error: Any, n: int, levels: tuple[float, float]) -> dict:
-    error = float(error) if isinstance(error, (int, float)) else math.nan
-    low, high = value - 1.96 * error, value + 1.96 * error
-    share = metric.startswith(("acc", "exact_match"))
-    if share and n and 0 <= value <= 1 and abs(value * n - round(value * n)) < 1e-6:
-        low, high = wilson(round(value * n), n).ci
-    chance, majority = levels if share else (math.nan, math.nan)
-    named = dict(metric=metric, value=float(value), low=low, high=high, stderr=error)
-    return dict(**named, n=n, chance=chance, majority=majority)
 
 # %% ../../nbs/scores/04_harness.ipynb #2e5116d3
 _OURS = {"use_cache", "cache_requests", "batch_size", "max_batch_size", "device", "model", "model_args"}

@@ -34,7 +34,7 @@ def _require_classifier(model: nn.Module, tokenizer) -> None:
             f"instance to tokenizer.pad_token_id ({own})."
         )
 
-
+# %% ../../nbs/scores/03_head.ipynb #e0f95bd4
 def _head_layers(
     model: nn.Module,  # a sequence-classification model
 ) -> dict[str, nn.Linear]:
@@ -43,7 +43,7 @@ def _head_layers(
     body = {id(p) for p in inner.base_model.parameters()}
     return {name: m for name, m in inner.named_modules() if isinstance(m, nn.Linear) and id(m.weight) not in body}
 
-
+# %% ../../nbs/scores/03_head.ipynb #eb0573a6
 def linear_head(
     model: nn.Module,  # a sequence-classification model
 ) -> nn.Linear:
@@ -65,7 +65,7 @@ class _Examples:
     n_too_long: int
     names: list[str]  # of the classes
 
-
+# %% ../../nbs/scores/03_head.ipynb #53dc2d0b
 def _examples(
     model: nn.Module,
     tokenizer,
@@ -136,6 +136,12 @@ def _features(
     return torch.cat(rows)[torch.tensor([b for batch in batches for b in batch]).argsort()]
 
 # %% ../../nbs/scores/03_head.ipynb #118c6864
+def _require_every_label(labels: Sequence[int], n_labels: int) -> None:
+    if missing := sorted(set(range(n_labels)) - set(labels)):
+        says = f"label {', '.join(map(str, missing))} does not occur among the {len(labels)} texts to fit on"
+        raise ValueError(f"{says}; expected each of 0 to {n_labels - 1}. Take more texts, or shuffle them.")
+
+# %% ../../nbs/scores/03_head.ipynb #1e87b170
 def solve_head(
     features: torch.Tensor,  # (n, width) what the head is given
     labels: Sequence[int],  # (n,)
@@ -158,12 +164,6 @@ def solve_head(
     if n_labels == 2:  # one row of differences
         weight, intercept = np.concatenate([-weight, weight]) / 2, np.concatenate([-intercept, intercept]) / 2
     return torch.from_numpy(weight).float(), torch.from_numpy(intercept).float()
-
-
-def _require_every_label(labels: Sequence[int], n_labels: int) -> None:
-    if missing := sorted(set(range(n_labels)) - set(labels)):
-        says = f"label {', '.join(map(str, missing))} does not occur among the {len(labels)} texts to fit on"
-        raise ValueError(f"{says}; expected each of 0 to {n_labels - 1}. Take more texts, or shuffle them.")
 
 # %% ../../nbs/scores/03_head.ipynb #b4f24ff7
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def words_of(
     spaced = _UNSPACED.sub(lambda m: " " if unicodedata.category(m[0])[0] in "PZ" else f" {m[0]} ", normalise(text))
     return spaced.split()
 
-
+# %% ../../nbs/scores/02_questions.ipynb #c9f5522c
 def exact_match(
     prediction: str,  # what was answered
     answer: str,  # a right answer
@@ -56,7 +56,7 @@ def exact_match(
     "Return whether both are the same in normal form."
     return normalise(prediction) == normalise(answer)
 
-
+# %% ../../nbs/scores/02_questions.ipynb #ad60cb97
 def f1(
     prediction: str,  # what was answered
     answer: str,  # a right answer
@@ -107,6 +107,16 @@ class QAScores:
         return f"QAScores({exact}; {score}; {rest})"
 
 # %% ../../nbs/scores/02_questions.ipynb #a9adf457
+def _constant_answer(
+    golds: Sequence[Sequence[str]],  # right answers of each question
+    most: int = 20,  # how many of the commonest answers are tried for F1
+) -> tuple[float, float]:
+    "Return exact match and F1 of the best constant answer among the commonest right ones."
+    shares = Counter(form for gold in golds for form in {normalise(a) for a in gold})
+    best_f1 = max(sum(max(f1(form, a) for a in gold) for gold in golds) for form, _ in shares.most_common(most))
+    return max(shares.values()) / len(golds), best_f1 / len(golds)
+
+# %% ../../nbs/scores/02_questions.ipynb #de647e42
 def qa_scores(
     predictions: Sequence[str | None],  # one for each question; None: no usable answer, which is always wrong
     answers: Sequence,  # the right answers of each: a string, a list of strings, or {"text": list}
@@ -127,16 +137,6 @@ def qa_scores(
     share, score = wilson(int(correct.sum()), n), mean_estimate(each.numpy(), np.ones(n), n_boot, seed)
     n_empty = sum(not p or not normalise(p) for p in predictions)
     return QAScores(share.value, share.ci, score.value, score.ci, *_constant_answer(golds), n, n_empty, correct, each)
-
-
-def _constant_answer(
-    golds: Sequence[Sequence[str]],  # right answers of each question
-    most: int = 20,  # how many of the commonest answers are tried for F1
-) -> tuple[float, float]:
-    "Return exact match and F1 of the best constant answer among the commonest right ones."
-    shares = Counter(form for gold in golds for form in {normalise(a) for a in gold})
-    best_f1 = max(sum(max(f1(form, a) for a in gold) for gold in golds) for form, _ in shares.most_common(most))
-    return max(shares.values()) / len(golds), best_f1 / len(golds)
 
 # %% ../../nbs/scores/02_questions.ipynb #a2263a01
 def capital_questions(

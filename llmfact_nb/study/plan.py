@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from llmfact_nb.ablation import (
-    PRESETS, EvaluationSet, Found, Settings, answers_on, arm_plan, enough_texts, find_networks, loss_on,
-)  # fmt: skip
+from ..ablation import PRESETS, EvaluationSet, Found, Settings, answers_on, arm_plan, enough_texts
+from ..ablation import find_networks, loss_on
 from ..across.recurrence import text_kinds
 from ..activations import longest_input
 from ..base.arguments import ArgumentError, check_whole
@@ -192,7 +191,7 @@ def _other_factors(base: Settings) -> dict[str, Any]:
         "exclude": None if base.exclude else "sinks",
     }
 
-
+# %% ../../nbs/study/06_plan.ipynb #25f14f0e
 def _wanted(of: Settings, changes: Mapping, read: str, skip: int = 0) -> "Wanted | str":
     try:
         return Wanted(replace(of, **changes), read, skip)
@@ -305,13 +304,28 @@ def union_controls(s: StudySettings) -> dict[str, int]:
     "Controls of the baseline on the long texts; of the permuted one, many draws on the short texts follow."
     return {c: 1 if c == "matched permuted" else s.seeds for c in CONTROLS}
 
-
+# %% ../../nbs/study/06_plan.ipynb #e0ce011b
 def factor_arms(s: StudySettings) -> tuple[dict[str, Any], tuple[str, ...]]:
     "The arms measured for every changed factor, and on which evaluation sets."
     if s.grid:
         return {"controls": dict.fromkeys(CONTROLS, s.seeds), "selections": None, "keep": True}, ("full", "answers")
     few = dict.fromkeys(("random", "matched permuted"), s.seeds)
     return {"controls": few, "selections": ["key"], "keep": False}, ("short",)
+
+# %% ../../nbs/study/06_plan.ipynb #12ce7d85
+def _measured_before(
+    s: StudySettings,
+    base: str,  # evaluation set of the baseline's kind of text
+) -> dict[str, dict[str, int]]:
+    "Return how many interventions of a study an earlier study has measured on the same evaluation set."
+    union = lambda controls: 1 + sum(min(n, s.draws) for name, n in controls.items() if name in DRAWN)
+    at_size = union(FEW) if s.find.fraction in s.fractions else 0
+    return {
+        "damage": {"short": at_size},
+        "amplification": {"short": 2 * (0.0 in s.gains)},  # a gain of zero about the mean is ablation
+        "cross-task": {base: union({"random": 2, "matched permuted": s.seeds})},
+        "random share": {"short": 1, "answers, short": 1},  # all off
+    }
 
 # %% ../../nbs/study/06_plan.ipynb #583e00fc
 def study_passes(
@@ -328,17 +342,19 @@ def study_passes(
     drawn, on = 2 * s.seeds + 2, {f"on {kind}" for kind in kinds}
     variants = 3 + sum(not name.startswith(("base", "found on", "publ")) for name in wanted_networks(s, kinds))
     arms, sets = factor_arms(s)
-    return {
+    passes = {
         "unmasked": dict.fromkeys(("full", "answers", "answers, short", *on), 1),
         "union": {"full": wide, "answers": wide, "short": n(dict.fromkeys(DRAWN, s.draws))},
         "damage": {"short": len(s.fractions) * n(FEW, selections)},
         "preservation": {"short": kept, "answers, short": kept},
         "amplification": {"short": amplified, "answers, short": amplified},
         "networks": {"short": which * n({"random": s.draws})},
-        "subtraction": {"short": 2 * (2 * which + 2)},  # a subtraction runs the model twice
+        "subtraction": {"short": 2 * (which + 1)},  # each runs the model twice; the ablations are those of above
         "cross-task": dict.fromkeys(on, len(kinds) * n({"random": 2, "matched permuted": s.seeds})),
         "random share": {"short": drawn, "answers, short": drawn, "answers": drawn},
         "factors": dict.fromkeys(
             sets, variants * n(arms["controls"], arms["selections"] or selections[:3], arms["keep"])
         ),
     }
+    before = _measured_before(s, f"on {kinds[0]}")
+    return {name: {e: m - before.get(name, {}).get(e, 0) for e, m in of.items()} for name, of in passes.items()}

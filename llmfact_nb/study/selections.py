@@ -77,6 +77,14 @@ def gradient_times_activation(
     return (total / n).float()
 
 # %% ../../nbs/study/02_selections.ipynb #a90391d1
+def _magnitudes(site: NeuronSite) -> torch.Tensor:
+    "|weights| of a linear map, (outputs, inputs)."
+    kind, weight = type(site.module).__name__, getattr(site.module, "weight", None)
+    if weight is None or weight.dim() != 2:
+        raise NotImplementedError(f"{site.name} ({kind}) has no plain weight matrix, so it has no Wanda score.")
+    return (weight.detach().T if kind == "Conv1D" else weight.detach()).abs().float().cpu()
+
+# %% ../../nbs/study/02_selections.ipynb #21c0c7b1
 def wanda_score(
     model: nn.Module,  # a causal language model
     texts: EvalSet,  # texts of the fit split, tokenised
@@ -99,14 +107,6 @@ def wanda_score(
         n += int(counts.sum())
     sizes = [(square / n).sqrt().float() for square in squares]
     return torch.cat([w.sum(0) * r if s.where == "input" else w @ r for s, w, r in zip(sites, weights, sizes)])
-
-
-def _magnitudes(site: NeuronSite) -> torch.Tensor:
-    "|weights| of a linear map, (outputs, inputs)."
-    kind, weight = type(site.module).__name__, getattr(site.module, "weight", None)
-    if weight is None or weight.dim() != 2:
-        raise NotImplementedError(f"{site.name} ({kind}) has no plain weight matrix, so it has no Wanda score.")
-    return (weight.detach().T if kind == "Conv1D" else weight.detach()).abs().float().cpu()
 
 # %% ../../nbs/study/02_selections.ipynb #a3aafa7d
 def score_neurons(

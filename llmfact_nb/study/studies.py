@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from llmfact_nb.ablation import (
-    MEAN, EvaluationSet, Found, Intervention, ScoreCache, arm_of, arm_plan, as_table, key_arms, measure,
-)  # fmt: skip
+from ..ablation import MEAN, EvaluationSet, Found, Intervention, ScoreCache, arm_of, arm_plan, as_table
+from ..ablation import key_arms, measure
 from ..activations import Activations
 from ..base.arguments import check_number
 from ..base.statistics import LEAST_DRAWS

@@ -458,7 +458,7 @@ def _in_words(measure: str, damage: float) -> str:
         return f"accuracy {verb} by {100 * abs(damage):.1f} points"
     return f"loss {verb} by {abs(damage):.4f} nats"
 
-
+# %% ../../nbs/study/05_verdicts.ipynb #4363e073
 def _one_sided(damage, low, high):
     "p-values of a damage below 0, from its interval; 1 where it is missing."
     z = damage / np.maximum((high - low) / 3.92, 1e-12)

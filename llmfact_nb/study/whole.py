@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmfact_nb.ablation import (
-    COLUMNS, EvaluationSet, Found, ScoreCache, as_table, enough_texts, search_flops,
-)  # fmt: skip
+from ..ablation import COLUMNS, EvaluationSet, Found, ScoreCache, as_table, enough_texts, search_flops
 from ..across.recurrence import recurrence_study
 from ..activations import Activations, capture, positions_of
 from ..base.files import claim, from_home, read_json, reading, write_json, write_text
@@ -30,14 +28,12 @@ from ..masks import DRAWN
 from ..networks import Threshold
 from ..sites import neuron_sites
 from .contrasts import contrasts
-from llmfact_nb.study.plan import (
-    FEW, StudySettings, StudyTexts, Wanted, evaluation_sets, factor_arms, found_networks, kept_networks,
-    network_sizes, study_passes, union_controls, wanted_networks,
-)  # fmt: skip
-from llmfact_nb.study.studies import (
-    amplification_study, cross_task_study, damage_curve, network_study, preservation_study, random_share_study,
-    subtraction_study, union_study, with_notes,
-)  # fmt: skip
+from .plan import FEW, StudySettings, StudyTexts, Wanted, evaluation_sets, factor_arms
+from .plan import found_networks, kept_networks, network_sizes, study_passes, union_controls
+from .plan import wanted_networks
+from .studies import amplification_study, cross_task_study, damage_curve, network_study
+from .studies import preservation_study, random_share_study, subtraction_study, union_study
+from .studies import with_notes
 from .verdicts import verdict_table
 
 if TYPE_CHECKING:
