@@ -27,11 +27,11 @@ from .base.arguments import ArgumentError, check_choice, check_whole
 from .base.files import digest, load_tensors, reading, save_tensors
 from .base.tokens import text_list, token_counts, token_lists
 from .base.identity import model_fingerprint
-from .base.display import progress_bar
+from .base.display import Overall, progress_bar
 from .base.statistics import document_estimate, levels
 from .base.texts import DOCUMENTS
-from .evaluate import EvalSet, label_accuracy, labelled_texts, perplexity
-from .ica import DataError
+from .evaluate import EvalSet, check_words, label_accuracy, labelled_texts, perplexity
+from .base.whitening import TooLittleData
 from .masked_model import MaskedModel, is_masked, late_bound
 from .masks import CONTROLS, DRAWN, NeuronMask, control, score_match
 from .networks import FunctionalNetworks, Threshold
@@ -58,10 +58,15 @@ def _check_settings(s: "Settings") -> None:
     choices: dict = {"site": SITES, "kind": ("temporal", "spatial"), "exclude": (None, "first", "sinks")}
     for name, accepted in (choices | {"documents": DOCUMENTS}).items():
         check_choice(name, getattr(s, name), accepted)
-    counted = ("n_components", "n_init", "control_seeds", "fit_tokens", "fit_length", "eval_texts")
-    for name, least in (dict.fromkeys(counted, 1) | {"ica_seed": 0, "eval_length": 2}).items():
-        check_whole(name, getattr(s, name), least=least)
-    check_whole("n_components", s.n_components, most=s.fit_tokens)  # no more networks than tokens
+    counted = ("n_components", "n_init", "max_iter", "control_seeds", "fit_tokens", "fit_length", "eval_texts")
+    least = dict.fromkeys(counted, 1) | {"ica_seed": 0, "eval_length": 2}
+    for name, n in (least | ({} if s.shuffle is None else {"shuffle": 0})).items():
+        check_whole(name, getattr(s, name), least=n)
+    most = s.fit_tokens - (math.ceil(s.fit_tokens / s.fit_length) if s.exclude else 0)
+    if s.n_components > most:
+        left = ", less the first of every text, which is left out" if s.exclude else ""
+        why = f"There are no more networks than tokens: {s.fit_tokens:,}{left}."
+        raise ArgumentError("n_components", s.n_components, f"a whole number, at most {most:,}", why)
     _ = s.threshold
     known = [(r, p) for r in ("mean", "zero") for p in POSITIONS]
     if not isinstance(s.conditions, tuple) or not s.conditions:
@@ -97,6 +102,9 @@ class Settings:
     eval_texts: int = 12  # held-out texts
     eval_length: int = 128  # tokens scored of each, at most
     documents: str = "blocks"  # what is a document of a .txt file, see `load_texts`
+    max_iter: int = 200  # steps of FastICA in each restart
+    column: str = "text"  # where the text stands in files with columns and hub data sets
+    shuffle: int | None = None  # seed of a random order of the documents; None: their own
 
     def __post_init__(self):
         _check_settings(self)
@@ -322,11 +330,14 @@ def answers_on(
 ) -> EvaluationSet:
     """Return the evaluation set with the measures "accuracy" and "label nats".
 
-    Raises ValueError for labels without words; when it is used, it raises as `label_accuracy` does."""
+    Raises ValueError for labels without words and for words that cannot be told apart; when it is used, it raises as
+    `label_accuracy` does."""
     texts, labels, names = labelled_texts(labelled)
     words = sorted(label_words.items()) if isinstance(label_words, dict) else label_words
     if not (words or names):
         raise ValueError(f"label_words={label_words!r}: give one word for each of the labels {sorted(set(labels))}.")
+    said = label_words.values() if isinstance(label_words, dict) else label_words or names
+    check_words(tokenizer, template, list(said))
     prompts = token_lists(tokenizer, [template.replace("{text}", text) for text in texts])
     parts = (labels, prompts, template, words, names or None, type(tokenizer).__name__, len(tokenizer))
 
@@ -468,7 +479,7 @@ class ScoreCache(_KnownScores):
         model: nn.Module | Callable[[], nn.Module] | None,  # unmasked; a function is called at the first need
         folder: str | os.PathLike | None = None,  # keep scores here and take them from here; None: in memory only
         identity: Mapping | None = None,  # what decides the scores of this model; None: `model_fingerprint`
-        progress: bool = True,  # show a progress bar
+        progress: bool | Overall = True,  # show a progress bar
     ):
         self._model, self.progress = model, progress
         self._refuse_masked()
@@ -668,7 +679,7 @@ class _FoundMasks:
         key = self.networks.key_neurons(threshold=self.threshold)
         if key.n == 0:
             largest = float(self.networks.maps_.abs().max())
-            raise DataError(f"alpha={self.threshold.alpha} is passed by no unit; the largest |z| is {largest:.2f}.")
+            raise TooLittleData("alpha", self.threshold.alpha, f"a number below {largest:.2f}, the largest |z|")
         return key
 
     def network_masks(self) -> list[NeuronMask]:
@@ -820,7 +831,8 @@ def find_networks(
     acts = capture(model, tokenizer, chosen, site, max_length=length, path=path, progress=progress)
     device = str(model.device) if model.device.type == "cuda" else None
     shape = (settings.n_components, settings.kind, settings.standardize, settings.exclude)
-    networks = FunctionalNetworks(*shape, n_init=settings.n_init, random_state=settings.ica_seed, device=device)
+    tries: dict[str, Any] = {"n_init": settings.n_init, "max_iter": settings.max_iter}
+    networks = FunctionalNetworks(*shape, random_state=settings.ica_seed, device=device, **tries)
     networks.fit(acts)
     facts = {
         "model type": getattr(model.config, "model_type", type(model).__name__),
@@ -839,7 +851,8 @@ def search_flops(
     "Return roughly how many operations `find_networks` takes: the passes, the whitening, and the steps of FastICA."
     T, N, k = settings.fit_tokens, n_neurons, settings.n_components
     samples = T if settings.kind == "temporal" else N
-    return 2.0 * parameters * T + 2.0 * T * N * min(T, N) + settings.n_init * 200 * 4.0 * samples * k * k
+    steps = settings.n_init * settings.max_iter
+    return 2.0 * parameters * T + 2.0 * T * N * min(T, N) + steps * 4.0 * samples * k * k
 
 # %% ../nbs/09_ablation.ipynb #7e91d0e4
 def arm_plan(

@@ -14,20 +14,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llmfact_nb.command.terminal import (
-    Answer,
-    Option,
-    above_zero,
-    app,
-    command,
-    file_there,
-    group,
-    new_file,
-    not_empty,
-    option,
-    progress,
-    snake,
-    typed,
-)
+    Answer, Option, above_zero, app, command, file_there, group, new_file, not_empty, progress, snake, typed,
+)  # fmt: skip
 
 if TYPE_CHECKING:  # these import torch and transformers; help must not wait for them
     from llmfact_nb.ablation import Found
@@ -43,69 +31,58 @@ def main(
     app(arguments, prog_name="llmfact")
 
 # %% ../nbs/12_command.ipynb #66983dd7
-OUT = option(Path("out/run"), "Folder of the run. The same command again resumes it.", "Where")
-DEVICE = option(str, "cuda, cpu, ...", "Where", shown="where transformers puts the model")
-JOBS = option(1, "Processes that share the work.", "Where", "--jobs", "--processes", least=1)
-LICENCE = option(False, "Accept the terms of a model that has its own (gemma-3-270m).", "What", "--accept-licence")
-SAME_FOLDER = option(Path, "The same folder, given as an option.", "Where", "--out")
-DRY_RUN = option(
-    False, "Only check the command and estimate tokens, time, memory, disk, bytes to fetch.", "Output", "--dry-run"
-)
-PRESET = option(
-    "recommended", "recommended: standardised neurons, no sink tokens, means. paper: MLP outputs, raw, zeros.", "What",
-    accepted=("recommended", "paper"),
-)  # fmt: skip
-TEXTS = "wiki, sotu, a file or folder of texts, or a hub data set."
+OUT = Option(Path("out/run"), "Folder of the run. The same command again resumes it.", "Where")
+DEVICE = Option(str, "cuda, cpu, ...", "Where", shown="where transformers puts the model")
+JOBS = Option(1, "Processes that share the work, each with a copy of the model.", "Where", ("--processes",), least=1)
+LICENCE = Option(False, "Accept the terms of a model that has its own (gemma-3-270m).", "What")
+SAME_FOLDER = Option(Path, "The same folder, given as an option.", "Where")
+_DRY = "Only check the command, read the texts, estimate tokens, time, memory, disk; exit code 1 if it would fail."
+DRY_RUN = Option(False, _DRY, "Output")
+_PRESET = "recommended: standardised neurons, no sink tokens, means. paper: MLP outputs, raw, zeros."
+PRESET = Option("recommended", _PRESET, "What", accepted=("recommended", "paper"))
+LOAD = {"device": DEVICE, "accept_licence": LICENCE, "dry_run": DRY_RUN}
 TAILS = ("positive", "both", "raw")
-DOCUMENTS = option(
-    str, "What is a document of a .txt file: blocks between empty lines, lines, or the file.", "What", shown="blocks",
-    accepted=("blocks", "lines", "file"),
-)  # fmt: skip
+
+# %% ../nbs/12_command.ipynb #4ae8632b
+TEXTS = "wiki, sotu, a file or folder of texts, or a hub data set."
+_KINDS = ("blocks", "lines", "file")
+_ORDER = "their own; a folder is read evenly"
+READING = {
+    "column": Option(str, "Where the text stands in a table or a hub data set.", "What", shown="text"),
+    "documents": Option(str, "What is a document of a .txt file: blocks between empty lines, lines, or the file.",
+                        "What", shown="blocks", accepted=_KINDS),
+    "shuffle": Option(int, "Seed of a random order of the documents.", "What", shown=_ORDER, least=0),
+}  # fmt: skip
 
 # %% ../nbs/12_command.ipynb #b2626f50
 _FIND, _KEY, _JUDGE = "How networks are found", "Which neurons are key", "How they are judged"
+_MODEL = "smollm2-135m, gemma-3-270m, a hub id, a folder, or a .gguf file."
 SETTINGS: dict[str, Option] = {
-    "model": option(
-        str, "smollm2-135m, gemma-3-270m, a hub id, a folder, or a .gguf file.", "What", shown="smollm2-135m"
-    ),
-    "texts": option(str, TEXTS, "What", shown="wiki"),
-    "documents": DOCUMENTS,
-    "site": option(
-        str,
-        "Neurons of the MLPs or their outputs, attention heads or their output, residual stream.",
-        _FIND,
-        shown="mlp_hidden; paper: mlp_out",
-        accepted=("mlp_hidden", "mlp_out", "attn_heads", "attn_out", "residual"),
-    ),
-    "kind": option(
-        str,
-        "ICA over time (tokens) or over space (neurons).",
-        _FIND,
-        shown="temporal",
-        accepted=("temporal", "spatial"),
-    ),
-    "k": option(int, "Number of networks.", _FIND, "--k", shown="32; paper: 10", least=1),
-    "exclude": option(
-        str, "Tokens left out of the fit.", _FIND, shown="sinks; paper: none", accepted=("sinks", "first", "none")
-    ),
-    "standardize": option(
-        bool, "Each neuron in units of its standard deviation, or not.", _FIND, shown="yes; paper: no"
-    ),
-    "n_init": option(
-        int, "Restarts of the ICA; several say how stable a network is.", _FIND, shown="10; paper: 1", least=1
-    ),
-    "seed": option(int, "Of the ICA.", _FIND, shown="0", least=0),
-    "fit_tokens": option(int, "Tokens the networks are fitted on.", _FIND, shown="4096", least=1),
-    "fit_length": option(int, "Tokens taken of each text, at most.", _FIND, shown="256", least=1),
-    "fraction": option(
-        float, "This share of all units, those with the largest |z| ...", _KEY, shown="0.01", check=above_zero
-    ),
-    "alpha": option(float, "... or those above this z-score.", _KEY, shown="paper: 1.96", check=above_zero),
-    "tail": option(str, "Which tail alpha cuts.", _KEY, shown="positive; paper: raw", accepted=TAILS),
-    "control_seeds": option(int, "Draws of each random control.", _JUDGE, shown="3", least=1),
-    "eval_texts": option(int, "Held-out texts.", _JUDGE, shown="12", least=1),
-    "eval_length": option(int, "Tokens scored of each, at most.", _JUDGE, shown="128", least=2),
-}
+    "model": Option(str, _MODEL, "What", shown="smollm2-135m"),
+    "texts": Option(str, TEXTS, "What", shown="wiki"), **READING,
+    "site": Option(str, "Neurons of the MLPs or their outputs, attention heads or their output, residual stream.",
+                   _FIND, shown="mlp_hidden; paper: mlp_out",
+                   accepted=("mlp_hidden", "mlp_out", "attn_heads", "attn_out", "residual")),
+    "kind": Option(str, "ICA over time (tokens) or over space (neurons).", _FIND, shown="temporal",
+                   accepted=("temporal", "spatial")),
+    "k": Option(int, "Number of networks.", _FIND, shown="32; paper: 10", least=1),
+    "exclude": Option(str, "Tokens left out of the fit.", _FIND, shown="sinks; paper: none",
+                      accepted=("sinks", "first", "none")),
+    "standardize": Option(bool, "Each neuron in units of its standard deviation.", _FIND, shown="yes; paper: no"),
+    "n_init": Option(int, "Restarts of the ICA; several say how stable a network is.", _FIND, shown="10; paper: 1",
+                     least=1),
+    "max_iter": Option(int, "Steps of the ICA, at most, in each restart.", _FIND, shown="200", least=1),
+    "seed": Option(int, "Of the ICA.", _FIND, shown="0", least=0),
+    "fit_tokens": Option(int, "Tokens the networks are fitted on.", _FIND, shown="4096", least=1),
+    "fit_length": Option(int, "Tokens taken of each text, at most.", _FIND, shown="256", least=1),
+    "fraction": Option(float, "This share of all units, those with the largest |z| ...", _KEY, shown="0.01",
+                       check=above_zero),
+    "alpha": Option(float, "... or those above this z-score.", _KEY, shown="paper: 1.96", check=above_zero),
+    "tail": Option(str, "Which tail alpha cuts.", _KEY, shown="positive; paper: raw", accepted=TAILS),
+    "control_seeds": Option(int, "Draws of each random control.", _JUDGE, shown="3", least=1),
+    "eval_texts": Option(int, "Held-out texts.", _JUDGE, shown="12", least=1),
+    "eval_length": Option(int, "Tokens scored of each, at most.", _JUDGE, shown="128", least=2),
+}  # fmt: skip
 FIELD = {"k": "n_components", "seed": "ica_seed"}  # option: field of Settings, where the names differ
 
 # %% ../nbs/12_command.ipynb #4863f587
@@ -123,7 +100,12 @@ def check_asked(
             if name is not None:
                 check_name(name, kind)
 
+# %% ../nbs/12_command.ipynb #2cfa48cb
+def only_typed(given: dict) -> dict:
+    "Return the options that were typed: those that were not are None, or an empty list."
+    return {name: value for name, value in given.items() if value not in (None, [])}
 
+# %% ../nbs/12_command.ipynb #993b4552
 def one_folder(folder: Path | None, out: Path | None) -> Path | None:
     "Return the folder, which can be given in two ways. Raises a usage error if two are given."
     if folder is not None and out is not None and folder != out:
@@ -148,34 +130,48 @@ def bill(
     cost: "Cost",
     out: Path,  # where results would lie
     model: str,  # what would be loaded
+    accept_licence: bool,
 ) -> Answer:
     "Return what a dry run answers: the cost, what is free, and exit code 1 if the command could not run."
-    from llmfact_nb.base.downloads import RESOURCES, cached_file
-    from llmfact_nb.command.cost import bytes_text, cost_lines, free_disk, free_memory
+    from llmfact_nb.base.downloads import RESOURCES, check_licence
+    from llmfact_nb.command.cost import bytes_text, cost_lines, free_disk, free_memory, lacking
 
-    of, room = RESOURCES.get(model), {"disk": free_disk(out), "memory": free_memory()}
-    terms = of.terms if of is not None and of.terms and not cached_file(of).exists() else ""
-    needed = {"disk": cost.disk, "memory": None if cost.memory is None else cost.memory - (cost.activations or 0)}
-    short = [name for name, n in needed.items() if n is not None and n > room[name]]
-    lines = [*cost_lines(cost), ""]
-    if terms:
+    short, lines, terms = lacking(cost, out), [*cost_lines(cost), ""], None
+    free = {"free_disk": free_disk(out), "free_memory": free_memory()}
+    try:
+        check_licence(model, accept_licence)
+    except ValueError:
+        terms = RESOURCES[model].terms
         lines.append(f"{model} has terms of its own, {terms}: read them; fetching it needs --accept-licence.")
-    if not short and cost.memory and cost.memory > room["memory"]:
+    if not short and cost.memory and cost.memory > free["free_memory"]:
         lines.append("The activation matrix does not fit into memory; it would be kept on the disk meanwhile.")
     lines.append(
-        f"Free: {bytes_text(room['memory'])} of memory, {bytes_text(room['disk'])} of disk where {out} lies"
+        f"Free: {bytes_text(free['free_memory'])} of memory, {bytes_text(free['free_disk'])} of disk where {out} lies"
         f"{'' if not short else ': NOT ENOUGH ' + ' and '.join(short)}. Nothing was done; leave out --dry-run to do it."
     )
-    facts = dataclasses.asdict(cost) | {
-        "free_disk": room["disk"],
-        "free_memory": room["memory"],
-        "terms": terms or None,
-    }
-    return Answer(lines, facts | {"enough_disk": "disk" not in short, "dry_run": True}, int(bool(short)))
+    facts = dataclasses.asdict(cost) | free | {"terms": terms, "enough_disk": "disk" not in short, "dry_run": True}
+    return Answer(lines, facts, int(bool(short or terms)))
+
+# %% ../nbs/12_command.ipynb #d763d9f3
+def check_room(
+    cost: "Cost",
+    out: Path,  # where results will lie
+) -> None:
+    "Raise OSError before the first pass if the disk is too small for the results; memory is only warned of."
+    from llmfact_nb.base.display import note
+    from llmfact_nb.command.cost import bytes_text, free_disk, free_memory, lacking
+
+    short = lacking(cost, out)
+    if "disk" in short:
+        there = f"{bytes_text(cost.disk or 0)} may be written, and {bytes_text(free_disk(out))} are free there"
+        raise OSError(f"the disk of {str(out)!r} is too small: {there}. Make room, or choose another --out.")
+    if "memory" in short:
+        need = f"up to {bytes_text(cost.memory or 0)}, and {bytes_text(free_memory())} are free"
+        note(f"memory may run out: this may take {need}", progress())
 
 # %% ../nbs/12_command.ipynb #6fac6f26
-@command(**SETTINGS, out=OUT, preset=PRESET, device=DEVICE, jobs=JOBS, accept_licence=LICENCE, dry_run=DRY_RUN)
-def run(out, preset, device, jobs, accept_licence, dry_run, **given) -> Answer:
+@command(**SETTINGS, out=OUT, preset=PRESET, jobs=JOBS, **LOAD)
+def run(out, preset, jobs, device, accept_licence, dry_run, **given) -> Answer:
     """Find networks, ablate them, write a report.
 
     The whole experiment on one model, with controls, as a table, figures, a report and an interactive page. It
@@ -186,13 +182,20 @@ def run(out, preset, device, jobs, accept_licence, dry_run, **given) -> Answer:
     llmfact run --model openai-community/gpt2 --texts my-texts.jsonl --out out/gpt2
     """
     from llmfact_nb.command.cost import run_cost
-    from llmfact_nb.command.run import run_experiment, summary
+    from llmfact_nb.command.run import has_networks, run_experiment
+
+    sources = planned(preset, given, out, device, accept_licence or dry_run)
+    if dry_run:
+        return bill(run_cost(sources.settings, device=device), out, sources.settings.model, accept_licence)
+    if not has_networks(out):
+        check_room(run_cost(sources.settings, rate=1e9), out)
+    return _run_told(run_experiment(sources.settings, out, device, progress(), jobs, **sources.load_options), out)
+
+
+def _run_told(done, out: Path) -> Answer:
+    from llmfact_nb.command.run import summary
     from llmfact_nb.show.report import results_table
 
-    sources = planned(preset, given, out, device, accept_licence)
-    if dry_run:
-        return bill(run_cost(sources.settings, device=device), out, sources.settings.model)
-    done = run_experiment(sources.settings, out, device, progress(), jobs, **sources.load_options)
     report, page, rest = out / "report.html", out / "networks.html", summary(done.found, done.results, done.settings)
     lines = [results_table(done.results, done.differences), "", *(f"- {s}" for s in rest), "", f"report: {report}"]
     lines += [f"networks, to click through: {page}", f"tables, figures, networks, manifest: {out}"]
@@ -200,14 +203,12 @@ def run(out, preset, device, jobs, accept_licence, dry_run, **given) -> Answer:
     return Answer(lines, {"folder": out, "report": report, "page": page, "summary": done.summary(), "results": rows})
 
 # %% ../nbs/12_command.ipynb #a7190c36
-HTML = option(
-    Path, "File for the interactive page: maps by layer, tokens, time courses.", "Output",
-    shown="networks.html in the folder", check=new_file,
-)  # fmt: skip
+_PAGE = "File for the interactive page: maps by layer, tokens, time courses."
+HTML = Option(Path, _PAGE, "Output", shown="networks.html in the folder", check=new_file)
 FINDING = {name: o for name, o in SETTINGS.items() if name != "control_seeds"}
 
 
-@command(**FINDING, out=OUT, preset=PRESET, html=HTML, device=DEVICE, accept_licence=LICENCE, dry_run=DRY_RUN)
+@command(**FINDING, out=OUT, preset=PRESET, html=HTML, **LOAD)
 def networks(out, preset, html, device, accept_licence, dry_run, **given) -> Answer:
     """Find functional networks, or list a folder's.
 
@@ -222,21 +223,30 @@ def networks(out, preset, html, device, accept_licence, dry_run, **given) -> Ans
     from llmfact_nb.command.cost import run_cost
     from llmfact_nb.command.run import Sources, find_into, has_networks, read_found
 
-    given = {name: value for name, value in given.items() if value is not None}
-    listed = preset == "recommended" and device is None and not given and has_networks(out)
-    sources = (
-        Sources(read_found(out)[0], None, progress()) if listed else planned(preset, given, out, device, accept_licence)
-    )
+    known, given = has_networks(out), only_typed(given)
+    if known and preset == "recommended" and device is None and not given and not dry_run:
+        settings, found = read_found(out)
+        return _networks_found(Sources(settings, None, progress()), found, out, html, True)
+    sources = planned(preset, given, out, device, accept_licence or dry_run)
     if dry_run:
         cost = run_cost(sources.settings, networks_only=True, device=device)
-        return bill(cost, out, sources.settings.model)
-    found = read_found(out)[1] if listed else find_into(sources, out)
-    return _networks_found(sources, found, out, html, listed)
+        return bill(cost, out, sources.settings.model, accept_licence)
+    if not known:
+        check_room(run_cost(sources.settings, networks_only=True, rate=1e9), out)
+    return _networks_found(sources, find_into(sources, out), out, html, False)
 
 # %% ../nbs/12_command.ipynb #6636d4c3
+def aligned(table) -> str:
+    "Return a frame as plain text whose last column may be long."
+    cells = [[str(c) for c in table.columns], *([str(v) for v in row] for row in table.itertuples(index=False))]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
+    return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(row, widths)), row[-1]]).rstrip() for row in cells)
+
+# %% ../nbs/12_command.ipynb #cdafc421
 def _networks_found(sources: "Sources", found: "Found", out: Path, html: Path | None, listed: bool) -> Answer:
     from llmfact_nb.base.files import write_text
-    from llmfact_nb.command.run import held_out_courses, network_table, write_page
+    from llmfact_nb.base.display import counted
+    from llmfact_nb.command.run import held_out_courses, ica_said, network_table, write_page
 
     s, facts, page = sources.settings, found.facts, html or out / "networks.html"
     table = network_table(found, held_out_courses(found, out, sources.read))
@@ -244,69 +254,53 @@ def _networks_found(sources: "Sources", found: "Found", out: Path, html: Path | 
         write_text(out / "networks.csv", table.to_csv(index=False))
     if html is not None or not (listed or page.exists()):
         write_page(found, s, page, sources.read)
-    first = next((row.network for row in table.itertuples() if row.units), 0)
-    converged = "converged" if facts["converged"] else "did NOT converge"
+    first = next((row.network for row in table.itertuples() if row.units), None)
     lines = [
-        f"{len(table)} networks of {s.model} on {s.texts}: {facts['tokens used']:,} tokens, {facts['neurons']:,} units "
-        f"at {s.site}; ICA {converged} in {facts['steps']} steps", "", aligned(table), "",
+        f"{counted(len(table), 'network')} of {s.model} on {s.texts}: {counted(facts['tokens used'], 'token')}, "
+        f"{facts['neurons']:,} units at {s.site}; {ica_said(facts, s)}", "", aligned(table), "",
         f"networks: {out / 'networks.safetensors'}", *([f"to click through: {page}"] if page.exists() else []),
+        "next: a lower --alpha, because no unit passes this threshold" if first is None else
         f'next: llmfact mask --network {first} --out {out} --generate "..."',
     ]  # fmt: skip
     rows = [snake(row) for row in table.to_dict("records")]
     told = {"folder": out, "page": page if page.exists() else None, "settings": dataclasses.asdict(s)}
     return Answer(lines, told | {"facts": snake(facts), "networks": rows})
 
-
-def aligned(table) -> str:
-    "Return a frame as plain text whose last column may be long."
-    cells = [[str(c) for c in table.columns], *([str(v) for v in row] for row in table.itertuples(index=False))]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)]
-    return "\n".join("  ".join([*(c.rjust(w) for c, w in zip(row, widths)), row[-1]]).rstrip() for row in cells)
-
 # %% ../nbs/12_command.ipynb #179c6792
 _WHICH, _DONE, _LOOK = "Which neurons", "What is done to them", "What is looked at"
 _AS_LISTED, _AS_RUN = "as the run lists them", "as in the run's first condition"
 NEURONS = {
-    "network": option(
-        list[int], "Number of a network; may be repeated, then their union.", _WHICH, "--network", least=0
-    ),
-    "key": option(False, "The key neurons of the run.", _WHICH, "--key"),
-    "file": option(Path, "A mask saved by `llmfact mask --save`.", _WHICH, "--file", check=file_there),
+    "network": Option(list[int], "Number of a network; may be repeated, then their union.", _WHICH, least=0),
+    "key": Option(False, "The key neurons of the run.", _WHICH),
+    "file": Option(Path, "A mask saved by `llmfact mask --save`.", _WHICH, check=file_there),
 }
 MASK = NEURONS | {
-    "alpha": option(float, "z-score from which a unit counts.", _WHICH, shown=_AS_LISTED, check=above_zero),
-    "tail": option(str, "Which tail alpha cuts.", _WHICH, shown=_AS_LISTED, accepted=TAILS),
-    "mode": option(
-        "ablate", "Ablate them, keep only them, or amplify them.", _DONE, accepted=("ablate", "keep", "amplify")
-    ),
-    "gain": option(float, "Factor by which they are amplified.", _DONE, shown="2 with --mode amplify"),
-    "replace": option(
-        str, "What an ablated neuron becomes, or the point an amplified one moves away from.", _DONE,
-        shown=_AS_RUN, accepted=("mean", "zero"),
-    ),
-    "positions": option(
-        str, "At all tokens, or at all but the first.", _DONE, shown=_AS_RUN, accepted=("all", "after-first")
-    ),
-    "generate": option(list[str], "A prompt to continue; may be repeated.", _LOOK, "--generate", check=not_empty),
-    "tokens": option(30, "New tokens, at most.", _LOOK, least=1),
-    "chat": option(False, "Give the prompt as a user's message, for chat models.", _LOOK, "--chat"),
-    "temperature": option(0.0, "0: the likeliest token each time. Above: drawn.", _LOOK, least=0),
-    "texts": option(str, "Also measure the damage on held-out texts of this set.", _LOOK),
-    "documents": dataclasses.replace(DOCUMENTS, group=_LOOK),
-    "eval_texts": option(12, "How many of these texts.", _LOOK, least=1),
-    "eval_length": option(128, "Tokens of each, at most.", _LOOK, least=2),
-    "seed": option(0, "Of the random controls, and of drawn text.", _LOOK, least=0),
-    "out": option(Path("out/run"), "Folder of a run, or of `llmfact networks`.", "Where"),
-    "save": option(Path, "Write the mask to a .safetensors file.", "Where", shown="nothing is saved", check=new_file),
+    "alpha": Option(float, "z-score from which a unit counts.", _WHICH, shown=_AS_LISTED, check=above_zero),
+    "tail": Option(str, "Which tail alpha cuts.", _WHICH, shown=_AS_LISTED, accepted=TAILS),
+    "mode": Option("ablate", "Ablate them, keep only them, or amplify them.", _DONE,
+                   accepted=("ablate", "keep", "amplify")),
+    "gain": Option(float, "Factor by which they are amplified.", _DONE, shown="2 with --mode amplify"),
+    "replace": Option(str, "What an ablated neuron becomes, or the point an amplified one moves away from.", _DONE,
+                      shown=_AS_RUN, accepted=("mean", "zero")),
+    "positions": Option(str, "At all tokens, or at all but the first.", _DONE, shown=_AS_RUN,
+                        accepted=("all", "after-first")),
+    "generate": Option(list[str], "A prompt to continue; may be repeated.", _LOOK, check=not_empty),
+    "tokens": Option(30, "New tokens, at most.", _LOOK, least=1),
+    "chat": Option(False, "Give the prompt as a user's message, for chat models.", _LOOK),
+    "temperature": Option(0.0, "0: the likeliest token each time. Above: drawn.", _LOOK, least=0),
+    "texts": Option(str, "Also measure the damage on held-out texts of this set.", _LOOK),
+    **{name: dataclasses.replace(o, group=_LOOK) for name, o in READING.items()},
+    "eval_texts": Option(12, "How many of these texts.", _LOOK, least=1),
+    "eval_length": Option(128, "Tokens of each, at most.", _LOOK, least=2),
+    "seed": Option(0, "Of the random controls, and of drawn text.", _LOOK, least=0),
+    "out": Option(Path("out/run"), "Folder of a run, or of `llmfact networks`.", "Where"),
+    "save": Option(Path, "Write the mask to a .safetensors file.", "Where", shown="nothing is saved", check=new_file),
     "device": DEVICE,
 }  # fmt: skip
 
 # %% ../nbs/12_command.ipynb #b227c053
 @command(**MASK)
-def mask(
-    network, key, file, alpha, tail, mode, gain, replace, positions, generate, tokens, chat, temperature, texts,
-    documents, eval_texts, eval_length, seed, out, save, device,
-) -> Answer:  # fmt: skip
+def mask(network, key, file, alpha, tail, mode, gain, replace, positions, out, save, device, seed, **look) -> Answer:
     """Show text with and without a network.
 
     Beside the masked model stand its controls: as many neurons of the same layers drawn at random, and as many that
@@ -323,7 +317,7 @@ def mask(
     if gain is not None and mode != "amplify":
         raise typer.BadParameter(f"belongs to --mode amplify; this is --mode {mode}.", param_hint="--gain")
     one_choice(network, key, file, alpha is not None or tail is not None)
-    check_asked(device, texts=texts)
+    check_asked(device, texts=look["texts"])
     settings, found = read_found(out)
     name, chosen = chosen_neurons(found, network, key, file, alpha, tail)
     usual, gain = settings.conditions[0], 1.0 if mode != "amplify" else 2.0 if gain is None else gain
@@ -333,10 +327,8 @@ def mask(
     if save is not None:
         chosen.save(save)
         lines, facts = [*lines, f"saved: {save}"], facts | {"saved": save}
-    if generate or texts:
-        held_out = (texts, documents, eval_texts, eval_length) if texts else None
-        writing = {"n_tokens": tokens, "chat": chat, "temperature": temperature, "seed": seed}
-        shown, more = _mask_looked_at(settings.model, device, arms, generate, writing, held_out)
+    if look["generate"] or look["texts"]:
+        shown, more = _mask_looked_at(settings.model, device, arms, seed, **look)
         lines, facts = lines + shown, facts | more
     elif save is None:
         lines.append('to see what they do: --generate "The city lies on the river", or --texts wiki for the damage')
@@ -352,6 +344,17 @@ def one_choice(network: list[int] | None, key: bool, file: Path | None, rule: bo
         raise typer.BadParameter("--alpha and --tail say which units belong to a --network.")
 
 # %% ../nbs/12_command.ipynb #011f3378
+def listed_networks(found: "Found", alpha: float | None, tail: str | None) -> "list[NeuronMask]":
+    "Return the networks' units as the run lists them, or by another threshold."
+    from llmfact_nb.networks import Threshold
+
+    if alpha is None and tail is None:
+        return found.network_masks()
+    usual = found.networks.at_alpha(found.threshold)
+    asked = Threshold(usual.alpha if alpha is None else alpha, tail=tail or usual.tail)
+    return found.networks.masks(threshold=asked)
+
+# %% ../nbs/12_command.ipynb #149db0ac
 def chosen_neurons(
     found: "Found",  # networks of a run
     network: list[int] | None = None,  # numbers of networks
@@ -379,19 +382,8 @@ def chosen_neurons(
     if chosen.n == 0:
         some = [i for i, m in enumerate(masks) if m.n]
         instead = f"Networks with units: {', '.join(map(str, some[:10]))}." if some else "Give a lower --alpha."
-        raise ValueError(f"{name} has no unit beyond the threshold, so there is nothing to mask. {instead}")
+        raise ValueError(f"{name} has no unit beyond the threshold, so there is nothing to choose. {instead}")
     return name, chosen
-
-
-def listed_networks(found: "Found", alpha: float | None, tail: str | None) -> "list[NeuronMask]":
-    "Return the networks' units as the run lists them, or by another threshold."
-    from llmfact_nb.networks import Threshold
-
-    if alpha is None and tail is None:
-        return found.network_masks()
-    usual = found.networks.at_alpha(found.threshold)
-    asked = Threshold(usual.alpha if alpha is None else alpha, tail=tail or usual.tail)
-    return found.networks.masks(threshold=asked)
 
 # %% ../nbs/12_command.ipynb #67242947
 def intervention_on(
@@ -424,9 +416,21 @@ def _mask_described(model: str, arms: list, seed: int) -> tuple[list[str], dict]
 
 # %% ../nbs/12_command.ipynb #61b628eb
 def _mask_looked_at(
-    model: str, device, arms: list, prompts, writing: dict, held_out: tuple | None
+    model: str,
+    device,
+    arms: list,
+    seed: int,
+    generate,
+    tokens,
+    chat,
+    temperature,
+    texts,
+    eval_texts,
+    eval_length,
+    **reading,
 ) -> tuple[list[str], dict]:
     "Lines and facts of what the masked model writes, and of its damage."
+    from llmfact_nb.activations import longest_input
     from llmfact_nb.base.display import note
     from llmfact_nb.base.models import load_model
     from llmfact_nb.base.texts import load_texts
@@ -434,16 +438,16 @@ def _mask_looked_at(
     from llmfact_nb.evaluate import EvalSet
 
     lines, facts = [], {}
+    held_out = load_texts(texts, "eval", eval_texts, **only_typed(reading)) if texts else None
     note(f"loading {model} ...", progress())
     net, tokenizer = load_model(model, device=device)
-    if prompts:
-        facts["texts"] = side_by_side(net, tokenizer, prompts, arms, **writing)
+    if generate:
+        facts["texts"] = side_by_side(net, tokenizer, generate, arms, tokens, chat, temperature, seed)
         lines += texts_shown(facts["texts"])
     if held_out is not None:
-        name, documents, n, length = held_out
-        texts = load_texts(name, "eval", n, documents=documents or "blocks")
-        facts["damage"] = damage_of(net, EvalSet(tokenizer, texts, length), arms)
-        lines += ["", f"damage on held-out texts of {name}, nats a token over the unmasked model:"]
+        scored = EvalSet(tokenizer, held_out, longest_input(net, tokenizer, eval_length))
+        facts["damage"] = damage_of(net, scored, arms)
+        lines += ["", f"damage on held-out texts of {texts}, nats a token over the unmasked model:"]
         lines += map(damage_line, facts["damage"])
     return lines, facts
 
@@ -459,44 +463,42 @@ def texts_shown(rows: list[dict]) -> list[str]:
                 lines.append(f"  {r['arm']:>{width}}  {text or '(nothing)'}")
     return lines
 
-
+# %% ../nbs/12_command.ipynb #6baee64a
 def damage_line(row: dict) -> str:
     "Return an arm's damage as a line."
-    ends = (
-        "" if row["ci_low"] is None or row["arm"] == "unmasked" else f"  [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
-    )
+    from llmfact_nb.base.display import signed
+
+    known = row["ci_low"] is not None and row["arm"] != "unmasked"
+    ends = f"  [{signed(row['ci_low'])}, {signed(row['ci_high'])}]" if known else ""
     perplexity = "above vocabulary" if row["above_vocabulary"] else format(row["perplexity"], ",.2f")
-    return f"  {row['arm']:>15}  {row['damage']:+.3f}{ends}  perplexity {perplexity}"
+    return f"  {row['arm']:>15}  {signed(row['damage'])}{ends}  perplexity {perplexity}"
 
 # %% ../nbs/12_command.ipynb #632ff86d
 _TRAIN = "Training"
+_HOLDS = "Folder of the run, or of `llmfact networks`, that holds the networks."
 FINETUNE = NEURONS | {
-    "texts": option("sotu", f"Texts to learn: {TEXTS}", "What"),
-    "documents": DOCUMENTS,
-    "mode": option(
-        "selected", "selected: only the neurons train. rest: all but them. full: everything.", "What",
-        accepted=("selected", "rest", "full"),
-    ),
-    "model": option(
-        str, "The model, for --mode full or --file without a run.", "What", shown="that of the run, or smollm2-135m"
-    ),
-    "run": option(Path("out/run"), "Folder of the run, or of `llmfact networks`, that holds the networks.", _WHICH),
-    "steps": option(100, "Steps of the optimizer.", _TRAIN, least=1),
-    "batch_size": option(4, "Windows of text per step.", _TRAIN, least=1),
-    "max_length": option(64, "Tokens of a window.", _TRAIN, least=2),
-    "lr": option(float, "Largest learning rate.", _TRAIN, shown="1e-3; rest and full: 1e-4", check=above_zero),
-    "seed": option(0, "Of the order of the windows.", _TRAIN, least=0),
-    "save_every": option(50, "Steps between two checkpoints.", _TRAIN, least=1),
-    "eval_windows": option(48, "Held-out windows, for the loss before and after.", _TRAIN, least=1),
-    "out": option(Path("out/tuned"), "Folder for the result. The same command again resumes it.", "Where"),
-    "merge": option(False, "Also write the whole tuned model, ready for from_pretrained.", "Where", "--merge"),
-    "device": DEVICE,
-    "dry_run": DRY_RUN,
+    "texts": Option("sotu", f"Texts to learn: {TEXTS}", "What"), **READING,
+    "mode": Option("selected", "selected: only the neurons train. rest: all but them. full: everything.", "What",
+                   accepted=("selected", "rest", "full")),
+    "model": Option(str, "The model, for --mode full or --file without a run.", "What",
+                    shown="that of the run, or smollm2-135m"),
+    "run": Option(Path("out/run"), _HOLDS, _WHICH),
+    "steps": Option(100, "Steps of the optimizer, in all; with more a finished training goes on.", _TRAIN, least=1),
+    "batch_size": Option(4, "Windows of text per step.", _TRAIN, least=1),
+    "max_length": Option(64, "Tokens of a window.", _TRAIN, least=2),
+    "lr": Option(float, "Largest learning rate.", _TRAIN, shown="1e-3; rest and full: 1e-4", check=above_zero),
+    "seed": Option(0, "Of the order of the windows.", _TRAIN, least=0),
+    "save_every": Option(50, "Steps between two checkpoints.", _TRAIN, least=1),
+    "eval_windows": Option(48, "Held-out windows, for the loss before and after.", _TRAIN, least=1),
+    "out": Option(Path("out/tuned"), "Folder for the result. The same command again resumes it.", "Where"),
+    "merge": Option(False, "Also write the whole tuned model, ready for from_pretrained.", "Where"), **LOAD,
 }  # fmt: skip
 
 # %% ../nbs/12_command.ipynb #371974fc
 @command(**FINETUNE)
-def finetune(texts, mode, model, network, key, file, run, out, merge, device, dry_run, save_every, **given) -> Answer:
+def finetune(
+    model, network, key, file, run, out, merge, device, accept_licence, dry_run, save_every, **given
+) -> Answer:
     """Train only the chosen neurons on a text.
 
     Everything else stays, bit for bit. Trains with the Hugging Face Trainer, says how many parameters train, the loss
@@ -511,33 +513,36 @@ def finetune(texts, mode, model, network, key, file, run, out, merge, device, dr
     llmfact finetune --texts sotu --dry-run
     llmfact finetune --texts my-notes.txt --network 3 --network 5 --out out/notes --merge
     """
-    check_asked(device, texts=texts, model=model)
-    name, masks, of_run = "everything", None, None
-    if mode != "full":
-        name, masks, of_run = _neurons_to_train(run, network, key or not (network or file), file)
-    elif network or key or file:
-        raise typer.BadParameter("full: everything trains, so leave out the choice of neurons.", param_hint="--mode")
-    from llmfact_nb.command.checks import check_model, check_texts
     from llmfact_nb.command.training import TuneSettings, check_tuning, tune, tuning_cost
 
+    check_asked(device, texts=given["texts"], model=model)
+    name, masks, of_run = _neurons_to_train(given["mode"], run, network, key, file)
     with typed():
-        given |= {"warmup": min(5, given["steps"]), "documents": given["documents"] or "blocks"}
-        settings = TuneSettings(model or of_run or "smollm2-135m", texts, mode, **given)
+        settings = TuneSettings(model or of_run or "smollm2-135m", **only_typed(given))
     chosen = None if masks is None else {name: masks}
-    check_model(settings.model)
-    check_texts(settings.texts, settings.documents)
-    check_tuning(settings, chosen, out)
+    check_tuning(settings, chosen, out, accept_licence or dry_run)
+    cost = tuning_cost(settings, 0 if masks is None else masks.n, merge, device, None if dry_run else 1e9)
     if dry_run:
-        return bill(tuning_cost(settings, 0 if masks is None else masks.n, merge, device), out, settings.model)
-    facts = tune(settings, chosen, out, device, merge, save_every, progress())
+        return bill(cost, out, settings.model, accept_licence)
+    check_room(cost, out)
+    more: dict[str, Any] = {"accept_licence": True} if accept_licence else {}
+    facts = tune(settings, chosen, out, device, merge, save_every, progress(), **more)
     return Answer(_tuning_told(name, settings, facts, out), snake(facts) | {"folder": out, "chosen": name})
 
 # %% ../nbs/12_command.ipynb #9e688c77
-def _neurons_to_train(run: Path, network, key: bool, file: Path | None) -> "tuple[str, NeuronMask, str | None]":
-    "Return (name, mask, the run's model); a mask file needs no run."
+def _neurons_to_train(
+    mode: str, run: Path, network, key: bool, file: Path | None
+) -> "tuple[str, NeuronMask | None, str | None]":
+    "Return (name, mask, the run's model): the key neurons if none are named; a mask file needs no run."
     from llmfact_nb.command.run import has_networks, read_found
     from llmfact_nb.masks import NeuronMask
 
+    if mode == "full":
+        if network or key or file:
+            said = "full: everything trains, so leave out the choice of neurons."
+            raise typer.BadParameter(said, param_hint="--mode")
+        return "everything", None, None
+    key = key or not (network or file)
     one_choice(network, key, file)
     if file is not None:
         return file.stem, NeuronMask.load(file), read_found(run)[0].model if has_networks(run) else None
@@ -546,13 +551,15 @@ def _neurons_to_train(run: Path, network, key: bool, file: Path | None) -> "tupl
 
 
 def _tuning_told(name: str, settings, facts: dict, out: Path) -> list[str]:
+    from llmfact_nb.base.display import counted, signed
+
     before, after, intact = facts["loss before"], facts["loss after"], facts["frozen weights intact"]
-    trained, of = facts["trained parameters"], facts["parameters"]
+    trained, of, steps = facts["trained parameters"], facts["parameters"], counted(settings.steps, "step")
     return [
         f"{name} of {settings.model}, mode {settings.mode}: {trained:,} of {of:,} parameters train "
         f"({trained / of:.1%})",
-        f"held-out loss, nats a token over {facts['held-out tokens']:,} tokens: {before:.4f} before, {after:.4f} after "
-        f"{settings.steps} steps ({after - before:+.4f})",
+        f"held-out loss, nats a token over {counted(facts['held-out tokens'], 'token')}: {before:.4f} before, "
+        f"{after:.4f} after {steps} ({signed(after - before, 4)})",
         "nothing is frozen" if intact is None else "frozen weights: bit for bit what they were",
         f"written to {out}: {', '.join(facts['files'])}",
     ]
@@ -562,20 +569,19 @@ study = group(
     "study", "Run the studies of the paper, or the study of fine-tuning; hours, and the same command goes on."
 )
 PAPER = {
-    "model": option("smollm2-135m", "The model.", "What"),
-    "quick": option(False, "Few networks, little text, minutes. The numbers mean nothing.", "What", "--quick"),
-    "grid": option(False, "Every changed factor with all selections and controls; most of a day.", "What", "--grid"),
-    "eval_tokens": option(20_000, "Held-out tokens for the arms of the baseline.", "What", least=1),
-    "sentences": option(500, "Labelled sentences.", "What", least=1),
+    "model": Option("smollm2-135m", "The model.", "What"),
+    "texts": Option(str, f"Texts of the baseline: {TEXTS}", "What", shown="wiki"), **READING,
+    "quick": Option(False, "Few networks, little text, minutes. The numbers mean nothing.", "What"),
+    "grid": Option(False, "Every changed factor with all selections and controls; most of a day.", "What"),
+    "eval_tokens": Option(20_000, "Held-out tokens for the arms of the baseline.", "What", least=1),
+    "sentences": Option(500, "Labelled sentences.", "What", least=1),
     "jobs": JOBS,
-    "out": option(Path("out/paper"), "Folder of the studies. The same command again resumes them.", "Where"),
-    "device": DEVICE,
-    "dry_run": DRY_RUN,
-}
+    "out": Option(Path("out/paper"), "Folder of the studies. The same command again resumes them.", "Where"), **LOAD,
+}  # fmt: skip
 
 # %% ../nbs/12_command.ipynb #4fcefa54
 @command(study, **PAPER)
-def paper(model, quick, grid, eval_tokens, sentences, jobs, out, device, dry_run) -> Answer:
+def paper(model, jobs, out, device, accept_licence, dry_run, quick, **given) -> Answer:
     """Run every study of the paper on a model and draw its figures.
 
     Networks, damage, preservation, amplification, recurrence, transfer between texts, each with its controls; then a
@@ -586,20 +592,24 @@ def paper(model, quick, grid, eval_tokens, sentences, jobs, out, device, dry_run
     llmfact study paper --quick --out out/small-paper
     llmfact study paper --model openai-community/gpt2 --out out/gpt2-paper
     """
-    from llmfact_nb.command.paper_study import draw_study, paper_cost, paper_settings
-    from llmfact_nb.paper import published_frames
+    from llmfact_nb.command.paper_study import check_study, draw_study, paper_cost, paper_settings
     from llmfact_nb.command.run import Sources
+    from llmfact_nb.paper import published_frames
     from llmfact_nb.study.whole import paper_study
 
-    check_asked(device, model=model)
+    check_asked(device, model=model, texts=given["texts"])
     with typed():
-        settings = paper_settings(model, quick, grid, eval_tokens, sentences)
+        settings = paper_settings(quick, model=model, **given)
+    check_study(settings, out, accept_licence or dry_run)
+    cost = paper_cost(settings, device, None if dry_run else 1e9)
     if dry_run:
-        return bill(paper_cost(settings, device), out, model)
-    sources = Sources(settings.find, device, progress())
-    loaded, tokenizer = sources.load()
-    tables = paper_study(loaded, tokenizer, out, settings, n_jobs=jobs, progress=progress(), model_name=model)
-    drawn = draw_study(out, published_frames(), sources.load, progress=progress())
+        return bill(cost, out, model, accept_licence)
+    check_room(cost, out)
+    more: dict[str, Any] = {"accept_licence": True} if accept_licence else {}
+    sources = Sources(settings.find, device, progress(), **more)
+    net, tokenizer = sources.load()
+    tables = paper_study(net, tokenizer, out, settings, n_jobs=jobs, progress=progress(), model_name=model)
+    drawn = draw_study(out, published_frames(), sources)
     lines = [f"{row.id} {row.verdict.upper()}: {row.claim}\n    {row.why}" for row in tables["verdicts"].itertuples()]
     files = list(drawn.values())
     lines += ["", *_drawn_lines(files, drawn.missing)]
@@ -608,35 +618,38 @@ def paper(model, quick, grid, eval_tokens, sentences, jobs, out, device, dry_run
 # %% ../nbs/12_command.ipynb #e8b9d06c
 _LEARN = "Training"
 TUNING = {
-    "task": option("reviews", "What is learned.", "What", accepted=("reviews", "speeches")),
-    "model": option("smollm2-135m", "The model.", "What"),
-    "arms": option(list[str], "What trains; may be repeated.", "What", "--arms", shown="all arms"),
-    "seeds": option(
-        list[int], "Of data order, random neurons and LoRA; may be repeated.", "What", "--seeds", shown="0, 1, 2"
-    ),
-    "sweep_seeds": option(list[int], "With which each rate is tried; may be repeated.", _LEARN, "--sweep-seeds"),
-    "lr": option(list[str], "ARM=RATE,RATE,...: rates to try for an arm; may be repeated.", _LEARN, "--lr"),
-    "steps": option(int, "Steps of a final run.", _LEARN),
-    "batch_size": option(int, "Examples per step.", _LEARN),
-    "max_length": option(int, "Tokens of an example.", _LEARN),
-    "sweep_steps": option(int, "Steps of a run that tries a rate.", _LEARN),
-    "further_rates": option(int, "Rates tried beyond those given, where the best lies at the edge.", _LEARN),
-    "eval_every": option(int, "Steps between two validations.", _LEARN),
-    "patience": option(int, "Validations without progress before a run stops; 0: never.", _LEARN),
-    "warmup": option(int, "Steps over which the rate rises.", _LEARN),
-    "weight_decay": option(float, "Of matrices.", _LEARN),
-    "clip": option(float, "Largest norm of the gradient.", _LEARN),
-    "n_train": option(int, "Training examples.", _LEARN),
-    "n_val": option(int, "Validation examples.", _LEARN),
-    "n_test": option(int, "Test examples.", _LEARN),
-    "n_wiki": option(int, "Windows of Wikipedia, for what is forgotten.", _LEARN),
-    "gradient_batches": option(int, "Batches behind the gradient score.", _LEARN),
-    "out": option(
-        Path("out/tuning"), "Folder of the study. The same command again resumes it.", "Where", "--out", "--folder"
-    ),
-}
+    "task": Option("reviews", "What is learned.", "What", accepted=("reviews", "speeches")),
+    "model": Option("smollm2-135m", "The model.", "What"),
+    "arms": Option(list[str], "What trains; may be repeated.", "What", shown="all arms"),
+    "seeds": Option(list[int], "Of data order, random neurons and LoRA; may be repeated.", "What", shown="0, 1, 2"),
+    "sweep_seeds": Option(list[int], "With which each rate is tried; may be repeated.", _LEARN),
+    "lr": Option(list[str], "ARM=RATE,RATE,...: rates to try for an arm; may be repeated.", _LEARN),
+    "steps": Option(int, "Steps of a final run.", _LEARN),
+    "batch_size": Option(int, "Examples per step.", _LEARN),
+    "max_length": Option(int, "Tokens of an example.", _LEARN),
+    "sweep_steps": Option(int, "Steps of a run that tries a rate.", _LEARN),
+    "further_rates": Option(int, "Rates tried beyond those given, where the best lies at the edge.", _LEARN),
+    "eval_every": Option(int, "Steps between two validations.", _LEARN),
+    "patience": Option(int, "Validations without progress before a run stops; 0: never.", _LEARN),
+    "warmup": Option(int, "Steps over which the rate rises.", _LEARN),
+    "weight_decay": Option(float, "Of matrices.", _LEARN),
+    "clip": Option(float, "Largest norm of the gradient.", _LEARN),
+    "n_train": Option(int, "Training examples.", _LEARN),
+    "n_val": Option(int, "Validation examples.", _LEARN),
+    "n_test": Option(int, "Test examples.", _LEARN),
+    "n_wiki": Option(int, "Windows of Wikipedia, for what is forgotten.", _LEARN),
+    "gradient_batches": Option(int, "Batches behind the gradient score.", _LEARN),
+    "out": Option(Path("out/tuning"), "Folder of the study. The same command again resumes it.", "Where",
+                  ("--folder",)),
+}  # fmt: skip
 
 # %% ../nbs/12_command.ipynb #9690a85b
+def _rates(text: str) -> tuple[str, tuple[float, ...]]:
+    "Read ARM=RATE,RATE,..."
+    arm, _, rates = text.partition("=")
+    return arm, tuple(float(x) for x in rates.split(","))
+
+# %% ../nbs/12_command.ipynb #10ec1d4d
 @command(study, **TUNING)
 def tuning(task, model, arms, seeds, out, lr, **given) -> Answer:
     """Compare what is fine-tuned: the key neurons, their controls, LoRA, the whole model.
@@ -651,28 +664,21 @@ def tuning(task, model, arms, seeds, out, lr, **given) -> Answer:
     from llmfact_nb.tuning.comparison import compare_tuning
 
     check_asked(model=model)
-    given = {name: value for name, value in given.items() if value not in (None, [])}
     with typed():
         rates = dict(_rates(text) for text in lr or ())
         chosen, numbers = arms or list(ARMS), seeds or [0, 1, 2]
-    results = compare_tuning(model, task, chosen, numbers, out, progress=progress(), lrs=rates, **given)
+    results = compare_tuning(model, task, chosen, numbers, out, progress=progress(), lrs=rates, **only_typed(given))
     results.save(out / task)
     tables = {
         name: table.to_dict("records") for name, table in (("runs", results.runs), ("intervals", results.intervals))
     }
     return Answer(str(results).splitlines(), {"folder": out, "task": task} | tables)
 
-
-def _rates(text: str) -> tuple[str, tuple[float, ...]]:
-    "Read ARM=RATE,RATE,..."
-    arm, _, rates = text.partition("=")
-    return arm, tuple(float(x) for x in rates.split(","))
-
 # %% ../nbs/12_command.ipynb #68acec1f
 FIGURES = {
-    "folder": option(Path, "Folder of a finished run, or of a study.", shown="out/run"),
+    "folder": Option(Path, "Folder of a finished run, or of a study.", shown="out/run"),
     "out": SAME_FOLDER,
-    "tuning": option(Path, "Also draw the figures of this tuning study, into its folder.", "What"),
+    "tuning": Option(Path, "Also draw the figures of this tuning study, into its folder.", "What"),
 }
 
 
@@ -698,7 +704,8 @@ def figures(folder, out, tuning) -> Answer:
     elif kind == "study":
         drawn, missing = _paper_pictures(at)
     else:
-        raise FileNotFoundError(f"{str(at)!r} holds no run and no study, but {KINDS.get(kind, 'a model')}.")
+        said = f"holds {KINDS[kind]}, which has no figures"
+        raise FileNotFoundError(f"{str(at)!r} {said}; give the folder of a run, or of a study.")
     drawn += tuning_pictures(tuning) if tuning is not None else []
     return Answer(_drawn_lines(drawn, missing), {"folder": at, "files": drawn, "missing": missing})
 
@@ -723,24 +730,24 @@ def _drawn_lines(drawn: Sequence[Path], missing: dict[str, str]) -> list[str]:
 # %% ../nbs/12_command.ipynb #8981348a
 _AGAIN = "What is computed again"
 VERIFY = {
-    "folder": option(
+    "folder": Option(
         Path, "Folder of a finished run, or of the paper's studies; nothing is written there.", shown="out/run"
     ),
     "out": SAME_FOLDER,
-    "model": option(
+    "model": Option(
         str, "Where the model is now, if it has moved; its weights are compared with those on record.", "What",
         shown="as on record",
     ),
     "accept_licence": LICENCE,
-    "trust_remote_code": option(
-        False, "Let code that came with the checkpoint run, if the run did.", "What", "--trust-remote-code"
+    "trust_remote_code": Option(
+        False, "Let code that came with the checkpoint run, if the run did.", "What"
     ),
-    "sample": option(6, "Arms to measure again, the key neurons first; 0: only the unmasked model.", _AGAIN, least=0),
-    "seed": option(0, "Of which arms; another one looks at others.", _AGAIN, least=0),
-    "refit": option(
-        False, "Also find a run's networks again, which takes as long as it took.", _AGAIN, "--refit"
+    "sample": Option(6, "Arms to measure again, the key neurons first; 0: only the unmasked model.", _AGAIN, least=0),
+    "seed": Option(0, "Of which arms; another one looks at others.", _AGAIN, least=0),
+    "refit": Option(
+        False, "Also find a run's networks again, which takes as long as it took.", _AGAIN
     ),
-    "tolerance": option(0.001, "Nats a token by which two losses may differ.", _AGAIN, least=0),
+    "tolerance": Option(0.001, "Nats a token by which two losses may differ.", _AGAIN, least=0),
     "device": DEVICE,
 }  # fmt: skip
 
@@ -770,7 +777,7 @@ def verify(folder, out, model, accept_licence, trust_remote_code, device, **aske
     return Answer(verification_report(table).splitlines(), facts, 0 if wrong.empty else 1)
 
 # %% ../nbs/12_command.ipynb #b5cdbd0d
-NAMES = option(list[str], "Models and text sets, e.g. smollm2-135m wiki. `llmfact info` lists them.", shown="needed")
+NAMES = Option(list[str], "Models and text sets, e.g. smollm2-135m wiki. `llmfact info` lists them.", shown="needed")
 
 
 @command(names=NAMES, accept_licence=LICENCE)
@@ -793,8 +800,8 @@ def fetch(names, accept_licence) -> Answer:
     return Answer([f"{name}: {path}" for name, path in paths.items()], {"files": paths})
 
 # %% ../nbs/12_command.ipynb #72aaaa4f
-INFO = option(
-    Path, "Folder of a run, of a fine-tuning, of a study, or of a model.",
+INFO = Option(
+    Path, "Folder of a run, of a fine-tuning, of a study, or of a model; or the name of an embedded model.",
     shown="none: say what is installed, fetched and found here",
 )  # fmt: skip
 
@@ -804,11 +811,13 @@ def info(folder, out) -> Answer:
     """Say what is here, or what a folder holds.
 
     Without a folder: version, devices, cache, and what can be fetched. With one: what was run there, how far it is,
-    how large it is; of a model's folder, whether its neurons are found.
+    how large it is; of a model, its family, where its neurons are found, how long a text may be, its tokenizer, and
+    what is refused and why.
 
     \b
     llmfact info
     llmfact info out/run
+    llmfact info my-model
     """
     from llmfact_nb.command.folders import about_folder, about_machine
 

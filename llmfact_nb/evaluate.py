@@ -506,6 +506,15 @@ def _distinct(words: Sequence[str], rows: list[list[int]], start: int) -> tuple[
         raise ArgumentError("label_words", words, same)
     return rows, start
 
+# %% ../nbs/08_evaluate.ipynb #5db3e4eb
+def check_words(
+    tokenizer,  # the model's tokenizer
+    template: str,  # the prompt; {text} stands for the text, a label word follows
+    words: Sequence[str],  # one for each label
+) -> None:
+    "Raise ArgumentError if two label words have the same tokens after the prompt: before anything is measured."
+    _distinct(words, *split_prompt(tokenizer, template.replace("{text}", "A text."), words, False))
+
 # %% ../nbs/08_evaluate.ipynb #df871ff4
 def paired_accuracy(
     a,  # one arm, for instance the masked model: anything with `.correct` (n,) and `.fingerprint`

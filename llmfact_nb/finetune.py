@@ -533,7 +533,7 @@ class NeuronTuning:
         held = sum(t.numel() for t in self.mode.frozen().values()) if self.config.mode == "rest" else 0
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad) - held
 
-    def __str__(self):
+    def __repr__(self):
         return _summary(self)
 
     def __deepcopy__(self, memo):

@@ -22,6 +22,7 @@ from llmfact_nb.base.whitening import (
     SOLVERS,
     CentredX,
     DataError,
+    TooLittleData,
     Whitened,
     as_matrix,
     choose_solver,
@@ -316,7 +317,7 @@ def _plan(ica: "ICA", X: torch.Tensor, rows: torch.Tensor | None) -> tuple[Centr
     spatial, (T, N) = ica.kind == "spatial", (X.shape[0] if rows is None else len(rows), X.shape[1])
     most, size = min(T, N - spatial), f"{T:,} tokens x {N:,} neurons"
     if ica.n_components > most:
-        raise DataError(f"n_components={ica.n_components} is above {most}, the most that {size} allow.")
+        raise TooLittleData("n_components", ica.n_components, f"at most {most:,}, the most that {size} allow")
     solver, why = ica.whiten_solver, "as asked"
     if ica.backend == "sklearn":
         solver, why = "svd", "backend='sklearn'"

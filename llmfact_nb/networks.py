@@ -20,6 +20,7 @@ from .activations import Activations
 from .base.arguments import ArgumentError, check_choice, check_number
 from .base.display import always_shown, bars, card, dots, site_name
 from .base.files import load_tensors, reading, save_tensors
+from .base.whitening import TooLittleData
 from .ica import ICA, DataError
 from .masks import Layout, NeuronMask, common_layout, union
 
@@ -159,7 +160,8 @@ def rows_to_use(
     none = torch.zeros_like(activations.sinks)
     away = {None: none, "first": activations.positions == 0, "sinks": activations.sinks}[exclude]
     if away.all():
-        raise DataError(f"exclude={exclude!r} leaves none of the {activations.n_tokens} tokens; give longer texts.")
+        accepted = f"None, or longer texts: of {activations.n_tokens} tokens it leaves none"
+        raise TooLittleData("exclude", exclude, accepted)
     return ~away
 
 # %% ../nbs/05_networks.ipynb #f36570c1

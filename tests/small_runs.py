@@ -29,12 +29,12 @@ SMALL = dict(
     conditions=(("mean", "after-first"), ("zero", "all")),
 )
 N_ARMS = 1 + 2 * 12 + 17  # unmasked, twelve arms under two conditions, and 17 more draws of the deciding control
-WORDS = [f"w{i}" for i in range(2, families.VOCAB)]
+WORDS = [f"w{i}" for i in range(2, families.VOCAB - 2)]
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    "A tokenizer of whole words, w2, w3 ..."
-    vocabulary = {"[UNK]": 0, "[PAD]": 1, **{w: i + 2 for i, w in enumerate(WORDS)}}
+    "A tokenizer of whole words, w2, w3 ..., and of the two label words of the studies."
+    vocabulary = {w: i for i, w in enumerate(["[UNK]", "[PAD]", *WORDS, "positive", "negative"])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")

@@ -19,14 +19,14 @@ import families
 import pandas as pd
 import pytest
 import torch
-from small_runs import llmfact, small_world
+from small_runs import WORDS, llmfact, small_world
 from typer.testing import CliRunner
 
 from llmfact_nb.ablation import Settings
 from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.base.models import load_model
+from llmfact_nb.base.tokens import token_counts
 from llmfact_nb.cli import FIELD, SETTINGS
-from llmfact_nb.command.paper_study import KINDS
 from llmfact_nb.command.run import read_found
 from llmfact_nb.cli import app
 from llmfact_nb.command.verification import verify_folder
@@ -154,9 +154,14 @@ def test_the_same_command_resumes_and_another_is_refused(tiny, whole):
         assert "--k" in said and len(said.strip().splitlines()) == 1
 
 
-def test_other_texts_are_named_and_no_files_listed(tiny, whole, tmp_path):
-    shutil.copy(tiny / "texts.jsonl", tmp_path / "others.jsonl")
-    line = run_line(tiny, whole[0]).replace(str(tiny / "texts.jsonl"), str(tmp_path / "others.jsonl"))
+def test_other_texts_are_named_and_no_files_listed(tiny, whole, copied, tmp_path):
+    others = tmp_path / "others.jsonl"
+    shutil.copy(tiny / "texts.jsonl", others)
+    line = run_line(tiny, copied).replace(str(tiny / "texts.jsonl"), str(others))
+    assert "loading" not in llmfact(line)[1], "a copy holds the same texts, wherever it lies"
+    assert json.loads((copied / "settings.json").read_text())["texts"] == str(others)
+    assert set(pd.read_csv(copied / "results.csv").data) == {str(others)}
+    others.write_text(others.read_text() + "\n" + json.dumps({"title": "more", "text": "w5 w6 w7"}))
     said = llmfact(line, 1)[1]
     assert "--texts" in said and "others.jsonl" in said and len(said.strip().splitlines()) == 1
     before = (tiny / "texts.jsonl").read_text()
@@ -221,6 +226,152 @@ def test_networks_are_the_first_half_of_a_run(tiny, tmp_path):
     )
     llmfact(f"run --out {out} {found_by(tiny)}")
     assert (out / "networks.safetensors").stat().st_mtime_ns == at and "report.html" in llmfact(f"info {out}")[0]
+
+
+def test_titles_of_what_was_read_are_kept(tiny, whole):
+    from llmfact_nb.base.texts import load_texts
+
+    read = json.loads((whole[0] / "manifest.json").read_text())["documents"]
+    parts = {
+        part: load_texts(tiny / "texts.jsonl", split)["title"] for part, split in (("fit", "fit"), ("held out", "eval"))
+    }
+    assert all(read[part] == list(parts[part])[: len(read[part])] and read[part] for part in parts)
+    assert read["held out"][-1] in (whole[0] / "report.html").read_text()
+
+
+def test_documents_come_from_the_whole_folder(tiny, tmp_path):
+    "Not from the first book of the alphabet; and a seed draws others, the same each time."
+    books = tmp_path / "books"
+    for book in "abcdef":
+        for chapter in range(10):
+            path = books / book / f"{chapter}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(" ".join(random.Random(f"{book}{chapter}").choices(WORDS, k=60)))
+    read = {}
+    for name, more in {"evenly": "", "one": "--shuffle 1", "again": "--shuffle 1", "two": "--shuffle 2"}.items():
+        llmfact(f"networks {found_by(tiny)} --texts {books} --out {tmp_path / name} {more}")
+        read[name] = json.loads((tmp_path / name / "parts" / "loaded.json").read_text())["documents"]["fit"]
+    assert len(read["evenly"]) <= 15 and {title[0] for title in read["evenly"]} == set("abcdef")
+    assert read["one"] == read["again"] != read["two"]
+
+
+def test_a_column_of_another_name(tiny, tmp_path):
+    rows = [json.loads(line) for line in (tiny / "texts.jsonl").read_text().splitlines()]
+    renamed = tmp_path / "renamed.jsonl"
+    renamed.write_text("\n".join(json.dumps({"title": r["title"], "body": r["text"], "text": "w2"}) for r in rows))
+    listed = [
+        json.loads(llmfact(f"networks {found_by(tiny)} --texts {texts} --out {tmp_path / name} --json")[0])["networks"]
+        for name, texts in (("a", tiny / "texts.jsonl"), ("b", f"{renamed} --column body"))
+    ]
+    assert listed[0] == listed[1]
+
+
+def test_what_to_do_if_the_ica_does_not_converge(tiny, tmp_path):
+    "Is said once, in options of the command, with the number of restarts that was given."
+    few = f"networks {found_by(tiny)} --out {tmp_path / 'n'} --max-iter 1"
+    printed, notes = llmfact(few)
+    assert printed.count("--max-iter") == 1 and "2 restarts" in printed and "max_iter" not in printed + notes
+    assert "FastICA" not in notes and "did NOT converge" in printed.replace("ICA did", "did")
+
+
+def test_nothing_is_said_twice(whole):
+    said = [line.removeprefix("- ") for line in f"{whole[1]}\n{whole[2]}".splitlines() if line.endswith(".")]
+    assert len(set(said)) == len(said) > 5
+
+
+def test_a_model_with_few_positions_reads_short_texts(tiny, tmp_path):
+    "As capture does: the texts are cut, and it is said."
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    short = tmp_path / "short"
+    GPT2LMHeadModel(
+        GPT2Config(n_positions=20, n_embd=16, n_layer=2, n_head=2, vocab_size=families.VOCAB)
+    ).save_pretrained(short)
+    for path in (tiny / "model").glob("token*"):
+        shutil.copy(path, short)
+    notes = llmfact(run_line(tiny, tmp_path / "run") + f" --model {short}")[1]
+    assert "20 tokens" in notes
+    llmfact(f"mask --out {tmp_path / 'run'} --key --texts {tiny / 'texts.jsonl'} --eval-texts 2")
+
+
+def test_transformers_alarms_nobody(tiny, tmp_path, caplog):
+    "Of a loss that it takes anyway, of a head that is not wanted, of texts that are longer than it reads."
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    sizes = {"n_positions": 20, "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": families.VOCAB}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path)
+    for path in (tiny / "model").glob("token*"):
+        shutil.copy(path, tmp_path)
+    logging.enable_propagation()
+    try:
+        caplog.clear()
+        model, tokenizer = load_model(tmp_path)
+        ids = torch.tensor([[5, 6, 7]])
+        model(ids, labels=ids)
+        load_model(tiny / "model", task="base")
+        token_counts(tokenizer, ["w5 " * 50])
+    finally:
+        logging.disable_propagation()
+    assert not [r for r in caplog.records if r.name.startswith("transformers")]
+
+
+def test_info_describes_a_model(tiny, tmp_path):
+    from transformers import T5Config
+
+    facts = json.loads(llmfact(f"info {tiny / 'model'} --json")[0])
+    assert facts["kind"] == "model" and facts["family"] == "llama" and str(families.VOCAB) in facts["tokenizer"]
+    assert f"{3 * families.HIDDEN:,}" in facts["mlp_hidden"] and f"{3 * families.D:,}" in facts["mlp_out"]
+    assert facts["positions"] > 0 and "refused" not in facts
+    T5Config().save_pretrained(tmp_path / "t5")
+    facts = json.loads(llmfact(f"info {tmp_path / 't5'} --json")[0])
+    assert "causal" in facts["refused"] and facts["family"] == "t5"
+
+
+def test_info_loads_no_networks(whole, monkeypatch):
+    monkeypatch.setattr("llmfact_nb.ablation.Found.load", lambda *_: pytest.fail("not needed"))
+    llmfact(f"info {whole[0]}")
+
+
+def test_line_breaks_and_zeros_in_what_mask_prints():
+    from llmfact_nb.cli import damage_line, texts_shown
+
+    (_, _, line) = texts_shown([{"prompt": "p", "arm": "key", "text": "one\n\ntwo"}])
+    assert line.count("\u23ce") == 2
+    row = {
+        "arm": "key",
+        "damage": -0.0001,
+        "ci_low": -0.0004,
+        "ci_high": 0.0,
+        "above_vocabulary": False,
+        "perplexity": 2,
+    }
+    assert "-0.000" not in damage_line(row) and "+0.000" not in damage_line(row)
+
+
+def test_one_is_singular():
+    from llmfact_nb.base.display import counted
+
+    assert (counted(1, "step"), counted(0, "step"), counted(2000, "step")) == ("1 step", "0 steps", "2,000 steps")
+
+
+@pytest.mark.parametrize("wrong", [0.3, 1.0, 4.0])
+def test_the_time_left_is_right_after_the_first_minute(wrong, monkeypatch):
+    "Within 30 %, also where the pace was guessed wrong; the guess says how one kind of work compares with the other."
+    from llmfact_nb.base import display
+
+    clock = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
+    true = {"set": 9.0, "tok": 0.01}
+    work = display.Overall({"set": 10, "tok": 30_000}, {unit: seconds * wrong for unit, seconds in true.items()})
+    whole = 10 * 9.0 + 300
+    for unit, n, size in (("set", 10, 1), ("tok", 60, 500)):
+        for _ in range(n):
+            clock[0] += true[unit] * size
+            work.add(unit, size)
+            if clock[0] > 60:
+                assert abs(clock[0] + work.left - whole) <= 0.3 * whole
+    assert work.left == 0 and "100%" in str(work)
 
 
 def test_the_suggested_network_has_units(whole):
@@ -305,6 +456,11 @@ def test_finetune_trains_the_key_neurons_of_a_run(tiny, whole, tmp_path):
     assert f"{facts['loss_after']:.4f}" in told and not re.search(r"\d\.\d{5}", told)
     for more in ("", " --dry-run"):
         assert "--lr" in llmfact(line.replace("0.02", "0.01") + more, 1)[1]
+    more = json.loads(llmfact(line.replace("--steps 4", "--steps 6") + " --json")[0])
+    assert more["settings"]["steps"] == 6 and more["loss_after"] != facts["loss_after"]
+    assert "steps                  6" in llmfact(f"info {tmp_path / 't'}")[0]
+    assert "--steps" in llmfact(line, 1)[1], "fewer than it took"
+    assert "a fine-tuning" in llmfact(f"figures {tmp_path / 't'}", 1)[1]
     assert str(whole[0]) in llmfact(f"finetune --run {whole[0]} --out {whole[0]}", 1)[1]
     assert str(tmp_path / "t") in llmfact(run_line(tiny, tmp_path / "t"), 1)[1]
 
@@ -409,8 +565,15 @@ def test_an_unknown_home_names_the_way_out(tmp_path):
         ("run --device cudaa --out OUT", 2, "--device|'cudaa'"),
         ("rum", 2, "rum"),
         ("tune", 2, "llmfact finetune"),
-        ("fetch no-such-thing", 2, "no-such-thing"),
-        ("fetch wiki smolm2", 2, "'smolm2'|'smollm2-135m'"),
+        ("fetch no-such-thing", 2, "error: 'no-such-thing'"),
+        ("fetch wiki smolm2", 2, "error: 'smolm2'|'smollm2-135m'"),
+        ("run --k 4081 --dry-run", 2, "--k|4,080"),
+        ("run --column body --model MODEL --texts TEXTS --out OUT", 1, "--column 'body'|title, text"),
+        ("run --shuffle -1", 2, "--shuffle"),
+        ("finetune --run RUN --texts TEXTS --column body --out OUT", 1, "--column 'body'"),
+        ("finetune --run RUN --texts TEXTS --max-length 100000 --out OUT", 1, "--max-length"),
+        ("mask --key --out RUN --texts ONE", 1, "Give more documents"),
+        ("study paper --model MODEL --texts nowhere.txt --dry-run", 2, "--texts|'nowhere.txt'"),
         ("run --texts no-such-texts --out OUT", 1, "no-such-texts"),
         ("run --texts TEXTS2 --out OUT", 2, "--texts|'texts.jsonl'"),
         ("run --texts wikki --dry-run", 2, "--texts|'wikki'|'wiki'"),
@@ -448,6 +611,8 @@ def test_an_unknown_home_names_the_way_out(tmp_path):
         ("verify RUN --tolerance many", 2, "--tolerance"),
         ("verify RUN --device cudaa", 2, "--device|'cudaa'"),
         ("verify RUN --model smolm2-135m", 2, "--model|'smolm2-135m'"),
+        ("figures MODEL", 1, "a model"),
+        ("figures HERE", 1, "file"),
         ("info OUT", 1, "OUT"),
         ("info --out HERE", 1, "HERE"),
     ],
@@ -457,12 +622,14 @@ def test_refusals_are_one_line(line, code, says, tiny, whole, tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
+    (tiny / "one.txt").write_text("w5 w6 w7")  # in the fit part
     if "BROKEN" in line:
         shutil.copytree(tiny / "model", tmp_path / "broken")
         (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
     places = {
         "OUT": tmp_path / "new", "TEXTS": tiny / "texts.jsonl", "TEXTS2": tiny / "text.jsonl", "MODEL": tiny / "model",
-        "RUN": whole[0], "BLOCKED": tmp_path / "file" / "run", "HERE": tmp_path, "BROKEN": tmp_path / "broken",
+        "RUN": whole[0], "ONE": tiny / "one.txt", "HERE": tmp_path, "BLOCKED": tmp_path / "file" / "run",
+        "BROKEN": tmp_path / "broken",
     }  # fmt: skip
     printed, said = llmfact(" ".join(str(places.get(a, a)) for a in line.split()), code)
     assert not printed and len([x for x in said.splitlines() if x.startswith("error:")]) == 1
@@ -488,6 +655,33 @@ def test_what_a_run_needs_later_is_checked_before_the_search(tiny, tmp_path, mon
                 f"run --model {tiny / 'model'} --texts {tiny / 'texts.jsonl'} {line} --out {tmp_path / 'x'}{more}", 1
             )
             assert not said[0] and not (tmp_path / "x").exists()
+
+
+def test_too_few_tokens_are_noticed_before_the_search(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmfact_nb.command.run.find_networks", lambda *_: pytest.fail("too late"))
+    rows = [json.dumps({"title": f"t{i}", "text": "w5 w6"}) for i in range(20)]
+    (tmp_path / "short.jsonl").write_text("\n".join(rows))
+    line = f"run --model {tiny / 'model'} --texts {tmp_path / 'short.jsonl'} --out {tmp_path / 'x'}"
+    for more in ("", " --dry-run"):
+        said = llmfact(line + more, 1)[1]
+        assert "--texts" in said and len(said.strip().splitlines()) == 1
+    llmfact(f"{line} --k 3 --dry-run")
+
+
+def test_terms_and_a_full_disk_are_noticed_before_the_search(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmfact_nb.command.run.find_networks", lambda *_: pytest.fail("too late"))
+    line = f"run --texts {tiny / 'texts.jsonl'} --out {tmp_path / 'x'}"
+    with monkeypatch.context() as m:
+        m.setenv("LLMFACT_CACHE", str(tmp_path / "nothing"))
+        bill = json.loads(llmfact(f"{line} --model gemma-3-270m --dry-run --json", 1)[0])
+        assert bill["terms"].startswith("http")
+        assert json.loads(llmfact(f"{line} --model gemma-3-270m --dry-run --json --accept-licence")[0])["terms"] is None
+        said = llmfact(f"{line} --model gemma-3-270m", 1)[1]
+        assert "--accept-licence" in said and bill["terms"] in said
+    monkeypatch.setattr("llmfact_nb.command.cost.free_disk", lambda _: 1000)
+    for more in ("", " --dry-run"):
+        assert "disk" in "".join(llmfact(f"{line} --model {tiny / 'model'} --k 4{more}", 1))
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_model_that_sees_later_tokens_is_refused_before_the_search(tiny, tmp_path, monkeypatch):
@@ -572,9 +766,10 @@ def test_the_studies_of_the_paper_are_run_and_drawn(tiny, tmp_path, monkeypatch)
 def test_a_dry_run_of_the_paper_keeps_its_word(tiny, tmp_path, capsys):
     "What the studies count when they begin, with model and texts at hand, is no more than was said without them."
     wiki = [json.loads(line)["text"] for line in (tiny / "texts.jsonl").read_text().splitlines()]
-    held_out = {kind: [f"w{i} {t}" for t in wiki[20:]] for i, kind in enumerate(KINDS)}
+    kinds = ("wiki", "speeches", "reviews", "code")
+    held_out = {kind: [f"w{i} {t}" for t in wiki[20:]] for i, kind in enumerate(kinds)}
     sentences = [(t, i % 2) for i, t in enumerate(wiki[:10])]
-    texts = StudyTexts(dict.fromkeys(KINDS, wiki[:20]), held_out, sentences, "{text}", ["w2", "w3"])
+    texts = StudyTexts(dict.fromkeys(kinds, wiki[:20]), held_out, sentences, "{text}", ["w2", "w3"])
     line = f"study paper --model {tiny / 'model'} --quick --dry-run --out {tmp_path / 'no'} --json"
     bill = json.loads(llmfact(line)[0])
     assert not (tmp_path / "no").exists()

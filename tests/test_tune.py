@@ -180,6 +180,38 @@ def test_finished_is_not_done_again_and_others_are_refused(asked, whole, monkeyp
             assert list(e.value.differences) == [name]
 
 
+@pytest.mark.parametrize("mode", ["selected", "rest"])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_finished_training_goes_on_with_more_steps(asked, tmp_path, monkeypatch, mode, interrupted):
+    few, more = (dataclasses.replace(asked, mode=mode, steps=n) for n in (3, 7))
+    first, folders = tune(few, MASK, tmp_path / "a", progress=False), [tmp_path / "a"]
+    log = (folders[0] / "losses.csv").read_text().splitlines()
+    if interrupted:
+        shutil.copytree(folders[0], tmp_path / "b")
+        folders.append(tmp_path / "b")
+        end = Steps.on_step_end
+
+        def stops(self, args, state, control, **kw):
+            self.asked = state.global_step == 2
+            end(self, args, state, control, **kw)
+
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(Steps, "on_step_end", stops)
+            tune(more, MASK, tmp_path / "b", progress=False)
+        assert tune(few, MASK, tmp_path / "b", progress=False) == first, "what was finished is still there"
+    facts = [tune(more, MASK, folder, progress=False) for folder in folders]
+    assert all(f["loss after"] == pytest.approx(facts[0]["loss after"], rel=1e-6) for f in facts)
+    assert facts[0]["loss before"] == first["loss before"] and facts[0]["loss after"] != first["loss after"]
+    assert facts[0]["settings"]["steps"] == 7 and facts[0]["frozen weights intact"] is True
+    for folder in folders:
+        now = (folder / "losses.csv").read_text().splitlines()
+        assert now[:4] == log and [row.split(",")[0] for row in now[1:]] == list("1234567")
+        assert not (folder / "checkpoints").exists()
+    with pytest.raises(ArgumentError) as e:
+        tune(few, MASK, folders[0], progress=False)
+    assert e.value.argument == "steps"
+
+
 def test_a_lost_model_is_made_again(asked, whole, tmp_path):
     shutil.copytree(whole[1], tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "model")

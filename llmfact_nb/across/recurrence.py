@@ -23,7 +23,7 @@ from torch import nn
 from ..activations import Activations, capture
 from .reproducibility import match_maps
 from ..base.arguments import ArgumentError, check_choice
-from ..base.display import progress_bar
+from ..base.display import Overall, progress_bar
 from ..base.files import read_json, remember, write_json
 from ..base.identity import model_fingerprint
 from ..ica import ICA, DataError
@@ -165,7 +165,7 @@ def recurrence_study(
     seed: int = 0,  # of the ICA and the nulls
     max_iter: int = 200,  # as for ICA
     folder: str | os.PathLike | None = None,  # keep finished texts here and take them from here
-    progress: bool = True,  # show a progress bar
+    progress: bool | Overall = True,  # show a progress bar
     n_jobs: int = 1,  # processes, as in joblib; each text takes a copy of the model there
 ) -> "pd.DataFrame":
     """Match the networks of single texts with group templates. Returns one row per method, template and text.

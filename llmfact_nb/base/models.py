@@ -80,13 +80,21 @@ def is_whole(
         return False
 
 # %% ../../nbs/base/06_models.ipynb #f621c156
+def converted_path(
+    sha256: str,  # checksum of the .gguf file
+    stem: str,  # readable part of the folder's name
+) -> Path:
+    "Return where the converted copy of a GGUF file stands once it is made."
+    return cache_folder() / "models" / f"{stem}-{sha256[:16]}"
+
+
 def _converted(
     sha256: str,  # checksum of the .gguf file
     stem: str,  # readable part of the folder's name
     gguf: Callable[[], Path],  # gives the .gguf file; called only if it is needed
 ) -> Path:
     "Return the folder of the converted copy of a GGUF file; make it first if it is missing or damaged."
-    target = cache_folder() / "models" / f"{stem}-{sha256[:16]}"
+    target = converted_path(sha256, stem)
     if is_whole(target):
         return target
     if target.exists():
@@ -255,6 +263,22 @@ def no_bars(
         if hide:
             logging.enable_progress_bar()
 
+# %% ../../nbs/base/06_models.ipynb #373457b9
+@contextmanager
+def _no_report(
+    wanted: bool,  # False: change nothing
+) -> Iterator[None]:
+    "Switch off what transformers prints of missing and unexpected weights inside the block."
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    if wanted:
+        logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
 # %% ../../nbs/base/06_models.ipynb #55464f34
 _TASKS = {
     "causal-lm": "AutoModelForCausalLM",
@@ -320,13 +344,15 @@ def _read_model(
 
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     where |= {"trust_remote_code": trusted}
-    with no_bars("revision" not in where):
+    with no_bars("revision" not in where), _no_report(task != "classification"):
         auto = getattr(transformers, _TASKS[task])
         model, info = auto.from_pretrained(source, dtype=dtype, **where, **(options | told))
         _refuse_made_up(model, info, task == "classification", bool(options.get("ignore_mismatched_sizes")))
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
+    if task == "causal-lm" and getattr(model, "loss_type", "") is None:
+        model.loss_type = "ForCausalLM"  # the one that is used anyway; unnamed, transformers calls it unrecognized
     if task == "classification" and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # the classifier finds the last real token by it
     return model, tokenizer

@@ -16,14 +16,15 @@ import itertools
 import json
 import numbers
 import os
+import random
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import check_choice, check_whole
+from .arguments import ArgumentError, check_choice, check_whole
 from .downloads import RESOURCES, cache_folder, fetch, names_of
 from .files import read_json, write_json
 from .models import HUB_ID, hub_commit
@@ -219,10 +220,10 @@ def _read_file(
     path: Path,
     documents: str,  # what is a document of a .txt file: "blocks", "lines" or "file"
 ) -> Iterable[dict]:
-    "Return rows as dicts. Raises ValueError, naming file and line, for what cannot be read."
+    "Return rows as dicts, one for each file of a folder. Raises ValueError, naming file and line, where it cannot."
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if _ending(p)[0] == ".txt")
-        return [{"text": _read_text(file), "title": file.name} for file in files]
+        files = sorted(p for p in path.rglob("*") if _ending(p)[0] == ".txt" and p.is_file())
+        return [{"text": _read_text(file), "title": file.relative_to(path).as_posix()} for file in files]
     kind = _ending(path)[0]
     if kind not in _KINDS:
         raise ValueError(f"{path} has the suffix {path.suffix!r}. Accepted: {_READABLE}.")
@@ -372,16 +373,29 @@ def _take(
     "Return the first `n` rows, or all with a warning if there are fewer. Raises ValueError if there are none."
     rows = list(itertools.islice(rows, n))
     if not rows:
-        raise ValueError(f"{what} is empty. Give more documents (one in five goes to eval), or take the other split.")
+        raise ValueError(f"{what} is empty. Give more documents: about four in five go to fit, one in five to eval.")
     if n is not None and len(rows) < n:
-        warnings.warn(f"n={n}: {what} has only {len(rows)} rows; all are given.", stacklevel=3)
+        warnings.warn(f"{what} has only {len(rows)} rows, and {n} were asked for; all are given.", stacklevel=3)
     return rows
 
 
-def _check(split: str, n: int | None) -> None:
+def _check(split: str, n: int | None, shuffle: int | None = None) -> None:
     check_choice("split", split, ["fit", "eval"])
     if n is not None:
         check_whole("n", n, least=1)
+    if shuffle is not None:
+        check_whole("shuffle", shuffle, least=0)
+
+
+def _shuffled(rows: Iterable, seed: int | None) -> Iterable:
+    "Return the rows in a random order; of a streamed data set, as far as its buffer reaches."
+    if seed is None:
+        return rows
+    if hasattr(rows, "shuffle"):
+        return rows.shuffle(seed=seed)
+    rows = list(rows)
+    random.Random(seed).shuffle(rows)
+    return rows
 
 # %% ../../nbs/base/07_texts.ipynb #a1ccdbb9
 def _cell(
@@ -392,8 +406,8 @@ def _cell(
     "Return the text that stands there. Raises ValueError if there is none, or none that can be written."
     value = row.get(column)
     if not isinstance(value, str):
-        seen = f"a row has {type(value).__name__} where text is expected in column {column!r}"
-        raise ValueError(f"{name}: {seen}. Its columns: {', '.join(map(repr, row))}.")
+        accepted = f"a column of {name} with text in every row; there are {', '.join(map(repr, row))}"
+        raise ArgumentError("column", column, accepted, f"A row has {type(value).__name__} there.")
     try:
         value.encode()
     except UnicodeEncodeError as e:
@@ -411,6 +425,16 @@ def _title_of(
     title = row.get("title")
     return title.strip() if isinstance(title, str) and title.strip() else text
 
+# %% ../../nbs/base/07_texts.ipynb #c6634ba4
+def spread(
+    items: Sequence,  # in some order
+) -> list:
+    "Return the items in an order of which every beginning is spread evenly over the given one."
+    return [items[i] for i in sorted(range(len(items)), key=lambda i: i * _GOLDEN % 1)]
+
+
+_GOLDEN = (5**0.5 - 1) / 2
+
 # %% ../../nbs/base/07_texts.ipynb #bb2abadd
 def load_texts(
     name: str | os.PathLike = "wiki",  # "wiki", "sotu", a file, a folder of .txt files, or a hub data set
@@ -418,28 +442,41 @@ def load_texts(
     n: int | None = None,  # the first so many documents; None: all
     *,
     column: str = "text",  # where the text stands in files with columns and hub data sets
+    shuffle: int | None = None,  # seed of a random order; None: their own
     documents: str = "blocks",  # of a .txt file: "blocks" between empty lines, "lines", or the "file" as one
     config: str | None = None,  # configuration of a hub data set
     hub_split: str = "train",  # which part of a hub data set is divided into fit and eval
     revision: str | None = None,  # branch, tag or commit of a hub data set
 ):  # datasets.Dataset with columns "text" and "title"
-    """Return documents in their order, a row each, held in memory.
+    """Return documents, a row each, held in memory: in their order, those of a folder spread over it, or shuffled.
 
     Raises ValueError for an unknown name, split or column and for files that cannot be read, FileNotFoundError for a
     missing path, OSError if the hub is out of reach, and as `fetch` does. Warns if there are fewer than `n`."""
     from datasets import Dataset
 
-    _check(split, n)
+    _check(split, n, shuffle)
     check_choice("documents", documents, DOCUMENTS)
     if name in ("wiki", "sotu"):
-        titled: Iterable[tuple[str, str]] = _documents(str(name), fetch(str(name)))
+        titled: Iterable[tuple[str, str]] = _shuffled(_documents(str(name), fetch(str(name))), shuffle)
     else:
         rows, _ = _open_source(name, "texts", config, hub_split, revision, documents)
-        texts = ((row, _cell(row, column, name)) for row in rows)
+        texts = ((row, _cell(row, column, name)) for row in _shuffled(rows, shuffle))
         titled = ((_title_of(row, text), text) for row, text in texts if text)
-    mine = ((title, text) for title, text in titled if split_of(title) == split)
+    mine: Iterable[tuple[str, str]] = ((title, text) for title, text in titled if split_of(title) == split)
+    if shuffle is None and Path(os.path.expanduser(name)).is_dir():
+        mine = spread(list(mine))
     found = _take(mine, n, f"split {split!r} of {str(name)!r}")
     return Dataset.from_dict({"text": [text for _, text in found], "title": [title[:80] for title, _ in found]})
+
+# %% ../../nbs/base/07_texts.ipynb #9475dda3
+def texts_of(
+    settings,  # anything with `texts`, `column`, `documents` and `shuffle`
+    split: str,  # "fit" or "eval"
+    n: int | None = None,  # the first so many documents; None: all
+):  # datasets.Dataset with columns "text" and "title"
+    "Return the texts that settings name, read as they say."
+    how = {name: getattr(settings, name) for name in ("column", "documents", "shuffle")}
+    return load_texts(settings.texts, split, n, **how)
 
 # %% ../../nbs/base/07_texts.ipynb #6166b1de
 def _read_rotten_tomatoes(path: Path) -> Iterator[tuple[str, str, str]]:

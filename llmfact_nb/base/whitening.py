@@ -15,11 +15,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.base.files import load_tensors, reading, refuse_unwritable, save_tensors
 
 # %% ../../nbs/base/09_whitening.ipynb #b8ee3976
 class DataError(ValueError):
     "The data do not carry what was asked of them: too few tokens or directions, or values that are not finite."
+
+
+class TooLittleData(ArgumentError, DataError):
+    "An argument asks more of the data than they carry."
 
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -391,8 +396,7 @@ def whiten(
     found = leading_part(data, k, solver, seed)
     if found.rank < k:
         size = f"{data.T:,} tokens x {data.N:,} neurons"
-        remedy = f" Use n_components <= {found.rank}." if found.rank else ""
-        raise DataError(f"n_components={k} is above the numerical rank of X, {found.rank} ({size}).{remedy}")
+        raise TooLittleData("n_components", k, f"at most {found.rank:,}, the numerical rank of {size}")
     short, long = found.short[:, :k].to(data.dtype), found.long[:, :k].to(data.dtype)
     time, neurons = (short, long) if data.walk == "neurons" else (long, short)
     at = found.data

@@ -13,12 +13,22 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..base.arguments import ArgumentError, nearly
-from ..base.downloads import RESOURCES, cache_folder, cached_file, names_of, sha256_of
-from ..base.files import from_home, read_json, write_json
-from ..base.models import hub_commit
-from ..base.texts import TEXT_ENDINGS, load_texts
+from ..base.display import counted
+from ..base.downloads import RESOURCES, cache_folder, cached_file, check_licence, names_of, sha256_of
+from ..base.files import from_home, read_claim, read_json, write_json
+from ..base.models import HUB_ID, converted_path, hub_commit
+from ..base.texts import TEXT_ENDINGS, texts_of
+from ..base.tokens import token_counts
 
 # %% ../../nbs/command/02_checks.ipynb #0122138a
+_ENDINGS = (*TEXT_ENDINGS, ".gguf", ".ipynb")
+
+
+def _accepted(kind: str) -> str:
+    files = {"model": "a folder saved with save_pretrained, a .gguf file", "texts": "a file or folder of texts"}[kind]
+    return f"{names_of(kind)}, {files}, the id of something on the hub"
+
+# %% ../../nbs/command/02_checks.ipynb #6f0ccf88
 def check_name(
     name: str,  # what a user gave for a model or for texts
     kind: str,  # "model" or "texts", the argument
@@ -32,33 +42,14 @@ def check_name(
             raise ArgumentError(kind, name, accepted, f"That name belongs to something else ({RESOURCES[name].kind}).")
     elif not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        if path.suffix.lower() in _ENDINGS or not _can_be_on_the_hub(name):
+        if path.suffix.lower() in _ENDINGS or not HUB_ID.fullmatch(name):
             raise ArgumentError(kind, name, accepted, f"There is no such file or folder.{nearly(path.name, beside)}")
         embedded = [r.name for r in RESOURCES.values() if r.kind == kind]
         if "/" not in name and (meant := nearly(name, embedded, 0.75)):
             raise ArgumentError(kind, name, accepted, meant.strip())
         _ask_the_hub(name, kind, accepted)
 
-
-_ENDINGS = (*TEXT_ENDINGS, ".gguf", ".ipynb")
-
-
-def _accepted(kind: str) -> str:
-    files = {"model": "a folder saved with save_pretrained, a .gguf file", "texts": "a file or folder of texts"}[kind]
-    return f"{names_of(kind)}, {files}, the id of something on the hub"
-
 # %% ../../nbs/command/02_checks.ipynb #3adffc12
-def _can_be_on_the_hub(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def _ask_the_hub(name: str, kind: str, accepted: str) -> None:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -113,12 +104,21 @@ def _within_reach(name: str) -> bool:
         return False
 
 # %% ../../nbs/command/02_checks.ipynb #56c7a9f8
+def positions(config) -> int | None:
+    "Return how many tokens a model reads at once, None if its configuration does not limit them."
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else None
+
+# %% ../../nbs/command/02_checks.ipynb #37cbd7e2
 def check_model(
     name: str,  # default | hub id | local folder | .gguf
+    accept_licence: bool = False,  # terms of a model that has its own
+    max_length: int | None = None,  # tokens that it must read at once
 ) -> None:
-    "Raise if the model predicts no tokens, or has no tokenizer, as far as its configuration tells."
+    "Raise if the model predicts no tokens, has no tokenizer, or reads too few at once, as far as can be told now."
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
+    check_licence(name, accept_licence)
     if name in RESOURCES or (config := configuration(name)) is None:
         return
     if config.model_type not in CAUSAL and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
@@ -126,39 +126,64 @@ def check_model(
             f"model={name!r} is a {config.model_type}: transformers has no causal language model for it. "
             "Choose a model that predicts the next token."
         )
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not any((folder / f).exists() for f in _TOKENIZERS):
-        remedy = f"It has no tokenizer: save it there with tokenizer.save_pretrained({name!r})."
-        raise ArgumentError("model", name, "a folder with a model and its tokenizer", remedy)
+    if (most := positions(config)) is not None and max_length is not None and max_length > most:
+        raise ArgumentError("max_length", max_length, f"at most {most:,}, the positions of {name}")
+    tokenizer_of(name)
+
+# %% ../../nbs/command/02_checks.ipynb #0b9c3be4
+def tokenizer_of(
+    name: str,  # default | hub id | local folder | .gguf
+):
+    "Return the model's tokenizer, None if it is not on this machine. Raises ArgumentError if a folder has none."
+    from transformers import AutoTokenizer
+
+    folder = converted_path(RESOURCES[name].sha256, name) if name in RESOURCES else Path(name).expanduser()
+    if not folder.is_dir():
+        there = None if name in RESOURCES or folder.exists() else downloaded(name, "model")
+        if there is None:
+            return None
+        folder = there
+    try:
+        if not any((folder / f).exists() for f in _TOKENIZERS):
+            raise OSError("it has no tokenizer")
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as e:  # each kind of tokenizer fails in its own way
+        remedy = f"Save it there with tokenizer.save_pretrained({name!r}) ({' '.join(str(e).split())[:120]})."
+        raise ArgumentError("model", name, "a folder with a model and its tokenizer", remedy) from e
 
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 # %% ../../nbs/command/02_checks.ipynb #71d4fad0
+def _tokens(tokenizer, texts: list[str], length: int, enough: int) -> int:
+    "Count the tokens of texts, without the first of each, until there are enough."
+    n = 0
+    for text in texts:
+        n += max(0, token_counts(tokenizer, [text], length)[0] - 1)
+        if n >= enough:
+            break
+    return n
+
+# %% ../../nbs/command/02_checks.ipynb #0445f464
 def check_texts(
-    name: str,  # embedded, a file or a folder; a hub data set is not read here
-    documents: str = "blocks",  # what is a document of a .txt file
+    settings,  # names the texts and says how they are read, see `texts_of`; a hub data set is not read here
+    model: str,  # whose tokenizer counts the tokens, if it is on this machine
+    length: int,  # tokens taken of each text, at most
+    least: int = 1,  # tokens without which the fit texts are of no use, beside the first of each
 ) -> None:
-    "Raise ValueError if the texts cannot be read, or one of their two parts is empty. Nothing is fetched."
-    here = cached_file(RESOURCES[name]).is_file() if name in RESOURCES else Path(name).expanduser().exists()
-    for split in ("fit", "eval") if here else ():
-        load_texts(name, split, documents=documents)
+    "Raise ValueError if the texts cannot be read, or if one of their two parts is too small. Nothing is fetched."
+    name = settings.texts
+    if not (cached_file(RESOURCES[name]).is_file() if name in RESOURCES else Path(name).expanduser().exists()):
+        return
+    parts = {split: list(texts_of(settings, split)["text"]) for split in ("fit", "eval")}
+    if (tokenizer := tokenizer_of(model)) is None:
+        return
+    for split, needed in {"fit": least, "eval": 1}.items():
+        if (n := _tokens(tokenizer, parts[split], length, needed)) < needed:
+            accepted = f"texts whose {split} part has at least {counted(needed, 'token')} beside the first of each"
+            raise ArgumentError("texts", name, accepted, f"It has {n:,}: give more texts.")
 
 # %% ../../nbs/command/02_checks.ipynb #bf0874bc
-def content_mark(
-    name: str,  # a path, or a name that is none
-) -> str:
-    "Return the first digits of a checksum of the files behind a path, '' for a name."
-    path = Path(name).expanduser()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-    h = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        h.update(f"{file.relative_to(path.parent)} {size} ".encode())
-        h.update(_remembered_checksum(file).encode() if size > _LARGE else file.read_bytes())
-    return h.hexdigest()[:8] if files else ""
-
-
 _LARGE = 2**26  # bytes of a file whose checksum is remembered
 
 
@@ -176,8 +201,33 @@ def _remembered_checksum(file: Path) -> str:
         write_json(kept, now | {"sha256": found})
     return found
 
+# %% ../../nbs/command/02_checks.ipynb #e0c689dc
+def content_mark(
+    name: str,  # a path, or a name that is none
+) -> str:
+    "Return the first digits of a checksum of the files behind a path, '' for a name."
+    path = Path(name).expanduser()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+    h = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        h.update(f"{file.relative_to(path)} {size} ".encode())
+        h.update(_remembered_checksum(file).encode() if size > _LARGE else file.read_bytes())
+    return h.hexdigest()[:8] if files else ""
 
+# %% ../../nbs/command/02_checks.ipynb #760a3fe4
 def named_content(name: str) -> str:
     "Return a name or path with the mark of its content, as the folder of a run remembers it."
     mark = content_mark(name)
     return from_home(str(name)) + (f" (content {mark})" if mark else "")
+
+# %% ../../nbs/command/02_checks.ipynb #bd1e1d0e
+def as_claimed(
+    identity: dict,  # of a run or a training, with "model" and "texts" as `named_content` gives them
+    folder: str | os.PathLike,  # that it would use
+) -> dict:
+    "Return the identity with the names that the folder has on record for the same content: files may move."
+    theirs = (read_claim(folder) or {}).get("identity", {})
+    mark = lambda named: str(named).partition(" (content ")[2]
+    same = [k for k in ("model", "texts") if mark(identity[k]) and mark(identity[k]) == mark(theirs.get(k))]
+    return identity | {k: theirs[k] for k in same}

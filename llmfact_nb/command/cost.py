@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 
 from ..ablation import Settings, arm_plan
-from ..base.downloads import RESOURCES, cache_folder, cached_file
+from ..base.display import duration
+from ..base.downloads import RESOURCES, cached_file
+from ..base.models import converted_path
 from ..base.statistics import LEAST_DRAWS
 from .checks import configuration, downloaded
 from ..sites import neuron_sites
@@ -45,6 +47,20 @@ _EMBEDDED = {
     "gemma-3-270m": ModelSize(268_098_176, 18, 640, 2048, 1024, 18 * 2048, 262_144),
 }
 
+# %% ../../nbs/command/03_cost.ipynb #09825b74
+def shell(
+    name: str,  # hub id | local folder
+):
+    "Return the model without weights; None if its configuration is not here and the hub cannot be asked."
+    from transformers import AutoModelForCausalLM
+
+    if (config := configuration(name)) is None:
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return model
+
 # %% ../../nbs/command/03_cost.ipynb #7ed7f828
 def model_size(
     name: str,  # default | hub id | local folder | .gguf
@@ -55,20 +71,15 @@ def model_size(
     Raises ArgumentError without a configuration, NotImplementedError where the neurons are not found."""
     if name in _EMBEDDED:
         return replace(_EMBEDDED[name], neurons=_EMBEDDED[name].units(site))
-    from transformers import AutoModelForCausalLM
-
-    if (config := configuration(name)) is None:
+    if (model := shell(name)) is None:
         return None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
     parameters, layers = sum(p.numel() for p in model.parameters()), len(neuron_sites(model, "mlp_out"))
     hidden, mlp = (max(neuron_sites(model, s).widths) for s in ("mlp_out", "mlp_hidden"))
     try:
         attention = max(neuron_sites(model, "attn_heads").widths)
     except NotImplementedError:  # a model of another kind, whose heads nobody asked for
         attention = 0
-    vocabulary, neurons = config.get_text_config().vocab_size, neuron_sites(model, site).n_neurons
+    vocabulary, neurons = model.config.get_text_config().vocab_size, neuron_sites(model, site).n_neurons
     return ModelSize(parameters, layers, hidden, mlp, attention, neurons, vocabulary)
 
 # %% ../../nbs/command/03_cost.ipynb #d6b6c8e6
@@ -103,7 +114,7 @@ def conversion_bytes(
     size: ModelSize,
 ) -> int:
     "Return the bytes of the float32 copy of an embedded model; 0 if it is there or not needed."
-    if name not in RESOURCES or any((cache_folder() / "models").glob(f"{name}-{RESOURCES[name].sha256[:16]}")):
+    if name not in RESOURCES or converted_path(RESOURCES[name].sha256, name).exists():
         return 0
     return RESOURCES[name].size + 4 * size.parameters
 
@@ -154,13 +165,6 @@ class Cost:
     assumptions: tuple[str, ...] = ()
 
 # %% ../../nbs/command/03_cost.ipynb #20c31d9c
-def duration(seconds: float) -> str:
-    "Return a time in words, no more exact than a guess can be."
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def bytes_text(n: int) -> str:
     "Return a number of bytes in words."
     for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -233,7 +237,7 @@ def run_needs(
     fit, held_out = s.fit_tokens + s.fit_length, s.eval_texts * s.eval_length
     k, N = s.n_components, size.neurons
     walks = 2.0 * fit * N * (min(fit, N) if min(fit, N) <= 1024 else 16 * (k + max(16, k // 4)))
-    ica = walks + s.n_init * 200 * 4.0 * k * k * (fit if s.kind == "temporal" else N)
+    ica = walks + s.n_init * s.max_iter * 4.0 * k * k * (fit if s.kind == "temporal" else N)
     values, maps = 4 * fit * N, 8 * N * k
     batch = 4 * 2048 * (8 * size.hidden + 4 * size.mlp) + 3 * max(256 * 2**20, 4 * s.eval_length * size.vocabulary)
     whitening = 16 * 8 * min(fit, N) * (k + 16) + 8 * 2**24
@@ -278,3 +282,10 @@ def free_memory() -> int:
     import psutil  # comes with accelerate
 
     return psutil.virtual_memory().available
+
+# %% ../../nbs/command/03_cost.ipynb #e59a4c23
+def lacking(cost: Cost, folder: str | os.PathLike) -> list[str]:
+    "Return of what there is not enough: disk where the folder will lie, memory without the activation matrix."
+    memory = None if cost.memory is None else cost.memory - (cost.activations or 0)
+    needed = {"memory": (memory, free_memory()), "disk": (cost.disk, free_disk(folder))}
+    return [name for name, (n, free) in needed.items() if n is not None and n > free]

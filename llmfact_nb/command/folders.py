@@ -13,11 +13,16 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..base.files import file_name, kind_of, read_claim, read_header, read_json
+from ..base.display import counted
 from ..base.downloads import RESOURCES, cache_folder, cached_file
-from .cost import bytes_text, free_disk, model_size
-from .run import has_networks, run_settings_of, scores_known
+from ..base.files import file_name, kind_of, read_claim, read_header, read_json
+from ..base.models import converted_path
+from .checks import check_model, configuration, positions, tokenizer_of
+from .cost import bytes_text, free_disk, shell
+from .run import run_settings_of, scores_known
 from .terminal import snake
+from .training import FACTS
+from ..sites import SITES, neuron_sites
 
 # %% ../../nbs/command/08_folders.ipynb #112aabff
 def about_machine() -> tuple[list[str], dict]:
@@ -52,25 +57,36 @@ def size_of(path: Path) -> int:
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 # %% ../../nbs/command/08_folders.ipynb #635925a8
-KINDS = {"run": "a run", "tuning": "a fine-tuning", "study": "studies of the paper", "tuning study": "a tuning study"}
+KINDS = {
+    "run": "a run", "tuning": "a fine-tuning", "study": "studies of the paper", "tuning study": "a tuning study",
+    "model": "a model",
+}  # fmt: skip
 
 
 def held_kind(folder: Path) -> str:
-    "Return what the folder holds. Raises FileNotFoundError if it holds nothing that is known."
-    kind = kind_of(folder) if folder.is_dir() else None
-    below = {kind_of(p) for p in folder.iterdir() if p.is_dir()} if folder.is_dir() and kind is None else set()
-    if kind is None and "tuning study" in below:
-        return "tuning study"  # one folder for each task
-    if kind is None and (folder / "config.json").is_file():
-        return "model"
-    if kind not in KINDS:
-        what = "holds nothing that is known here" if folder.is_dir() else "is no folder"
-        raise FileNotFoundError(f"{str(folder)!r} {what}. `llmfact run --out {folder}` makes a run there.")
-    return kind
+    "Return what the folder holds. Raises FileNotFoundError, saying what is there, if it is nothing that is known."
+    kind, held = kind_of(folder) if folder.is_dir() else None, []
+    if kind is None and folder.is_dir():
+        held = sorted(p.name for p in folder.iterdir() if p.name[0] != ".")
+        if any(kind_of(folder / name) == "tuning study" for name in held if (folder / name).is_dir()):
+            return "tuning study"  # one folder for each task
+        if "config.json" in held:
+            return "model"
+    if kind in KINDS:
+        return kind
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "is not there"
+    elif kind is not None:
+        what = f"belongs to a {kind}"
+    else:
+        what = f"holds {', '.join(held[:3])} and nothing that llmfact wrote" if held else "is empty"
+    raise FileNotFoundError(f"{str(folder)!r} {what}. `llmfact run --out FOLDER` makes a run.")
 
 # %% ../../nbs/command/08_folders.ipynb #63e564d7
 def about_folder(folder: Path) -> tuple[list[str], dict]:
     "Return what a folder holds, how far it is and how large, as lines and as facts."
+    if not folder.exists() and str(folder) in RESOURCES:
+        folder = converted_path(RESOURCES[str(folder)].sha256, str(folder))
     kind = held_kind(folder)
     what, more = _ABOUT[kind](folder)
     sizes = {p.name + ("/" if p.is_dir() else ""): size_of(p) for p in sorted(folder.iterdir()) if p.name[0] != "."}
@@ -86,7 +102,7 @@ def about_folder(folder: Path) -> tuple[list[str], dict]:
 
 def _shown(value) -> str:
     "Return a fact for people: no more digits than mean something."
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     if value is None or isinstance(value, bool):
         return {None: "nothing is frozen", True: "yes", False: "no"}[value]
@@ -96,14 +112,14 @@ def _shown(value) -> str:
 def _about_run(folder: Path) -> tuple[str, dict]:
     settings = run_settings_of(folder)
     more = {"model": settings.model, "texts": settings.texts, "networks": settings.n_components}
-    if has_networks(folder):
-        more["arms measured"] = "{} of {}".format(*scores_known(folder))
     at = folder / "found.safetensors"
     found = read_header(at, "found", ("facts",))["facts"] if at.exists() else {}
     more |= {k: found[k] for k in ("tokens used", "neurons", "key neurons", "converged") if k in found}
     if (folder / "report.html").exists():
         pages = {"report": "report.html", "page": "networks.html"}
         return "a finished run", more | {k: str(folder / name) for k, name in pages.items() if (folder / name).exists()}
+    if found:
+        more["arms measured"] = "{} of at most {}".format(*scores_known(folder))
     so_far = "networks" if found else "a run that has found no networks yet"
     return f"{so_far}; `llmfact run --out {folder}` with the same options goes on", more
 
@@ -111,12 +127,43 @@ def _about_run(folder: Path) -> tuple[str, dict]:
 def _about_tuning(folder: Path) -> tuple[str, dict]:
     told = ("trained parameters", "loss before", "loss after", "frozen weights intact", "files")
     if (folder / "tuned.json").exists():
-        facts, claimed = read_json(folder / "tuned.json", told), (read_claim(folder) or {}).get("identity", {})
-        return "a finished fine-tuning", {k: claimed.get(k) for k in ("model", "texts")} | {k: facts[k] for k in told}
-    states = (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")
+        facts, claimed = read_json(folder / "tuned.json", FACTS), (read_claim(folder) or {}).get("identity", {})
+        more = {k: claimed.get(k) for k in ("model", "texts")} | {"steps": facts["settings"]["steps"]}
+        return "a finished fine-tuning; with more --steps it goes on", more | {k: facts[k] for k in told}
+    states = (folder / "checkpoints").glob("**/checkpoint-*/trainer_state.json")
     steps = sorted(int(p.parent.name.rpartition("-")[2]) for p in states)
     what = f"a fine-tuning under way or interrupted; `llmfact finetune --out {folder}` with the same options goes on"
     return what, {"last checkpoint": f"step {steps[-1]}" if steps else "none"}
+
+# %% ../../nbs/command/08_folders.ipynb #e72cb1e6
+def about_model(name: str | Path) -> tuple[str, dict]:
+    "Return what a model is and what can be done with it, from its configuration alone."
+    config = configuration(str(name))
+    more = {"family": getattr(config, "model_type", "unknown"), "positions": positions(config) or "no limit"}
+    try:
+        check_model(str(name))
+        model = shell(str(name))
+        more |= {"parameters": sum(p.numel() for p in model.parameters()), "vocabulary": config.vocab_size}
+    except (ImportError, NotImplementedError, ValueError) as e:
+        more["refused"] = " ".join(str(e).split())
+        return "a model that the commands refuse", more
+    tokenizer = tokenizer_of(str(name))
+    more["tokenizer"] = f"{type(tokenizer).__name__}, {counted(len(tokenizer), 'token')}"
+    return f"a model; `llmfact run --model {name}` finds its networks", more | _sites_said(model)
+
+
+def _sites_said(model) -> dict[str, str]:
+    "Return of each site how many layers and neurons it has, or why it is refused."
+    said = {}
+    for site in SITES:
+        try:
+            found = neuron_sites(model, site)
+            widths = sorted(set(found.widths))
+            wide = f"{widths[0]:,}" if len(widths) == 1 else f"{widths[0]:,} to {widths[-1]:,}"
+            said[site] = f"{counted(len(found), 'layer')} of {wide}, {found.n_neurons:,} in all ({found[0].name}, ...)"
+        except (NotImplementedError, ValueError) as e:
+            said[site] = f"refused: {' '.join(str(e).split())}"
+    return said
 
 # %% ../../nbs/command/08_folders.ipynb #f10f6adb
 def _about_paper(folder: Path) -> tuple[str, dict]:
@@ -133,16 +180,9 @@ def _about_study(folder: Path) -> tuple[str, dict]:
     return f"a tuning study; `llmfact figures {folder}` draws it", {"tasks": tasks}
 
 
-def _about_model(folder: Path) -> tuple[str, dict]:
-    size = model_size(str(folder))
-    return "a model", {} if size is None else {
-        "parameters": size.parameters, "layers": size.layers, "neurons": size.neurons, "vocabulary": size.vocabulary,
-    }  # fmt: skip
-
-
 _ABOUT: dict[str, Callable[[Path], tuple[str, dict]]] = {
     "run": _about_run, "tuning": _about_tuning, "study": _about_paper, "tuning study": _about_study,
-    "model": _about_model,
+    "model": about_model,
 }  # fmt: skip
 
 # %% ../../nbs/command/08_folders.ipynb #af5b73bd

@@ -8,43 +8,66 @@ __all__ = []
 # %% ../../nbs/command/09_paper_study.ipynb #dc57b794
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from ..ablation import Found, search_flops
-from ..activations import capture
 from ..base.display import note
-from ..base.files import write_text
-from ..base.texts import load_texts
+from ..base.files import check_claim, from_home, kind_of, write_text
+from .checks import check_model, check_texts, tokenizer_of
 from .cost import Cost, ModelSize, Needs, estimate, run_needs
+from .run import Sources
 from ..connectivity import functional_connectivity, network_time_courses
+from ..evaluate import check_words
 from ..scores.generation import generation_samples
 from ..show.paper_index import DrawnPaper, draw_paper
 from ..study.generations import generation_arms
-from ..study.plan import QUICK, StudySettings, Wanted, study_passes, wanted_networks
+from llmfact_nb.study.plan import (
+    LABEL_WORDS, QUICK, StudySettings, StudyTexts, Wanted, first_kind, study_passes, wanted_networks,
+)  # fmt: skip
 from ..study.whole import read_study
 
 # %% ../../nbs/command/09_paper_study.ipynb #4f6a4051
 def paper_settings(
-    model: str, quick: bool = False, grid: bool = False, eval_tokens: int = 20_000, sentences: int = 500
+    quick: bool = False,  # the small study for trying out
+    grid: bool = False,  # every changed factor with all arms
+    eval_tokens: int = 20_000,  # held-out tokens for the arms of the baseline
+    sentences: int = 500,  # labelled sentences
+    **source,  # model and texts: fields of `Settings`; None means not given
 ) -> StudySettings:
     "Return the study's settings for these options of the command."
     s = QUICK if quick else StudySettings(eval_tokens=eval_tokens, sentences=sentences)
-    named = {part: dataclasses.replace(getattr(s, part), model=model) for part in ("find", "published")}
+    given = {k: from_home(v) if k == "texts" else v for k, v in source.items() if v is not None}
+    named = {part: dataclasses.replace(getattr(s, part), **given) for part in ("find", "published")}
     return dataclasses.replace(s, grid=grid, **named)
 
+# %% ../../nbs/command/09_paper_study.ipynb #74127418
+def check_study(settings: StudySettings, folder: str | os.PathLike, accept_licence: bool = False) -> None:
+    "Raise if the study cannot begin, as far as can be told without the model's weights."
+    s = settings.find
+    check_model(s.model, accept_licence)
+    check_texts(s, s.model, s.fit_length, s.n_components)
+    if (tokenizer := tokenizer_of(s.model)) is not None:
+        check_words(tokenizer, StudyTexts.template, list(LABEL_WORDS.values()))
+    if kind_of(folder) != "study":
+        check_claim(folder, "study", {})
+
 # %% ../../nbs/command/09_paper_study.ipynb #e72c0b47
-KINDS = ("wiki", "speeches", "reviews", "code")  # of text, in the study
 _DOCUMENTS, _SENTENCE = 20, 60  # held-out documents of each kind, at most; tokens of a sentence in its prompt
+
+
+def _kinds(s: StudySettings) -> list[str]:
+    "The kinds of text that the study reads, see `StudyTexts.default`."
+    return list(dict.fromkeys([first_kind(s.find), "speeches", "reviews", "code"]))
 
 
 def _tokens_of(s: StudySettings) -> dict[str, int]:
     "Tokens of each evaluation set, at most."
     short = _DOCUMENTS * s.short_length
-    sets = {"full": s.eval_tokens + _DOCUMENTS, "short": short} | {f"on {kind}": short for kind in KINDS}
+    sets = {"full": s.eval_tokens + _DOCUMENTS, "short": short} | {f"on {kind}": short for kind in _kinds(s)}
     return sets | {"answers": s.sentences * _SENTENCE, "answers, short": s.short_sentences * _SENTENCE}
 
 # %% ../../nbs/command/09_paper_study.ipynb #2be0ce0a
@@ -55,8 +78,8 @@ def paper_cost(
 ) -> Cost:
     "Return what all studies of the paper cost on a model, from nothing."
     s, of = settings, _tokens_of(settings)
-    passes = [(n, of[name]) for study in study_passes(s, KINDS).values() for name, n in study.items()]
-    sets = [w for w in wanted_networks(s, KINDS).values() if isinstance(w, Wanted)]
+    passes = [(n, of[name]) for study in study_passes(s, _kinds(s)).values() for name, n in study.items()]
+    sets = [w for w in wanted_networks(s, _kinds(s)).values() if isinstance(w, Wanted)]
     arms, read = sum(n for n, _ in passes), sum(n * tokens for n, tokens in passes)
     fitted = sum(w.settings.fit_tokens * (4 if w.scores else 1) for w in sets)
     words = f"{fitted:,} to find {len(sets)} sets of networks, the rest for {arms:,} measurements"
@@ -65,8 +88,8 @@ def paper_cost(
         f"{_DOCUMENTS} held-out documents of each kind, {_SENTENCE} tokens a sentence; recurrence adds a few minutes",
     )
     needs = lambda size: _paper_needs(size, sets, fitted + read, arms)
-    texts = ("wiki", "sotu", "rotten-tomatoes")
-    return estimate(s.find.model, texts, fitted + read, words, needs, assumed, device=device, rate=rate)
+    texts = dict.fromkeys([s.find.texts, "wiki", "sotu", "rotten-tomatoes"])
+    return estimate(s.find.model, tuple(texts), fitted + read, words, needs, assumed, device=device, rate=rate)
 
 
 def _paper_needs(size: ModelSize, sets: list[Wanted], tokens: int, arms: int) -> Needs:
@@ -90,20 +113,16 @@ PROMPTS = ("The city lies on the river", "Once upon a time there was", "The most
 def show_model(
     found: Found,  # of the baseline
     folder: Path,  # where both go
-    load: Callable[[], tuple],  # gives (model, tokenizer); called only if something is missing
-    progress: bool = True,
+    sources: Sources,  # of model and texts; nothing is loaded if nothing is missing
 ) -> None:
     "Write texts under masks and the connectivity of networks on held-out text, each if it is missing."
     if not (folder / "samples.csv").exists():
-        model, tokenizer = load()
-        note("writing texts under masks ...", progress)
+        model, tokenizer = sources.load()
+        note("writing texts under masks ...", sources.progress)
         samples = generation_samples(model, tokenizer, PROMPTS, generation_arms(model, found), progress=False)
         write_text(folder / "samples.csv", samples.to_csv(index=False))
     if not (folder / "connectivity.csv").exists():
-        model, tokenizer = load()
-        texts = load_texts("wiki", "eval", 12)
-        site = found.networks.site or "mlp_out"
-        acts = capture(model, tokenizer, texts, site, max_length=128, progress=False)
+        acts = sources.read()[0]
         courses = network_time_courses(acts, found.network_masks(), standardize=True)[~acts.sinks]
         alive = courses[:, courses.isfinite().all(0) & (courses.std(0) > 0)]
         table = pd.DataFrame(torch.as_tensor(functional_connectivity(alive)).numpy())
@@ -113,10 +132,8 @@ def show_model(
 def draw_study(
     folder: str | os.PathLike,  # of a finished study
     published: Mapping[str, pd.DataFrame],  # the paper's numbers, see `paper.published_frames`
-    load: Callable[[], tuple]
-    | None = None,  # gives (model, tokenizer); None: what needs the model is drawn if it is there
+    sources: Sources | None = None,  # of the model; None: what needs the model is drawn if it is there
     title: str | None = None,  # None: by the study's model
-    progress: bool = True,  # say what is made
 ) -> DrawnPaper:
     """Draw the paper's figures and write its tables into `folder/figures`.
 
@@ -126,8 +143,8 @@ def draw_study(
     title = title or f"Figures and tables of the paper: {of['model']}" + (f" ({of['mark']})" if of["mark"] else "")
     there = [p.parent for p in sorted((folder / "networks").glob("*/found.safetensors"))]
     networks = {p.name: Found.load(p) for p in there if p.name == "baseline" or p.name.startswith("published k")}
-    if load is not None and "baseline" in networks:
-        show_model(networks["baseline"], folder / "shown", load, progress)
+    if sources is not None and "baseline" in networks:
+        show_model(networks["baseline"], folder / "shown", sources)
     samples, courses = folder / "shown" / "samples.csv", folder / "shown" / "connectivity.csv"
     written = pd.read_csv(samples, keep_default_na=False) if samples.exists() else None
     connectivity = pd.read_csv(courses, header=None).to_numpy() if courses.exists() else None

@@ -8,9 +8,11 @@ __all__ = ['read_run', 'run_experiment']
 # %% ../../nbs/command/04_run.ipynb #1ed61ef4
 import dataclasses
 import functools
+import json
 import math
 import os
 import platform
+import warnings
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,23 +22,26 @@ import pandas as pd
 import torch
 
 from .. import __version__
-from ..ablation import FACTS, PRESETS, EvaluationSet, Found, ScoreCache, Settings, as_table, condition_name
-from ..ablation import find_networks, first_texts, key_arms, loss_on, measure
-from ..activations import capture
+from llmfact_nb.ablation import (
+    FACTS, PRESETS, EvaluationSet, Found, ScoreCache, Settings, arm_plan, as_table, condition_name, find_networks,
+    first_texts, key_arms, loss_on, measure,
+)  # fmt: skip
+from ..activations import capture, longest_input
 from ..base.arguments import ArgumentError, check_choice
-from ..base.display import note
+from ..base.display import counted, note
 from ..base.downloads import RESOURCES, sha256_of
 from ..base.files import ClaimError, check_claim, claim, digest, from_home, load_tensors, read_header
 from ..base.files import read_json, reading, save_tensors, write_json, write_text
 from ..base.identity import model_fingerprint
 from ..base.models import load_model, resource_record
 from ..base.statistics import LEAST_DRAWS, difference_to_draws, document_estimate
-from ..base.texts import load_texts
+from ..base.texts import texts_of
 from ..base.tokens import token_name
-from .checks import check_model, check_texts, named_content
+from .checks import as_claimed, check_model, check_texts, named_content
 from .cost import free_memory, run_cost
 from ..connectivity import functional_connectivity, network_time_courses
 from ..evaluate import EvalSet, perplexity
+from ..ica import ConvergenceWarning
 from ..masks import DRAWN
 from ..show import figures
 from ..show.network_page import write_network_page
@@ -68,7 +73,7 @@ def settings_from(
 
 # %% ../../nbs/command/04_run.ipynb #ea5fe096
 class Sources:
-    "A run's model and texts, loaded when they are first needed."
+    "A run's model and texts, each loaded once, when it is first needed."
 
     def __init__(
         self,
@@ -78,68 +83,49 @@ class Sources:
         **load_options,  # for `load_model`, e.g. revision, trust_remote_code, accept_licence
     ):
         self.settings, self.device, self.progress, self.load_options = settings, device, progress, load_options
+        self.load, self.read, self.texts = (functools.cache(f) for f in (self._load, self._read, self._texts))
         self.check: Callable[[tuple], None] = lambda loaded: None  # raises if this is not the model it should be
 
-    @functools.cached_property
-    def loaded(self) -> tuple:
+    def _load(self) -> tuple:
         "(model, tokenizer)"
         note(f"loading {self.settings.model} ...", self.progress)
         loaded = load_model(self.settings.model, device=self.device, **self.load_options)
         self.check(loaded)
         return loaded
 
-    def load(self) -> tuple:
-        "Return (model, tokenizer)."
-        return self.loaded
-
-    def texts(self, split: str):  # "fit" or "eval"
-        "Return the texts of a split; of a hub data set only as many as can be needed."
+    def _texts(self, split: str):  # "fit" or "eval"
+        "The texts of a split; of a hub data set only as many as can be needed."
         s = self.settings
         here = s.texts in RESOURCES or Path(s.texts).expanduser().exists()
         enough = s.eval_texts if split == "eval" else s.fit_tokens  # a text has at least one token
-        return load_texts(s.texts, split, n=None if here else enough, documents=s.documents)
+        return texts_of(s, split, None if here else enough)
 
-    @functools.cached_property
-    def held_out(self) -> EvalSet:
-        "The held-out texts, tokenised."
-        chosen = first_texts(self.texts("eval"), self.settings.eval_texts)
-        return EvalSet(self.loaded[1], chosen, max_length=self.settings.eval_length)
-
-    @functools.cached_property
-    def activations(self) -> tuple:
+    def _read(self) -> tuple:
         "(activations on the held-out texts, tokenizer)"
-        (model, tokenizer), s = self.loaded, self.settings
+        (model, tokenizer), s = self.load(), self.settings
         chosen = first_texts(self.texts("eval"), s.eval_texts)
         return capture(model, tokenizer, chosen, s.site, max_length=s.eval_length, progress=False), tokenizer
 
-    def read(self) -> tuple:
-        "Return (activations on the held-out texts, tokenizer)."
-        return self.activations
+    @functools.cached_property
+    def held_out(self) -> EvalSet:
+        "The held-out texts, tokenised; none is longer than the model can read."
+        (model, tokenizer), s = self.load(), self.settings
+        chosen = first_texts(self.texts("eval"), s.eval_texts)
+        return EvalSet(tokenizer, chosen, longest_input(model, tokenizer, s.eval_length))
 
 # %% ../../nbs/command/04_run.ipynb #336f1b5e
-def run_identity(sources: Sources) -> dict:
+def run_identity(
+    sources: Sources,
+    folder: str | os.PathLike,  # that the run would use
+) -> dict:
     "Return what decides a run's numbers. Secrets and accepted terms decide none."
     s = sources.settings
     content = {"model": named_content(s.model), "texts": named_content(s.texts)}
     options = {k: v for k, v in sources.load_options.items() if k not in ("accept_licence", "token", "use_auth_token")}
-    return dataclasses.asdict(s) | content | {"device": sources.device, "llmfact_nb": __version__} | options
+    identity = dataclasses.asdict(s) | content | {"device": sources.device, "llmfact_nb": __version__} | options
+    return as_claimed(identity, folder)
 
 # %% ../../nbs/command/04_run.ipynb #ecb7aad2
-def check_run(
-    sources: Sources,
-    folder: str | os.PathLike,  # that the run would use
-) -> None:
-    "Raise if a run cannot begin or go on there, as far as can be told without the model's weights; nothing is written."
-    check_claim(folder, "run", run_identity(sources))
-    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        what = "no folder you may write to" if there.is_dir() else "a file"
-        raise OSError(f"{str(folder)!r} cannot be written: {str(there)!r} is {what}. Choose another folder.")
-    if not has_networks(folder):
-        check_model(sources.settings.model)
-        check_texts(sources.settings.texts, sources.settings.documents)
-
-
 def has_networks(
     folder: str | os.PathLike,  # of a run
 ) -> bool:
@@ -148,19 +134,28 @@ def has_networks(
         (Path(folder) / name).exists() for name in ("settings.json", "networks.safetensors", "found.safetensors")
     )
 
+# %% ../../nbs/command/04_run.ipynb #434dffed
+def check_run(
+    sources: Sources,
+    folder: str | os.PathLike,  # that the run would use
+) -> None:
+    "Raise if a run cannot begin or go on there, as far as can be told without the model's weights; nothing is written."
+    check_claim(folder, "run", run_identity(sources, folder))
+    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "no folder you may write to" if there.is_dir() else "a file"
+        raise OSError(f"{str(folder)!r} cannot be written: {str(there)!r} is {what}. Choose another folder.")
+    if not has_networks(folder):
+        s = sources.settings
+        check_model(s.model, sources.load_options.get("accept_licence", False))
+        check_texts(s, s.model, s.fit_length, s.n_components)
+
 # %% ../../nbs/command/04_run.ipynb #4610eb9e
 _COURSES, _LOADED = "parts/courses.safetensors", "parts/loaded.json"
 _ON_NETWORKS = (
-    "found.safetensors",
-    _LOADED,
-    _COURSES,
-    "manifest.json",
-    "report.html",
-    "results.csv",
-    "differences.csv",
-    "networks.csv",
-    "networks.html",
-)
+    "found.safetensors", _LOADED, _COURSES, "manifest.json", "report.html", "results.csv", "differences.csv",
+    "networks.csv", "networks.html",
+)  # fmt: skip
 
 
 def forget_networks(
@@ -171,21 +166,31 @@ def forget_networks(
         (folder / name).unlink(missing_ok=True)
 
 # %% ../../nbs/command/04_run.ipynb #2fc72a1e
-def loaded_facts(
-    model,  # as it was loaded
-    tokenizer,  # likewise
-    held_out: EvalSet,  # what the run scores
-) -> dict:
-    "Return which model this is, and on what software and machine it runs."
+def loaded_facts(sources: Sources, n_fit: int) -> dict:  # how many fit texts were read
+    "Return which model and documents these are, and on what software and machine it runs."
+    (model, tokenizer), s = sources.load(), sources.settings
+    read = {"fit": (sources.texts("fit"), n_fit), "held out": (sources.texts("eval"), s.eval_texts)}
     packages = ("torch", "transformers", "scikit-learn", "numpy", "scipy", "pandas", "safetensors")
     machine = {"platform": platform.platform(), "processor": platform.machine(), "device": str(model.device)}
     return {
         "model": resource_record(model),
         "fingerprint": model_fingerprint(model, tokenizer),
-        "held-out tokens": held_out.fingerprint,
+        "held-out tokens": sources.held_out.fingerprint,
+        "documents": {part: list(texts["title"])[:n] for part, (texts, n) in read.items()},
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "machine": machine,
     }
+
+# %% ../../nbs/command/04_run.ipynb #52ba9082
+def write_settings(
+    sources: Sources,
+    folder: Path,  # of the run
+) -> None:
+    "Write what was asked for, unless it stands there: model and texts may have moved since."
+    beside = {"device": sources.device} | {k: v for k, v in sources.load_options.items() if "token" not in k}
+    asked, path = json.loads(json.dumps(dataclasses.asdict(sources.settings) | beside)), folder / "settings.json"
+    if not path.exists() or read_json(path) != asked:
+        write_json(path, asked)
 
 # %% ../../nbs/command/04_run.ipynb #3e01e946
 def search(
@@ -197,44 +202,22 @@ def search(
     held_out = first_texts(sources.texts("eval"), s.eval_texts)
     model, tokenizer = sources.load()
     perplexity(model, None, EvalSet(tokenizer, held_out[:1], max_length=8), progress=False)
+    for name in ("fit_length", "eval_length"):
+        if (most := longest_input(model, tokenizer, asked := getattr(s, name))) < asked:
+            note(f"texts are cut at {counted(most, 'token')}, the most that the model reads at once", sources.progress)
     matrix = run_cost(s, True, rate=1e9).activations or 0
     streamed = folder / "parts" / "activations"
     path = streamed if matrix > free_memory() / 2 else None
-    found = find_networks(model, tokenizer, fit_texts, s, sources.progress, path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # `ica_said` says it beside every result
+        found = find_networks(model, tokenizer, fit_texts, s, sources.progress, path)
     streamed.unlink(missing_ok=True)  # the largest file by far, and read by nobody from here on
     forget_networks(folder)
-    beside = {"device": sources.device} | {k: v for k, v in sources.load_options.items() if "token" not in k}
-    write_json(folder / "settings.json", dataclasses.asdict(s) | beside)
-    write_json(folder / _LOADED, loaded_facts(model, tokenizer, sources.held_out))
+    write_settings(sources, folder)
+    write_json(folder / _LOADED, loaded_facts(sources, found.facts["texts"]))
     found.save(folder)
 
 # %% ../../nbs/command/04_run.ipynb #5adc526d
-def run_settings_of(
-    folder: str | os.PathLike,  # of a run
-) -> Settings:
-    "Return the settings of the run. Raises ValueError, naming the file, if it is damaged."
-    path = Path(folder) / "settings.json"
-    kept = read_json(path, ("conditions",))
-    with reading(path, "settings of a run"):
-        chosen = {f.name: kept[f.name] for f in dataclasses.fields(Settings) if f.name in kept}
-        return Settings(**chosen | {"conditions": tuple(map(tuple, kept["conditions"]))})
-
-
-def read_found(
-    folder: str | os.PathLike,  # of a run, finished or with networks alone
-) -> tuple[Settings, Found]:
-    "Return the settings and the networks that a folder holds. Raises FileNotFoundError if it holds none."
-    folder = Path(folder)
-    if not has_networks(folder):
-        ways = f"`llmfact networks --out {folder}`, or the whole experiment: `llmfact run --out {folder}`"
-        raise FileNotFoundError(f"{str(folder)!r} holds no networks. Find them first: {ways}.")
-    settings, found = run_settings_of(folder), Found.load(folder)
-    with reading(folder / "found.safetensors", "set of networks"):
-        if missing := [name for name in FACTS if name not in found.facts]:
-            raise ValueError(f"it lacks {', '.join(missing)}")
-    return settings, found
-
-# %% ../../nbs/command/04_run.ipynb #7f51328a
 def refuse_another_model(
     folder: Path,  # of a run that has its networks
     name: str,  # of the model
@@ -249,6 +232,32 @@ def refuse_another_model(
         named = {f"model {name!r}, {what}": pair for what, pair in sorted(other.items())}
         raise ClaimError(f"{said}. Choose another folder, or delete this one.", folder, "run", named)
 
+# %% ../../nbs/command/04_run.ipynb #d95dee52
+def run_settings_of(
+    folder: str | os.PathLike,  # of a run
+) -> Settings:
+    "Return the settings of the run. Raises ValueError, naming the file, if it is damaged."
+    path = Path(folder) / "settings.json"
+    kept = read_json(path, ("conditions",))
+    with reading(path, "settings of a run"):
+        chosen = {f.name: kept[f.name] for f in dataclasses.fields(Settings) if f.name in kept}
+        return Settings(**chosen | {"conditions": tuple(map(tuple, kept["conditions"]))})
+
+# %% ../../nbs/command/04_run.ipynb #9bc6f037
+def read_found(
+    folder: str | os.PathLike,  # of a run, finished or with networks alone
+) -> tuple[Settings, Found]:
+    "Return the settings and the networks that a folder holds. Raises FileNotFoundError if it holds none."
+    folder = Path(folder)
+    if not has_networks(folder):
+        ways = f"`llmfact networks --out {folder}`, or the whole experiment: `llmfact run --out {folder}`"
+        raise FileNotFoundError(f"{str(folder)!r} holds no networks. Find them first: {ways}.")
+    settings, found = run_settings_of(folder), Found.load(folder)
+    with reading(folder / "found.safetensors", "set of networks"):
+        if missing := [name for name in FACTS if name not in found.facts]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+    return settings, found
+
 # %% ../../nbs/command/04_run.ipynb #a301b446
 def find_into(
     sources: Sources,
@@ -257,7 +266,7 @@ def find_into(
     """Return the networks of the folder; find and keep them first if it has none.
 
     Raises ValueError if the folder belongs to something else, BlockingIOError while another process works there."""
-    identity = run_identity(sources)
+    identity = run_identity(sources, folder)
     if not (check_claim(folder, "run", identity) and has_networks(folder)):
         with claim(folder, "run", identity) as path:
             if not has_networks(path):  # another may have come and gone
@@ -325,7 +334,7 @@ def network_table(
         stability = float(networks.stability_[i])
         rows.append({
             "network": i, "units": mask.n, "of them key": (mask & found.key).n,
-            "most units in layers": ", ".join(map(str, layers[:3])),
+            "most units in layers": ", ".join(map(str, layers[:3])) or "no unit",
             "stability": "" if stability != stability else f"{stability:.2f}",
             "most active at the held-out tokens": " ".join(repr(held_out.tokens[t]) for t in top),
         })  # fmt: skip
@@ -373,7 +382,7 @@ def scored_texts(sources: Sources, fingerprint: str) -> EvaluationSet:
     score = lambda model: loss_on(s.texts, sources.held_out).score(model)
     return EvaluationSet(s.texts, ("nats",), fingerprint, s.eval_texts * s.eval_length, score)
 
-
+# %% ../../nbs/command/04_run.ipynb #ea621029
 def _scoring(sources: Sources, folder: Path, measurable: bool) -> tuple[ScoreCache, EvaluationSet]:
     "The run's scores, and the texts that they are of."
     loaded = read_json(folder / _LOADED, ("fingerprint", "held-out tokens"))
@@ -381,7 +390,16 @@ def _scoring(sources: Sources, folder: Path, measurable: bool) -> tuple[ScoreCac
     cache = ScoreCache(model, folder / "parts" / "scores", loaded["fingerprint"], sources.progress and measurable)
     return cache, scored_texts(sources, loaded["held-out tokens"])
 
-# %% ../../nbs/command/04_run.ipynb #ef737825
+# %% ../../nbs/command/04_run.ipynb #6f0ccd9d
+def scores_known(
+    folder: Path,  # of a run
+) -> tuple[int, int]:
+    "Return how many scores are kept, and how many a run needs at most; arms of equal masks share one."
+    s, kept = run_settings_of(folder), len(list((folder / "parts" / "scores").glob("*.safetensors")))
+    drawn = max(0, LEAST_DRAWS - s.control_seeds)  # more draws of the control that decides
+    return kept, 1 + len(s.conditions) * len(arm_plan(s.control_seeds)) + drawn
+
+# %% ../../nbs/command/04_run.ipynb #5dc593bd
 def arms_measured(
     found: Found,
     sources: Sources,
@@ -393,17 +411,6 @@ def arms_measured(
     cache, texts = _scoring(sources, folder, measurable)
     table = measure(cache, _arms(found, sources.settings), [texts], "run", n_jobs=n_jobs)
     return _minus_rows(table, cache), cache
-
-# %% ../../nbs/command/04_run.ipynb #16fc4ffb
-def scores_known(
-    folder: Path,  # of a run that has its networks
-) -> tuple[int, int]:
-    "Return how many scores are kept, and how many the run needs; arms of equal masks share one."
-    s, found = read_found(folder)
-    cache, texts = _scoring(Sources(s), folder, False)
-    arms = [None, *(_arms(found, s) if found.key.n else [])]
-    needed = len({cache.key(arm, texts) for arm in arms})
-    return needed - len(cache.missing(arms, [texts])), needed
 
 # %% ../../nbs/command/04_run.ipynb #010f2d35
 def differences(
@@ -424,18 +431,25 @@ def differences(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/command/04_run.ipynb #d41ba2b0
+def ica_said(f: dict, s: Settings) -> str:
+    "Return whether the ICA converged; if it did not, what to do about it."
+    if f["converged"]:
+        return f"ICA converged in {counted(f['steps'], 'step')}"
+    again = "trust those that come back in most of them" if s.n_init > 1 else "give --n-init 10 to see which come back"
+    restarts = counted(s.n_init, "restart")
+    return f"ICA did NOT converge in {counted(f['steps'], 'step')}: raise --max-iter; of {restarts}, {again}"
+
+# %% ../../nbs/command/04_run.ipynb #3146a715
 def _said_of_networks(f: dict, s: Settings) -> list[str]:
-    converged = "converged" if f["converged"] else "did NOT converge"
-    left_out = {"sinks": "they are left out", "first": "the first tokens are left out", None: "they take part"}[
-        s.exclude
-    ]
+    sinks = counted(f["sink tokens"], "sink token")
+    away = {"sinks": "left out", "first": "the first token of each text is left out", None: "used for the fit"}
+    share, null = f"{f['variance share of the sink tokens']:.0%} of the variance", f["expected union of Gaussian maps"]
     return [
-        f"{f['tokens used']:,} of {f['tokens']:,} tokens of {f['texts']} texts, {f['neurons']:,} units at {s.site}; "
-        f"{s.n_components} networks, ICA {converged} in {f['steps']} steps.",
-        f"{f['sink tokens']} sink tokens hold {f['variance share of the sink tokens']:.0%} of the variance; "
-        f"{left_out}.",
+        f"{f['tokens used']:,} of {counted(f['tokens'], 'token')} of {counted(f['texts'], 'text')}, "
+        f"{f['neurons']:,} units at {s.site}; {counted(s.n_components, 'network')}, {ica_said(f, s)}.",
+        f"{sinks} with {share}: {away[s.exclude]}.",
         f"Union of the networks at alpha {f['null alpha']:g} ({f['null tail']}): {f['observed union']:.1%} of the "
-        f"units; Gaussian maps would give {f['expected union of Gaussian maps']:.1%}.",
+        f"units; Gaussian maps would give {null:.1%}.",
     ]
 
 # %% ../../nbs/command/04_run.ipynb #1452e6e1
@@ -609,9 +623,10 @@ def run_experiment(
     The same call after an interruption goes on where it stopped. Raises ValueError if the folder belongs to
     other settings, BlockingIOError while another process works there."""
     sources = Sources(settings, device, progress, **load_options)
-    with claim(out, "run", run_identity(sources)) as folder:
+    with claim(out, "run", run_identity(sources, out)) as folder:
         if not has_networks(folder):
             search(sources, folder)
+        write_settings(sources, folder)
         sources.check = lambda loaded: refuse_another_model(folder, settings.model, *loaded)
         found = read_found(folder)[1]
         results, cache = arms_measured(found, sources, folder, n_jobs=n_jobs)
@@ -628,26 +643,19 @@ def run_experiment(
     return run
 
 # %% ../../nbs/command/04_run.ipynb #78f1ef60
+_KEPT = (
+    "settings.json", "networks.safetensors", "found.safetensors", "networks.csv", "results.csv", "differences.csv",
+    _COURSES,
+)  # fmt: skip
+
+
 def manifest(run: Run) -> dict:
     "Return everything needed to run this again, and the checksums of what came out."
-    s, loaded = (
-        run.settings,
-        read_json(run.folder / _LOADED, ("model", "fingerprint", "held-out tokens", "versions", "machine")),
-    )
-    kept = (
-        "settings.json",
-        "networks.safetensors",
-        "found.safetensors",
-        "networks.csv",
-        "results.csv",
-        "differences.csv",
-        _COURSES,
-    )
+    s = run.settings
+    needs = ("model", "fingerprint", "held-out tokens", "documents", "versions", "machine")
     return {
-        "llmfact_nb": __version__,
-        "texts": resource_record(s.texts),
-        "settings": dataclasses.asdict(s),
+        "llmfact_nb": __version__, "texts": resource_record(s.texts), "settings": dataclasses.asdict(s),
         "seeds": {"ica": s.ica_seed, "controls": list(range(max(LEAST_DRAWS, s.control_seeds)))},
         "found": run.found.facts,
-        "files": {name: sha256_of(run.folder / name) for name in kept},
-    } | loaded
+        "files": {name: sha256_of(run.folder / name) for name in _KEPT},
+    } | read_json(run.folder / _LOADED, needs)  # fmt: skip

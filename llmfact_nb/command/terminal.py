@@ -30,54 +30,42 @@ from ..base.files import ClaimError
 # %% ../../nbs/command/07_terminal.ipynb #08ba808a
 @dataclasses.dataclass(frozen=True)
 class Option:
-    "One option or argument of a command."
+    "One option of a command, or an argument, which is typed without a name, if it stands under no heading."
 
-    default: Any  # the value if it is not typed
-    kind: Any  # its type
+    default: Any  # the value if it is not typed, or a type: then it is None
     help: str
-    group: str  # heading in the help; "" for an argument
-    names: tuple[str, ...]  # as they are typed; none: made from the parameter's name
-    shown: str | None  # what the help calls the default; None: the value itself
-    accepted: tuple[str, ...]  # the values there are; none: any
-    check: Callable | None  # raises typer.BadParameter for a value that cannot work
+    group: str = ""  # heading in the help; none: it is an argument
+    also: tuple[str, ...] = ()  # further names, such as "--processes"
+    shown: str | None = None  # what the help calls the default; None: the value itself; "": nothing
+    accepted: Sequence[str] = ()  # the values there are; none: any
+    least: float | None = None  # no smaller number is accepted
+    check: Callable | None = None  # raises typer.BadParameter for a value that cannot work
 
-# %% ../../nbs/command/07_terminal.ipynb #8a070e71
-def option(
-    default,  # the value if it is not typed, or a type: then None
-    help: str,
-    group: str = "",  # heading in the help; none: it is an argument, typed without a name
-    *names: str,  # e.g. "--k"; none: made from the parameter's name
-    shown: str | None = None,  # what the help calls the default; "": nothing is said
-    accepted: Sequence[str] = (),
-    least: float | None = None,  # no smaller number is accepted
-    check: Callable | None = None,  # raises typer.BadParameter for a value that cannot work
-) -> Option:
-    "Declare an option of a command."
-    typed = isinstance(default, type) or hasattr(default, "__origin__")
-    kind, default = (default, None) if typed else (type(default), default)
-    shown = "" if shown is None and (default is None or kind is bool) else shown
-    return Option(
-        default,
-        kind,
-        help,
-        group,
-        names,
-        shown,
-        tuple(accepted),
-        at_least(least) if check is None and least is not None else check,
-    )
+    @property
+    def kind(self):
+        "Its type."
+        return self.default if self.unset else type(self.default)
+
+    @property
+    def unset(self) -> bool:
+        "Whether it has no value unless it is typed."
+        return isinstance(self.default, type) or hasattr(self.default, "__origin__")
 
 # %% ../../nbs/command/07_terminal.ipynb #218508f0
-def at_least(least: float) -> Callable[[float], None]:
-    "Return a check that refuses smaller numbers."
+def refuse_value(
+    o: Option,
+    value,  # as it was typed
+) -> None:
+    "Raise typer.BadParameter, saying what is accepted, for a value that cannot work."
+    if o.accepted and value not in o.accepted:
+        accepted = ", ".join(map(repr, o.accepted))
+        raise typer.BadParameter(f"{value!r} is not accepted; accepted: {accepted}.{nearly(value, o.accepted)}")
+    if o.least is not None and not value >= o.least:
+        raise typer.BadParameter(f"{value} is not accepted; give a number of at least {o.least}.")
+    if o.check is not None:
+        o.check(value)
 
-    def check(number: float) -> None:
-        if not number >= least:
-            raise typer.BadParameter(f"{number} is not accepted; give a number of at least {least}.")
-
-    return check
-
-
+# %% ../../nbs/command/07_terminal.ipynb #d79421b8
 def above_zero(number: float) -> None:
     "Refuse zero, negative numbers and infinity."
     if not 0 < number < float("inf"):
@@ -103,41 +91,32 @@ def not_empty(text: str) -> None:
         raise typer.BadParameter(f"{text!r} is empty; give at least one word.")
 
 # %% ../../nbs/command/07_terminal.ipynb #1961cfe7
+_METAVAR = {int: "N", float: "X", str: "NAME", Path: "PATH", list[int]: "N", list[str]: "TEXT"}
+_NEEDED = "needed"  # shown as the default of an argument that must be given
+
+
 def as_typer(name: str, o: Option) -> inspect.Parameter:
     "Return the parameter of a command as `typer` reads it."
 
     def checked(value):
         for v in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
-            if o.accepted and v not in o.accepted:
-                raise typer.BadParameter(
-                    f"{v!r} is not accepted; accepted: {_listed(o.accepted)}.{nearly(v, o.accepted)}"
-                )
-            if o.check is not None:
-                o.check(v)
+            refuse_value(o, v)
         return value
 
-    about: dict[str, Any] = {"help": o.help, "callback": checked, "show_default": o.shown is None}
+    quiet = o.shown is not None or o.unset or o.kind is bool
+    about: dict[str, Any] = {"help": o.help, "callback": checked, "show_default": not quiet}
     if not o.group:
         how: Any = typer.Argument(**about | {"show_default": o.shown or False})
     else:
+        flag = f"--{name.replace('_', '-')}"
+        both = o.kind is bool and o.unset  # yes, no, or not typed
         about["help"] += f"  [default: {o.shown}]" if o.shown else ""
-        how = typer.Option(
-            *o.names, **about, rich_help_panel=o.group, metavar="|".join(o.accepted) or _METAVAR.get(o.kind)
-        )
-    kind = o.kind | None if o.default is None and not _needed(o) else o.kind
-    default = inspect.Parameter.empty if _needed(o) else o.default
+        about |= {"rich_help_panel": o.group, "metavar": "|".join(o.accepted) or _METAVAR.get(o.kind)}
+        how = typer.Option(f"{flag}/--no-{flag[2:]}" if both else flag, *o.also, **about)
+    needed, kind = o.shown == _NEEDED, o.kind
+    default = inspect.Parameter.empty if needed else None if o.unset else o.default
+    kind = kind | None if default is None else kind
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, how])
-
-
-_METAVAR = {int: "N", float: "X", str: "NAME", Path: "PATH", list[int]: "N", list[str]: "TEXT"}
-
-
-def _needed(o: Option) -> bool:
-    return not o.group and o.shown == "needed"
-
-
-def _listed(accepted: Sequence) -> str:
-    return ", ".join(map(repr, accepted))
 
 # %% ../../nbs/command/07_terminal.ipynb #00b1851d
 class Grouped(TyperCommand):
@@ -171,12 +150,16 @@ def snake(
     return {re.sub(r"\W+", "_", str(name)).strip("_").lower(): value for name, value in facts.items()}
 
 # %% ../../nbs/command/07_terminal.ipynb #d2ff26e4
-def for_json(value):
-    "Return a value with None for nan and infinity, which JSON does not know, and plain numbers for numpy's."
-    if isinstance(value, dict):
-        return {str(k): for_json(v) for k, v in value.items()}
+def in_json(facts: Mapping) -> str:
+    "Return facts as one line of plain JSON: null for nan and infinity, plain numbers for numpy's, names for paths."
+    return json.dumps(_plain(facts))
+
+
+def _plain(value):
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [for_json(v) for v in value]
+        return [_plain(v) for v in value]
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float) and value - value != 0:
         return None
@@ -193,21 +176,10 @@ def say(
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     stream.flush()
 
-
-def said_in_json(facts: dict, stream=None) -> str:
-    "Return facts as one line of JSON that the stream can show and every reader of JSON understands."
-    encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
-    text = json.dumps(for_json(facts), ensure_ascii=False)
-    try:
-        text.encode(encoding)
-    except UnicodeEncodeError:
-        text = json.dumps(for_json(facts))
-    return text
-
 # %% ../../nbs/command/07_terminal.ipynb #2efe3179
 OPTION_OF = {  # the library's argument: the command's option, where the names differ
     "n_components": "k", "ica_seed": "seed", "random_state": "seed", "operation": "mode", "n_tokens": "tokens",
-    "max_new_tokens": "tokens",
+    "max_new_tokens": "tokens", "name": "names",
 }  # fmt: skip
 
 
@@ -238,19 +210,20 @@ def typed() -> Iterator[None]:
 
 
 def as_typed(argument: str) -> str:
-    "Return an argument of the library as the option of the command under way, or as it is."
-    name = OPTION_OF.get(argument, argument)
-    return _asked.shown.get(name) or _asked.shown.get(argument) or argument
+    "Return an argument of the library as it is typed in the command under way, '' if it has no such thing."
+    return _asked.shown.get(OPTION_OF.get(argument, argument)) or _asked.shown.get(argument) or ""
 
 # %% ../../nbs/command/07_terminal.ipynb #fd41408a
 def in_words(e: BaseException) -> str:
     "Return an error's message as one line, in the words of the command under way."
-    if isinstance(e, ArgumentError) and (name := as_typed(e.argument)).startswith("--"):
-        accepted = f"; accepted: {e.accepted}" if e.accepted else ""
-        text = f"{name} {e.value!r} is not accepted{accepted}. {e.remedy}"
+    if isinstance(e, ArgumentError) and (name := as_typed(e.argument)):
+        what = f"{name} is needed" if e.value is False else f"{name} {e.value!r} is not accepted"
+        what = what if name.startswith("--") else f"{e.value!r} is not accepted"  # an argument has no name
+        text = f"{what}{f'; accepted: {e.accepted}' if e.accepted else ''}. {e.remedy}"
     elif isinstance(e, ClaimError) and (differences := e.differences):
-        text = "; ".join(f"{as_typed(name)}: {there} there, {now} now" for name, (there, now) in differences.items())
-        text = f"{e.folder!r} holds a {e.kind} with other settings ({text}). Choose another folder, or delete this one."
+        said = [f"{as_typed(name) or name}: {there} there, {now} now" for name, (there, now) in differences.items()]
+        text = f"{e.folder!r} holds a {e.kind} with other settings ({'; '.join(said)})."
+        text += " Choose another folder, or delete this one."
     else:
         text = str(e)
     return " ".join(text.split()) or type(e).__name__
@@ -324,9 +297,9 @@ app = typer.Typer(
     help="Functional networks in language models: find them, look at them, ablate them, train them.",
 )  # fmt: skip
 COMMON = {
-    "json": option(False, "Print one JSON object, and nothing else, to the output stream.", "Output", "--json"),
-    "quiet": option(False, "No progress, notes and warnings, only results and errors.", "Output", "--quiet"),
-    "debug": option(False, "Show the full trace of an error.", "Output", "--debug"),
+    "json": Option(False, "Print one JSON object, and nothing else, to the output stream.", "Output"),
+    "quiet": Option(False, "No progress, notes and warnings, only results and errors.", "Output"),
+    "debug": Option(False, "Show the full trace of an error.", "Output"),
 }
 
 
@@ -342,6 +315,15 @@ def progress() -> bool:
     return not _asked.quiet
 
 # %% ../../nbs/command/07_terminal.ipynb #2dc07b02
+def _with_options(run: Callable, options: Mapping[str, Option]) -> Callable:
+    "Give a function the signature that `typer` reads the options from."
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    own = [context, *(as_typer(name, o) for name, o in options.items())]
+    run.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in own}
+    return run
+
+# %% ../../nbs/command/07_terminal.ipynb #0768c4c4
 def command(
     under: typer.Typer = app,  # the group it belongs to
     /,
@@ -354,15 +336,10 @@ def command(
         def run(context: typer.Context, **values):
             for name in COMMON:
                 setattr(_asked, name, values.pop(name, False) or getattr(_asked, name))
-            named = {p.name: p.opts[0] for p in context.command.params}
-            _asked.shown = {name: opt for name, opt in named.items() if opt.startswith("-")}
+            _asked.shown = {str(p.name): p.opts[0] for p in context.command.params}
             raise typer.Exit(answered(lambda: work(**values), context.command_path))
 
-        context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-        own = [as_typer(name, o) for name, o in (options | COMMON).items()]
-        run.__signature__ = inspect.Signature([context, *own])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in (context, *own)}
-        under.command(cls=Grouped, epilog=EPILOG)(run)
+        under.command(cls=Grouped, epilog=EPILOG)(_with_options(run, options | COMMON))
         return work
 
     return decorate
@@ -372,11 +349,19 @@ def command(
 def _notes() -> Iterator[None]:
     "Warnings become notes on the error stream; with --quiet nothing is written there."
     silence = contextlib.redirect_stderr(io.StringIO()) if _asked.quiet else contextlib.nullcontext()
+    told = set()
+
+    def tell(message, *_, **__):
+        text = " ".join(str(message).split())
+        if text not in told:  # the same may be found twice: by a check, and by the work
+            told.add(text)
+            say(f"note: {text}", sys.stderr)
+
     with warnings.catch_warnings(), silence:
-        warnings.showwarning = lambda message, *_, **__: say(f"note: {' '.join(str(message).split())}", sys.stderr)
+        warnings.showwarning = tell
         yield
 
-
+# %% ../../nbs/command/07_terminal.ipynb #afb99513
 def answered(
     work: Callable[[], Answer],
     path: str,  # of the command, for the hint at its help
@@ -385,7 +370,7 @@ def answered(
     try:
         with _notes():
             answer = work()
-        say(said_in_json(answer.facts) if _asked.json else "\n".join(answer.lines))
+        say(in_json(answer.facts) if _asked.json else "\n".join(answer.lines))
         return answer.code
     except KeyboardInterrupt:
         say("\ninterrupted; what was finished is kept, and the same command goes on from there", sys.stderr)
@@ -401,11 +386,10 @@ def answered(
         return 2 if refused else 1
 
 # %% ../../nbs/command/07_terminal.ipynb #f9777307
-@app.callback()
-def common_options(
-    json: Annotated[bool, typer.Option("--json", help=COMMON["json"].help)] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help=COMMON["quiet"].help)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help=COMMON["debug"].help)] = False,
-) -> None:
-    "Take down what is asked of every command."
-    _asked.json, _asked.quiet, _asked.debug = json, quiet, debug
+def _take_down(context: typer.Context, **values: bool) -> None:
+    "What is asked of every command can stand before its name as well."
+    for name, value in values.items():
+        setattr(_asked, name, value)
+
+
+app.callback()(_with_options(_take_down, COMMON))

@@ -24,11 +24,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..base.arguments import check_choice, check_number, check_whole
 from ..base.display import note, progress_bar
-from ..base.files import check_claim, claim, from_home, read_json, write_json, write_text
+from ..base.files import check_claim, claim, from_home, read_claim, read_json, write_json, write_text
 from ..base.models import load_model, no_bars
-from ..base.texts import DOCUMENTS, load_texts
+from ..base.texts import DOCUMENTS, texts_of
 from ..base.tokens import padded
-from .checks import named_content
+from .checks import as_claimed, check_model, check_texts, named_content
 from .cost import Cost, ModelSize, Needs, estimate
 from ..finetune import MODES, NeuronTuningConfig, get_neuron_model, merge_and_unload
 from ..masks import NeuronMask
@@ -43,20 +43,22 @@ class TuneSettings:
     model: str = "smollm2-135m"  # default | hub id | local folder | .gguf
     texts: str = "sotu"  # its fit split trains, its eval split judges
     mode: str = "selected"  # "selected": only the neurons; "rest": all but them; "full": everything
-    steps: int = 100  # of the optimizer
+    steps: int = 100  # of the optimizer, in all: a finished training goes on if there are more of them
     batch_size: int = 4  # windows per step
     max_length: int = 64  # tokens of a window
     lr: float | None = None  # largest learning rate; None: 1e-3 in mode "selected", else 1e-4
-    warmup: int = 5  # steps over which the rate rises; then it falls to 0 in a line
+    warmup: int = 5  # steps over which the rate rises, at most; then it falls to 0 in a line
     weight_decay: float = 0.01  # of matrices
     eval_windows: int = 48  # held-out windows
     seed: int = 0  # of the order of the windows
     documents: str = "blocks"  # what is a document of a .txt file, see `load_texts`
+    column: str = "text"  # where the text stands in files with columns and hub data sets
+    shuffle: int | None = None  # seed of a random order of the documents; None: their own
 
     def __post_init__(self):
         check_choice("mode", self.mode, MODES)
         check_choice("documents", self.documents, DOCUMENTS)
-        for name, least in _LEAST.items():
+        for name, least in (_LEAST | ({} if self.shuffle is None else {"shuffle": 0})).items():
             check_whole(name, getattr(self, name), least)
         lr = (1e-3 if self.mode == "selected" else 1e-4) if self.lr is None else check_number("lr", self.lr, above=0)
         check_number("weight_decay", self.weight_decay, least=0)
@@ -117,6 +119,17 @@ def interruptible(steps: Steps) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 # %% ../../nbs/command/05_training.ipynb #f8d39ed6
+def _arguments(s: TuneSettings, checkpoints: Path, save_every: int, cpu: bool, done: int) -> TrainingArguments:
+    n, seed = s.steps - done, s.seed + done
+    return TrainingArguments(
+        output_dir=str(checkpoints), max_steps=n, per_device_train_batch_size=s.batch_size, learning_rate=s.lr,
+        warmup_steps=min(s.warmup, n), weight_decay=s.weight_decay, seed=seed, data_seed=seed,
+        lr_scheduler_type="linear",
+        save_strategy="steps", save_steps=save_every, save_total_limit=1, logging_steps=1, report_to="none",
+        disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, use_cpu=cpu,
+    )  # fmt: skip
+
+# %% ../../nbs/command/05_training.ipynb #c51d0556
 def last_checkpoint(checkpoints: Path) -> str | None:
     "Return the last whole checkpoint, None if there is none; remove those that were not finished."
     for checkpoint in checkpoints.glob("checkpoint-*"):
@@ -128,32 +141,29 @@ def last_checkpoint(checkpoints: Path) -> str | None:
             shutil.rmtree(checkpoint)
     return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
 
-
-def _arguments(s: TuneSettings, checkpoints: Path, save_every: int, cpu: bool) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(checkpoints), max_steps=s.steps, per_device_train_batch_size=s.batch_size, learning_rate=s.lr,
-        warmup_steps=s.warmup, weight_decay=s.weight_decay, seed=s.seed, data_seed=s.seed, lr_scheduler_type="linear",
-        save_strategy="steps", save_steps=save_every, save_total_limit=1, logging_steps=1, report_to="none",
-        disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, use_cpu=cpu,
-    )  # fmt: skip
-
 # %% ../../nbs/command/05_training.ipynb #f4c548b0
 def train(
-    model: nn.Module, s: TuneSettings, windows: Sequence[Example], checkpoints: Path, save_every: int, progress: bool
+    model: nn.Module,
+    s: TuneSettings,
+    windows: Sequence[Example],
+    checkpoints: Path,  # an interrupted training goes on from here
+    save_every: int,
+    progress: bool,
+    done: int = 0,  # steps of an earlier, finished training
 ) -> list[dict]:
     "Run the Trainer to the last step; return its log. Raises KeyboardInterrupt if it was asked to stop before."
     last = last_checkpoint(checkpoints)
-    note(f"going on from {last}" if last else "training from the start", progress)
-    arguments = _arguments(s, checkpoints, save_every, model.device.type == "cpu")
-    with progress_bar(s.steps, f"fine-tune {s.mode}", "step", progress) as bar:
+    note(f"going on from {last}" if last else f"training from {f'step {done}' if done else 'the start'}", progress)
+    arguments = _arguments(s, checkpoints, save_every, model.device.type == "cpu", done)
+    with progress_bar(s.steps - done, f"fine-tune {s.mode}", "step", progress) as bar:
         steps = Steps(bar)
         trainer = Trainer(model, arguments, data_collator=collate, train_dataset=list(windows), callbacks=[steps])
         trainer.remove_callback(PrinterCallback)
         with interruptible(steps):
             trainer.train(resume_from_checkpoint=last)
-    if trainer.state.global_step < s.steps:
+    if trainer.state.global_step < s.steps - done:
         raise KeyboardInterrupt
-    return trainer.state.log_history
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 # %% ../../nbs/command/05_training.ipynb #c0f6a4a8
 def keep(model: nn.Module, tokenizer, folder: Path, merge: bool) -> list[str]:
@@ -175,14 +185,9 @@ def keep(model: nn.Module, tokenizer, folder: Path, merge: bool) -> list[str]:
 
 # %% ../../nbs/command/05_training.ipynb #0a446802
 FACTS = (
-    "trained parameters",
-    "parameters",
-    "held-out tokens",
-    "loss before",
-    "loss after",
-    "frozen weights intact",
-    "files",
-)
+    "settings", "trained parameters", "parameters", "held-out tokens", "loss before", "loss after",
+    "frozen weights intact", "files",
+)  # fmt: skip
 
 
 def finished(folder: Path, settings: TuneSettings, merge: bool, load: Mapping) -> dict:
@@ -201,6 +206,21 @@ def finished(folder: Path, settings: TuneSettings, merge: bool, load: Mapping) -
         write_json(folder / "tuned.json", facts)
     return facts
 
+# %% ../../nbs/command/05_training.ipynb #ec287a49
+def steps_done(folder: Path) -> int:
+    "Return how many steps the finished training in a folder took; 0 if there is none."
+    at = folder / "tuned.json"
+    return read_json(at, FACTS)["settings"]["steps"] if at.exists() else 0
+
+
+def begun(model: nn.Module, config: NeuronTuningConfig, folder: Path | None, load: Mapping) -> nn.Module:
+    "Return the model ready to train: as it was loaded, or with what the finished training in the folder learned."
+    if folder is not None and config.mode != "selected":
+        model = load_model(folder / "model", **load)[0]
+    elif folder is not None:
+        return load_neurons(model, folder / "neurons.safetensors", verbose=False)
+    return get_neuron_model(model, config, verbose=False)
+
 # %% ../../nbs/command/05_training.ipynb #ed070fb5
 def tune(
     settings: TuneSettings,  # what to train on, and how
@@ -214,74 +234,79 @@ def tune(
 ) -> dict:
     """Train, and return the facts: held-out loss before and after, trained parameters, frozen weights intact, files.
 
-    Writes tuned.json, losses.csv, neurons.safetensors (mode "selected"), model/ (if merged). Raises ValueError if the
-    folder belongs to something else, BlockingIOError while another process works there."""
-    config, load = (
-        NeuronTuningConfig(settings.mode, None if settings.mode == "full" else masks),
-        {"device": device} | load_options,
-    )
-    with claim(out, "tuning", tuning_identity(settings, config, load_options)) as folder:
-        if (folder / "tuned.json").exists():
+    A finished training goes on if `settings.steps` are more than it took. Writes tuned.json, losses.csv,
+    neurons.safetensors (mode "selected"), model/ (if merged). Raises ValueError if the folder belongs to something
+    else, BlockingIOError while another process works there."""
+    config = NeuronTuningConfig(settings.mode, None if settings.mode == "full" else masks)
+    load = {"device": device} | load_options
+    with claim(out, "tuning", tuning_identity(settings, config, load_options, out)) as folder:
+        if (done := steps_done(folder)) == settings.steps:
             return finished(folder, settings, merge, load)
-        read = lambda split: list(load_texts(settings.texts, split, documents=settings.documents)["text"])
-        fit, held_out = read("fit"), read("eval")
+        fit, held_out = (list(texts_of(settings, split)["text"]) for split in ("fit", "eval"))
         note(f"loading {settings.model} ...", progress)
         model, tokenizer = load_model(settings.model, **load)
         windows = window_examples(tokenizer, fit, settings.steps * settings.batch_size, settings.max_length)
         test = window_examples(tokenizer, held_out, settings.eval_windows, settings.max_length)
-        get_neuron_model(model, config, verbose=False)
-        return _tune(model, tokenizer, settings, windows, test, folder, merge, save_every, progress)
+        model = begun(model, config, folder if done else None, load)
+        return _tune(model, tokenizer, settings, windows, test, folder, merge, save_every, progress, done)
 
 # %% ../../nbs/command/05_training.ipynb #7dc00b3c
-def tuning_identity(settings: TuneSettings, config: NeuronTuningConfig, load_options: Mapping) -> dict:
+def tuning_identity(settings: TuneSettings, config: NeuronTuningConfig, load_options: Mapping, out) -> dict:
     "Return what decides a training's numbers: settings, neurons, the content of model and texts."
     chosen = {name: [m.n, hashlib.sha256(m.bits).hexdigest()[:16]] for name, m in config.given().items()}
     content = {"model": named_content(settings.model), "texts": named_content(settings.texts)}
     options = {k: str(v) for k, v in load_options.items() if k not in ("token", "use_auth_token", "accept_licence")}
-    return asdict(settings) | content | {"neurons": chosen} | options
+    if done := steps_done(Path(out)):  # a finished training may go on, but not back
+        check_whole("steps", settings.steps, least=done)
+        content["steps"] = (read_claim(out) or {"identity": {"steps": done}})["identity"]["steps"]
+    return as_claimed(asdict(settings) | content | {"neurons": chosen} | options, out)
 
-
+# %% ../../nbs/command/05_training.ipynb #d785b4db
 def check_tuning(
     settings: TuneSettings,
     masks: "NeuronMask | Mapping[str, NeuronMask] | None",  # as for `tune`
     out: str | os.PathLike,  # folder of the training
+    accept_licence: bool = False,  # terms of a model that has its own
 ) -> None:
     "Raise if the training cannot begin or go on in that folder; nothing is written."
     config = NeuronTuningConfig(settings.mode, None if settings.mode == "full" else masks)
-    check_claim(out, "tuning", tuning_identity(settings, config, {}))
+    check_claim(out, "tuning", tuning_identity(settings, config, {}, out))
+    check_model(settings.model, accept_licence, settings.max_length)
+    check_texts(settings, settings.model, settings.max_length)
 
 # %% ../../nbs/command/05_training.ipynb #5978de44
 def _tune(
-    model, tokenizer, s: TuneSettings, windows, test, folder: Path, merge: bool, save_every: int, progress: bool
+    model, tokenizer, s: TuneSettings, windows, test, folder: Path, merge: bool, save_every: int, progress: bool, done
 ) -> dict:
     "Train what is trainable, in a claimed folder; return the facts."
-    start = folder / "start.json"
-    if not start.exists():
-        write_json(start, {"loss": score(model, test).loss})  # nothing has moved yet
-    before = read_json(start, ("loss",))[
-        "loss"
-    ]  # now: after the training it would be too late to say that it is damaged
+    if not (folder / "start.json").exists():
+        write_json(folder / "start.json", {"loss": score(model, test).loss})  # nothing has moved yet
+    before = read_json(folder / "start.json", ("loss",))["loss"]  # if it is damaged, it is said before the training
     tuning, frozen = model.neuron_tuning, model.neuron_tuning.frozen_digests()
     note(str(tuning), progress)
+    checkpoints = folder / "checkpoints" / (f"{done} to {s.steps}" if done else "")
     with no_bars(True):  # one for each checkpoint would be a wall
-        log = train(model, s, windows, folder / "checkpoints", save_every, progress)
+        log = train(model, s, windows, checkpoints, save_every, progress, done)
     intact = tuning.frozen_digests() == frozen if frozen else None
     if intact is False:
         raise RuntimeError(
             "frozen weights have moved, so the result is not kept: something outside the optimizer wrote to them."
         )
-    facts = training_facts(model, s, windows, test) | {
-        "loss before": before,
-        "loss after": score(model, test).loss,
-        "frozen weights intact": intact,
-    }
-    rows = "".join(f"{e['step']},{e['loss']},{e['learning_rate']}\n" for e in log if "loss" in e)
-    write_text(folder / "losses.csv", "step,loss,lr\n" + rows)
+    after = {"loss before": before, "loss after": score(model, test).loss, "frozen weights intact": intact}
+    facts = training_facts(model, s, windows, test) | after
+    write_losses(folder / "losses.csv", log, done)
     with no_bars(True):
         facts["files"] = keep(model, tokenizer, folder, merge)
     write_json(folder / "tuned.json", facts)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # several times the size of the result
     return facts
+
+# %% ../../nbs/command/05_training.ipynb #bc7ad077
+def write_losses(path: Path, log: Sequence[Mapping], done: int) -> None:
+    "Write the training loss of every step; rows of the earlier steps stay."
+    before = path.read_text(encoding="utf-8").splitlines()[: 1 + done] if done else ["step,loss,lr"]
+    rows = [f"{done + e['step']},{e['loss']},{e['learning_rate']}" for e in log]
+    write_text(path, "\n".join([*before, *rows, ""]))
 
 
 def training_facts(model: nn.Module, s: TuneSettings, windows: Sequence[Example], test: Sequence[Example]) -> dict:

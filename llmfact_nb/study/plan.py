@@ -116,7 +116,7 @@ class StudyTexts:
 
     @classmethod
     def default(cls, settings: StudySettings) -> "StudyTexts":
-        "Return the embedded texts: Wikipedia, speeches, reviews, code. Fetches what is missing."
+        "Return the texts of the settings, Wikipedia as a rule, and speeches, reviews, code. Fetches what is missing."
         return _default_texts(settings)
 
     @property
@@ -130,16 +130,23 @@ class StudyTexts:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/study/06_plan.ipynb #4c7c561f
-def _default_texts(settings: StudySettings) -> StudyTexts:
-    from llmfact_nb.base.texts import load_labelled, load_texts
+LABEL_WORDS = {"fresh": "positive", "rotten": "negative"}  # of the reviews
 
-    kinds: dict[str, dict] = {}
+
+def _default_texts(settings: StudySettings) -> StudyTexts:
+    from llmfact_nb.base.texts import load_labelled, texts_of
+
+    kinds, first = {}, first_kind(settings.find)
     for split, n in (("fit", 60), ("eval", 16)):
-        others = {kind: of for kind, of in text_kinds(split, n).items() if kind != "encyclopaedia"}
-        kinds[split] = {"wiki": list(load_texts("wiki", split)["text"])} | others
+        others = {kind: of for kind, of in text_kinds(split, n).items() if kind not in ("encyclopaedia", first)}
+        kinds[split] = {first: list(texts_of(settings.find, split)["text"])} | others
     labelled = load_labelled("rotten-tomatoes", "eval", settings.sentences)
-    words = {"fresh": "positive", "rotten": "negative"}
-    return StudyTexts(kinds["fit"], kinds["eval"], labelled, label_words=words)
+    return StudyTexts(kinds["fit"], kinds["eval"], labelled, label_words=LABEL_WORDS)
+
+
+def first_kind(find: Settings) -> str:
+    "Return what the tables call the texts of the baseline: wiki, speeches, or the name of a file, folder or data set."
+    return {"sotu": "speeches"}.get(find.texts, Path(find.texts).stem or find.texts)
 
 # %% ../../nbs/study/06_plan.ipynb #5a947615
 def _full_length(tokenizer, texts: Sequence[str], n_tokens: int, limit: float) -> int:

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..ablation import COLUMNS, EvaluationSet, Found, ScoreCache, as_table, enough_texts, search_flops
+from llmfact_nb.ablation import (
+    COLUMNS, EvaluationSet, Found, ScoreCache, Settings, as_table, enough_texts, search_flops,
+)  # fmt: skip
 from ..across.recurrence import recurrence_study
 from ..activations import Activations, capture, positions_of
 from ..base.files import claim, from_home, read_json, reading, write_json, write_text
 from ..base.identity import model_fingerprint
-from ..base.display import note
+from ..base.display import Overall, duration, note
 from ..ica import ConvergenceWarning
 from ..masks import DRAWN
 from ..networks import Threshold
@@ -198,17 +200,25 @@ def score_identity(
     return {k: v for k, v in identity.items() if k != "tokenizer"}
 
 # %% ../../nbs/study/07_whole.ipynb #747f344a
-def _find_all(model, tokenizer, wanted, texts: StudyTexts, folder: Path, progress: bool) -> "dict[str, Found | str]":
+def _find_all(
+    model, tokenizer, wanted, texts: StudyTexts, folder: Path, progress: bool | Overall, seconds: Mapping[str, float]
+) -> "dict[str, Found | str]":
     found: dict[str, Found | str] = {}
     for i, (name, of) in enumerate(wanted.items()):
         begun, read = time.perf_counter(), texts.fit[of.read] if isinstance(of, Wanted) else ()
         found[name] = one = found_networks(model, tokenizer, name, of, read, folder)
         said = one if isinstance(one, str) else f"{one.key.n:,} key neurons"
-        note(f"networks {i + 1} of {len(wanted)}, {name}: {said}, {time.perf_counter() - begun:.0f} s", progress)
+        said = f"networks {i + 1} of {len(wanted)}, {name}: {said}, {time.perf_counter() - begun:.0f} s"
+        if isinstance(progress, Overall):
+            progress.add("set", seconds.get(name, 0.0))
+            said += f"; {progress}"
+        note(said, bool(progress))
     return found
 
 # %% ../../nbs/study/07_whole.ipynb #1bf44851
-def _recurrence(model, tokenizer, texts: StudyTexts, s: StudySettings, folder: Path, progress: bool, n_jobs: int):
+def _recurrence(
+    model, tokenizer, texts: StudyTexts, s: StudySettings, folder: Path, progress: bool | Overall, n_jobs: int
+):
     "Recurrence of the networks of single texts, found in the published way."
     group, single = ({k: of[k][: s.recurrence_texts] for k in of} for of in (texts.fit, texts.held_out))
     p = s.published
@@ -225,27 +235,49 @@ def _speeds(model, short: EvaluationSet) -> tuple[float, float]:
     begun = time.perf_counter()
     short.score(model)
     speed, a = short.tokens / (time.perf_counter() - begun), torch.ones(1024, 1024)
+    a @ a  # the first one pays for the start
     begun = time.perf_counter()
     a @ a
     return speed, 2 * 1024**3 / (time.perf_counter() - begun)
 
 # %% ../../nbs/study/07_whole.ipynb #1477bfb8
-def _estimate(model, cache: ScoreCache, wanted, sets, s: StudySettings, kinds, folder: Path) -> list[str]:
-    "What there is to do, and about how long it takes, in lines."
-    (speed, flops), total = _speeds(model, sets["short"]), 0.0
-    new = [of for name, of in wanted.items() if isinstance(of, Wanted) and kept_networks(folder, name) is None]
-    find = sum(of.settings.fit_tokens * (4 if of.scores else 1) / speed for of in new)
-    find += sum(search_flops(of.settings, 0, neuron_sites(model, of.settings.site).n_neurons) for of in new) / flops
-    lines = [f"speed: {speed:,.0f} tokens a second, {torch.get_num_threads()} threads"]
-    lines.append(f"{len(new)} sets of networks to find: about {find / 60:.0f} minutes")
+def _search_seconds(model, s: Settings, scores: bool, speed: float, flops: float) -> float:
+    "About how long it takes to find a set of networks with these settings."
+    n = neuron_sites(model, s.site).n_neurons
+    return s.fit_tokens * (4 if scores else 1) / speed + search_flops(s, 0, n) / flops
+
+
+def _work(
+    model, cache: ScoreCache, wanted, sets, s: StudySettings, kinds, folder: Path
+) -> tuple[Overall, dict[str, float]]:
+    "All the work that is not done yet, and the seconds that each set of networks may take."
+    speed, flops = _speeds(model, sets["short"])
+    new = {n: of for n, of in wanted.items() if isinstance(of, Wanted) and kept_networks(folder, n) is None}
+    find = {name: _search_seconds(model, of.settings, of.scores, speed, flops) for name, of in new.items()}
+    passes = [(n, sets[name].tokens) for of in study_passes(s, kinds).values() for name, n in of.items()]
+    known = 0 if cache.folder is None else len(list(cache.folder.glob("*.safetensors")))
+    unknown = max(0.0, 1 - known / sum(n for n, _ in passes))
+    one = replace(s.published, n_components=s.ks[0], fit_tokens=max(s.ks[0], s.published.fit_length))
+    pace = {
+        "set": 1.0,
+        "tok": 1 / speed,
+        "text": 4 * _search_seconds(model, one, False, speed, flops),
+    }  # with its nulls
+    texts = 1 + len(kinds) * s.recurrence_texts if s.recurrence_texts else 0
+    return Overall(
+        {"set": sum(find.values()), "tok": unknown * sum(n * t for n, t in passes), "text": texts}, pace
+    ), find
+
+# %% ../../nbs/study/07_whole.ipynb #4f02e055
+def _tell(work: Overall, sets, s: StudySettings, kinds) -> None:
+    "Say what there is to do, and about how long it takes."
+    speed = 1 / work.pace["tok"]
+    note(f"speed: {speed:,.0f} tokens a second, {torch.get_num_threads()} threads")
+    note(f"sets of networks to find: about {duration(work.amounts['set'])}")
     for study, of in study_passes(s, kinds).items():
         tokens = sum(n * sets[name].tokens for name, n in of.items())
-        total += tokens / speed
-        said = f"{sum(of.values())} measurements, {tokens:,} tokens, about {tokens / speed / 60:.1f} minutes"
-        lines.append(f"  {study}: {said}")
-    known = 0 if cache.folder is None else len(list(cache.folder.glob("*.safetensors")))
-    last = f"in all about {(total + find) / 60:.0f} minutes for one process, and a few for recurrence"
-    return [*lines, f"{last}; {known} measurements are known already"]
+        note(f"  {study}: {sum(of.values())} measurements, {tokens:,} tokens, about {duration(tokens / speed)}")
+    note(f"in all about {duration(work.left)} for one process, without what is known already")
 
 # %% ../../nbs/study/07_whole.ipynb #8b2dc293
 def _all_tables(model, tokenizer, folder: Path, s: StudySettings, texts, identity, n_jobs: int, progress: bool) -> dict:
@@ -253,14 +285,17 @@ def _all_tables(model, tokenizer, folder: Path, s: StudySettings, texts, identit
     cache = ScoreCache(model, folder / "scores", score_identity(identity), progress)
     kinds, sets = list(texts.held_out), evaluation_sets(tokenizer, texts, s, positions_of(model))
     wanted = wanted_networks(s, kinds)
-    for line in _estimate(model, cache, wanted, sets, s, kinds, folder / "networks") if progress else ():
-        note(line, True)
-    found = _find_all(model, tokenizer, wanted, texts, folder / "networks", progress)
+    work: bool | Overall = False
+    if progress:
+        work, seconds = _work(model, cache, wanted, sets, s, kinds, folder / "networks")
+        _tell(work, sets, s, kinds)
+        cache.progress = work
+    found = _find_all(model, tokenizer, wanted, texts, folder / "networks", work, seconds if progress else {})
     some = enough_texts(tokenizer, texts.fit[kinds[0]], s.sample_tokens, s.sample_tokens)
     sample = capture(model, tokenizer, some, s.find.site, max_length=s.sample_tokens, progress=False)
     tables = study_tables(cache, found, sets, s, kinds, sample, n_jobs)
     if s.recurrence_texts:
-        tables["recurrence"] = _recurrence(model, tokenizer, texts, s, folder, progress, n_jobs)
+        tables["recurrence"] = _recurrence(model, tokenizer, texts, s, folder, work, n_jobs)
     return tables | {"verdicts": verdict_table(tables, s.published.alpha, s.ks[0])}
 
 # %% ../../nbs/study/07_whole.ipynb #759a046b

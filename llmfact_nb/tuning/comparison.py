@@ -24,7 +24,7 @@ from torch import nn
 
 from .. import __version__
 from ..base.arguments import ArgumentError, check_choice, check_number, check_whole
-from ..base.display import note, progress_bar
+from ..base.display import Overall, note, progress_bar
 from ..base.files import claim, digest, load_tensors, read_json, reading, save_tensors, write_json
 from ..masks import NeuronMask
 from ..networks import FunctionalNetworks
@@ -392,13 +392,16 @@ def _do(study: _Study, arms: Sequence[str], seeds: Sequence[int], n_jobs: int, p
     todo = f"{len(arms)} arms, sweeps of {s.sweep_steps} steps, then {len(seeds)} runs each of {s.steps}"
     note(f"{study.task.name}: {todo}", progress)
     jobs = Parallel(n_jobs, return_as="generator")
-    with progress_bar(len(arms), "sweeps", "arm", progress) as bar:
+    rates = float(np.mean([len(s.lrs[arm]) for arm in arms])) + s.further_rates / 2
+    pace = {"arm": rates * len(s.sweep_seeds) * s.sweep_steps, "run": float(s.steps)}  # in steps: ratios suffice
+    work = Overall({"arm": len(arms), "run": len(arms) * len(seeds)}, pace) if progress else False
+    with progress_bar(len(arms), "sweeps", "arm", work) as bar:
         swept = {}
         for arm, found in zip(arms, jobs(delayed(_swept)(study, arm) for arm in arms)):
             swept[arm] = found
             bar.update()
     finals = [(arm, seed) for seed in seeds for arm in arms]
-    with progress_bar(len(finals), "runs", "run", progress) as bar:
+    with progress_bar(len(finals), "runs", "run", work) as bar:
         for _ in jobs(delayed(_final)(study, arm, seed, swept[arm]) for arm, seed in finals):
             bar.update()
 
