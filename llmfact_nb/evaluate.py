@@ -36,20 +36,17 @@ from llmfact_nb.base.tokens import (
     token_lists,
     unwrapped,
 )
+from .sites import refuse_unfit
 
 # %% ../nbs/08_evaluate.ipynb #9961622d
 def require_causal(
     model: Any,  # should be a causal language model, possibly wrapped by PEFT or torch.compile
 ) -> None:
-    "Raise TypeError unless the model predicts each next token from the tokens before it."
-    name = type(unwrapped(model)).__name__ if isinstance(model, nn.Module) else type(model).__name__
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {name}, no torch module. Are model and tokenizer swapped?")
-    if not once_per_model(model, "head", lambda: _has_token_logits(model)):
-        raise TypeError(
-            f"model is a {name}; likelihoods need a causal language model. Load it with task='causal-lm', or give the "
-            "language model inside it."
-        )
+    "Raise TypeError unless the model predicts each next token from those before it; otherwise as `refuse_unfit`."
+    refuse_unfit(model)
+    name = type(unwrapped(model)).__name__
+    if why := once_per_model(model, "head", lambda: _no_token_logits(model)):
+        raise TypeError(f"model is a {name}; likelihoods need a causal language model, and {why}")
     if not once_per_model(model, "causal", lambda: _blind_to_later_tokens(model)):
         raise TypeError(
             f"model is a {name} whose predictions change with later tokens, so it does not predict the next token. "
@@ -57,12 +54,18 @@ def require_causal(
         )
 
 
-def _has_token_logits(model: nn.Module) -> bool:
+def _no_token_logits(model: nn.Module) -> str:
+    "Say why the model gives no prediction for each token; '' if it does."
+    other = "this is none. Load it with task='causal-lm', or unwrap it (.module)."
     config = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
-        return False
+        return other
     logits = getattr(_probe(model, probe_tokens(model, 3)), "logits", None)
-    return logits is not None and logits.shape[:-1] == (1, 3) and logits.shape[-1] >= vocabulary_of(model)
+    if logits is None or logits.dim() != 3 or logits.shape[-1] < vocabulary_of(model):
+        return other
+    if logits.shape[1] != 3:
+        return "this one puts positions of its own before the text (prompt tuning?). Take the adapter off."
+    return ""
 
 
 def _blind_to_later_tokens(model: nn.Module) -> bool:

@@ -223,12 +223,16 @@ def _add_slices(owner, args, kwargs, y):
     return owner.neurons(owner, args[0] if args else next(iter(kwargs.values())), y)
 
 
+_SAID = "neurons are in training: save it after merge_and_unload"  # stands in the report of a plain from_pretrained
+
+
 def _mark(owner, state_dict, prefix, metadata):
-    state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].unsqueeze(0)
+    weight = state_dict[f"{prefix}weight"]
+    state_dict |= {f"{prefix}weight": weight.unsqueeze(0), f"{prefix}{_SAID}": weight.new_zeros(1)}
 
 
 def _unmark(owner, state_dict, prefix, *_):
-    weight = state_dict.get(f"{prefix}weight")
+    weight, _ = state_dict.get(f"{prefix}weight"), state_dict.pop(f"{prefix}{_SAID}", None)
     if weight is not None and weight.dim() == 3:
         state_dict[f"{prefix}weight"] = weight.squeeze(0)
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from .base.arguments import ArgumentError, check_choice, refuse_masked
 from .base.display import always_shown, bars, card, site_name
-from .base.tokens import evaluation_mode, input_device, probe_tokens
+from .base.tokens import close, evaluation_mode, input_device, own_hooks_aside, probe_tokens, rounding
 from .masks import Layout, NeuronMask
 from llmfact_nb.sites import (
     NeuronSites,
@@ -133,6 +133,7 @@ class Passes:
         self.signature = inspect.signature(inner.forward)
         self.may_checkpoint = [m for m in inner.modules() if hasattr(m, "gradient_checkpointing")]
         self.running = self.checkpointed = False  # whether a pass is running; whether its layers will run again
+        self.used = False  # whether the model, or a layer of it, has run
         self.first: torch.Tensor | None = None  # first tokens of the running pass
         self.waiting = 0  # passes whose layers have not run again yet
         self.first_again: torch.Tensor | None = None  # first tokens of the last waiting pass
@@ -140,6 +141,7 @@ class Passes:
 
     def first_now(self) -> torch.Tensor | None:
         "Return the first tokens for the running layer. Raises ValueError if they, or the gradients, would be wrong."
+        self.used = True
         if self.running:
             if self.checkpointed and not torch.is_grad_enabled():
                 raise ValueError(
@@ -155,7 +157,8 @@ class Passes:
         return self.first_again
 
     def _begin(self, module, args, kwargs):
-        self.running, self.first = True, first_tokens(self.signature, args, kwargs) if self.sparing else None
+        self.running, self.used = True, True
+        self.first = first_tokens(self.signature, args, kwargs) if self.sparing else None
         again = any(m.training and m.gradient_checkpointing for m in self.may_checkpoint)
         self.checkpointed = torch.is_grad_enabled() and again
         if self.checkpointed:
@@ -193,12 +196,13 @@ class _Block:
         self.used = [i for i, n in enumerate(mask.counts) if n]
         self.columns = [_Columns(mask.layers[i], change(i)) for i in self.used]
         self.hooks: ExitStack | None = None
+        self.passes: Passes | None = None
 
     def __enter__(self) -> tuple[int, ...]:
         if self.hooks is not None:
             raise ValueError("this block is open already. Call ablate, keep or amplify again for the inner block.")
         refuse_compiled(self.model)
-        passes = Passes(backbone(self.model, self.sites), self.positions)
+        self.passes = passes = Passes(backbone(self.model, self.sites), self.positions)
 
         def mask_layer(i: int, x: torch.Tensor) -> torch.Tensor:
             y, first = self.columns[i](x), passes.first_now()
@@ -210,15 +214,28 @@ class _Block:
         with ExitStack() as stack:
             stack.enter_context(passes)
             stack.enter_context(attach([self.sites[i] for i in self.used], mask_layer, self.model))
+            stack.callback(self.model.register_state_dict_pre_hook(_tell_unmasked).remove)
             self.opened.append(self.mask)
             stack.callback(self.opened.remove, self.mask)
             self.hooks = stack.pop_all()
         return self.mask.counts
 
-    def __exit__(self, *_):
+    def __exit__(self, error=None, *_):
         if self.hooks is not None:
             self.hooks.close()
+            if error is None and self.used and self.passes is not None and not self.passes.used:
+                warnings.warn(_UNUSED, stacklevel=2)
         self.hooks = None
+
+
+def _tell_unmasked(*_):
+    warnings.warn("these weights are without the mask that is open; bake(mask) writes it into a copy.", stacklevel=3)
+
+
+_UNUSED = (
+    "the masked model was not called in this block, so the mask had no effect. A copy of it, or a function around it "
+    "that torch.compile had compiled before, is not masked."
+)
 
 # %% ../nbs/06_masked_model.ipynb #8f16c98f
 def late_bound(
@@ -252,8 +269,9 @@ def _plain_copy(model: nn.Module) -> nn.Module:
             where = name or type(m).__name__
             what = f"one with a function set as forward of {where}"
             raise ArgumentError("model", what, "one whose copy is independent", "The copy would call the original.")
-    plain = copy.deepcopy(model)
-    for m in plain.modules():  # hooks of an open block, or of other code, must not be in the copy
+    with own_hooks_aside(model):  # of an open block
+        plain = copy.deepcopy(model)
+    for m in plain.modules():  # hooks of other code must not be in the copy
         m._forward_hooks.clear()
         m._forward_pre_hooks.clear()
     return plain
@@ -263,16 +281,8 @@ def _few_logits(model: nn.Module) -> torch.Tensor:
     "Return the model's logits for a few tokens."
     ids = torch.tensor([probe_tokens(model, 4)], device=input_device(model))
     both = {"decoder_input_ids": ids} if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else {}
-    with evaluation_mode(model):
+    with evaluation_mode(model), torch.autocast(ids.device.type, enabled=False):  # it would remember old weights
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), **both)[0]
-
-# %% ../nbs/06_masked_model.ipynb #8fb0a755
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
-    "Return whether two outputs are equal up to rounding in their arithmetic."
-    finite, tolerance = torch.isfinite(b), max(1e-3, 8 * torch.finfo(b.dtype).eps)
-    if not torch.equal(torch.isfinite(a), finite) or not finite.any():
-        return torch.equal(torch.isfinite(a), finite)
-    return bool(((a - b)[finite].abs() <= tolerance * b[finite].abs().max()).all())
 
 # %% ../nbs/06_masked_model.ipynb #1e036568
 class _Wrapped:
@@ -475,7 +485,7 @@ def baked(model: nn.Module, sites: NeuronSites, mask: NeuronMask, rows: list[tor
     with torch.no_grad():
         for i, s in used:
             _bake_layer(result.get_submodule(s.name), mask.layers[i], None if rows is None else rows[i], s.where)
-    if not _alike(_few_logits(result), expected):
+    if not close(_few_logits(result), expected, rounding(result)):
         what = "one whose baked copy and masked model give different outputs"
         raise ArgumentError("model", what, "one that its weights describe", "Use the context manager `ablate`.")
     return result

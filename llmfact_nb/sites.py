@@ -98,6 +98,7 @@ _UNFIT = {
     **dict.fromkeys(("convbert", "fnet", "nystromformer", "yoso"), _LEAKS),
     **dict.fromkeys(("big_bird", "bigbird_pegasus"), _SWITCHES),
     "xlnet": "keeps positions before texts inside its blocks",  # a square batch would look like the usual order
+    "mra": "leaves its attention out, without a word, where its own CUDA kernel is missing",
 }
 _OTHER_TOWERS = ("vision", "visual", "audio", "image")  # parts of a multimodal model that are not the language model
 
@@ -107,7 +108,7 @@ def _model_type(model: nn.Module) -> str:
 
 # %% ../nbs/01_sites.ipynb #805e216d
 def refuse_unfit(model: nn.Module) -> None:
-    "Raise TypeError if `model` is not a model, NotImplementedError for families whose numbers depend on the batch."
+    "Raise TypeError if `model` is not a model, NotImplementedError for families whose numbers would mean nothing."
     if not isinstance(model, nn.Module):
         swapped = " Model and tokenizer seem to be swapped." if hasattr(model, "decode") else ""
         raise TypeError(f"model is a {type(model).__name__}; expected a PyTorch model.{swapped}")
@@ -142,7 +143,7 @@ def blocks(
     if config is None:
         raise NotImplementedError(
             f"model is a {type(model).__name__} without a Hugging Face configuration; "
-            "unwrap it, or give site= a list of module names."
+            "unwrap it (.module), or give site= a list of module names."
         )
     n_layers = getattr(config, "num_hidden_layers", None)  # models of several stacks have other names for them
     fitting = [(name, m) for name, m in found if len(m) == n_layers]
@@ -355,7 +356,7 @@ class _Watch:
         self.thread: int | None = None  # whose pass is under way
 
     def __deepcopy__(self, memo):
-        return self  # a copy of the model keeps the hooks at its sites, and they count here
+        raise TypeError("a copy made while the model is masked would stay masked. Copy it before, or bake the mask.")
 
     def begin_inner(self, module, args):
         self.alone()
@@ -442,12 +443,13 @@ def check_own_weights(
     "Raise ArgumentError, naming the module, unless each has a plain floating-point weight that no other module holds."
     holders: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        if p.device.type != "meta" and p.numel():
+        if p.device.type != "meta" and p.numel() and not _sharded(name, p):
             holders.setdefault(p.untyped_storage().data_ptr(), []).append(name)
     for name, module in modules.items():
         weight = module._parameters.get("weight")  # a computed weight is no parameter
         wrapped = hasattr(module, "parametrizations") or hasattr(module, "base_layer") or linear_shape(module) is None
-        if weight is None or wrapped or not weight.is_floating_point() or weight.device.type == "meta":
+        plain = weight is not None and weight.is_floating_point() and weight.device.type != "meta"
+        if wrapped or not plain or _sharded(name, weight):
             remedy = "Call merge_and_unload() of PEFT, remove the parametrisation, or load it whole and unquantised."
             raise ArgumentError("model", f"{name} ({type(module).__name__})", "modules with a plain weight", remedy)
         own = (f"{name}.weight", f"{name}.bias")
@@ -455,3 +457,8 @@ def check_own_weights(
         if shared:
             what = f"{name} shares its weight with {', '.join(shared)}"
             raise ArgumentError("model", what, "modules that share no weight", "Give it a copy of the weight.")
+
+
+def _sharded(name: str, weight: torch.Tensor) -> bool:
+    "Whether FSDP keeps it in parts, or in one tensor with others."
+    return hasattr(weight, "full_tensor") or "_fsdp_wrapped_module" in name

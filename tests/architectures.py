@@ -14,9 +14,11 @@ import torch
 from families import LAYERS, D, width_of
 
 from llmfact_nb.activations import capture
+from llmfact_nb.evaluate import cloze_accuracy, perplexity
 from llmfact_nb.finetune import neuron_training
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
+from llmfact_nb.scores.generation import generate_texts
 from llmfact_nb.sites import neuron_sites
 
 COLUMNS = ("site", "capture", "ablate", "keep", "bake", "generate", "tune", "restored")
@@ -195,7 +197,21 @@ def check_generate(s: Subject) -> str:
     with MaskedModel(s.model).ablate(mask):
         got = s.model.generate(**SHORT, **options)
     assert torch.equal(got, s.zeroed(mask).generate(**SHORT, **options)), "not as zeroed weights"
+    check_company(s)
     return WORKS
+
+
+def check_company(s: Subject) -> None:
+    "What a text scores, and how it goes on, is what it would be without the others of its batch."
+    t = families.tokenizer(side="left")
+    told = dict(batch_size=len(TEXTS), progress=False)
+    losses = torch.cat([perplexity(s.model, t, [text], progress=False).token_nats for text in TEXTS])
+    assert close(perplexity(s.model, t, TEXTS, **told).token_nats, losses), "loss"
+    pairs = [(text, "w7 w9") for text in TEXTS]
+    alone = torch.cat([cloze_accuracy(s.model, t, [pair], progress=False).log_likelihoods for pair in pairs])
+    assert close(cloze_accuracy(s.model, t, pairs, **told).log_likelihoods, alone), "likelihoods"
+    written = [c for text in TEXTS for c in generate_texts(s.model, t, [text], 3, progress=False)]
+    assert generate_texts(s.model, t, TEXTS, 3, **told) == written, "texts written"
 
 
 def expected_slices(s: Subject, mask: NeuronMask) -> dict[str, torch.Tensor]:

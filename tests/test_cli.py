@@ -55,6 +55,25 @@ def test_a_txt_file_is_read_as_the_option_says(tiny, tmp_path):
         llmfact(f"{line} --documents lines")
 
 
+def test_a_multimodal_model_is_run_on_its_text(tiny, tmp_path):
+    "Its language model is found in what transformers loads for images and texts."
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from small_runs import word_tokenizer
+
+    text = {"model_type": "llama", "vocab_size": families.VOCAB, "num_key_value_heads": 1, "num_attention_heads": 2}
+    text |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "max_position_embeddings": 64}
+    eyes = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    eyes |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=eyes, image_token_index=7)
+    families.shake(AutoModelForImageTextToText.from_config(config)).save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    few = "--k 3 --n-init 1 --fit-tokens 300 --eval-texts 3 --fraction 0.1"
+    line = f"networks --model {tmp_path / 'model'} --texts {tiny / 'texts.jsonl'} {few} --out {tmp_path / 'out'}"
+    llmfact(f"{line} --dry-run")
+    llmfact(line)
+    assert len(read_found(tmp_path / "out")[1].networks.maps_) == 3
+
+
 def found_by(tiny: Path) -> str:
     few = "--k 4 --n-init 2 --fit-tokens 600 --eval-texts 4 --fraction 0.05"
     return f"--model {tiny / 'model'} --texts {tiny / 'texts.jsonl'} {few}"

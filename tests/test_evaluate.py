@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import survey
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -681,3 +682,9 @@ def test_a_decoder_that_sees_later_tokens_is_refused(kind, tokenizer):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **size, **causal)).eval()
         a, b = (perplexity(model, tokenizer, TEXTS, progress=False, batch_size=n).nats for n in (1, 4))
         assert math.isclose(a, b, rel_tol=1e-5)
+
+
+def test_a_model_without_its_attention_is_no_language_model(tokenizer):
+    "MRA skips its attention on the CPU, and so would look like one that is blind to later tokens."
+    with pytest.raises(NotImplementedError):
+        perplexity(AutoModelForMaskedLM.from_config(survey.small("mra", 24)), tokenizer, ["a b c"])

@@ -737,6 +737,7 @@ def test_a_saved_model_in_tuning_is_never_taken_for_the_whole(family, save, tmp_
     save(model, tmp_path)
     with pytest.raises(RuntimeError):
         type(model).from_pretrained(tmp_path)
+    assert any("merge_and_unload" in name for name in load_file(tmp_path / "model.safetensors"))  # in its report
     again = get_neuron_model(families.build(family), NeuronTuningConfig(masks=mask), verbose=False)
     again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     assert torch.equal(again(ids).logits, model(ids).logits)  # nothing of the work is lost

@@ -158,7 +158,7 @@ def test_too_long_prompts_are_counted(tiny_model, tiny_tokenizer):
 @pytest.mark.parametrize(
     "call, error, argument",
     [
-        (lambda m, t: generate_texts(m, t, []), ValueError, None),
+        (lambda m, t: generate_texts(m, t, []), ValueError, "prompts"),
         (lambda m, t: generate_texts(m, t, ["w4", ""]), ValueError, None),
         (lambda m, t: generate_texts(m, t, ["w4"], 0), ValueError, "max_new_tokens"),
         (lambda m, t: generate_texts(m, t, ["w4"], temperature=-1), ValueError, "temperature"),
@@ -166,7 +166,7 @@ def test_too_long_prompts_are_counted(tiny_model, tiny_tokenizer):
         (lambda m, t: generate_texts(m.model, t, ["w4"]), TypeError, None),
         (lambda m, t: generation_samples(m, t, ["w4"], {}), ValueError, "arms"),
         (lambda m, t: generation_samples(m, t, ["w4"], seeds=(0, 1)), ValueError, "seeds"),
-        (lambda m, t: question_accuracy(m, t, []), ValueError, None),
+        (lambda m, t: question_accuracy(m, t, []), ValueError, "contexts"),
         (lambda m, t: question_accuracy(m, t, [("w4", "w5", "w6")], template="{context}"), ValueError, "template"),
         (lambda m, t: question_accuracy(m, t, [("w4", "w5", 6)]), TypeError, None),
     ],
@@ -279,3 +279,13 @@ def test_texts_do_not_depend_on_the_batch(kind, tiny_model, tiny_tokenizer):
     options = dict(max_new_tokens=5, progress=False)
     alone, together = (generate_texts(model, tiny_tokenizer(), prompts, batch_size=n, **options) for n in (1, 3))
     assert alone == together
+
+
+def test_positions_that_change_with_the_batch_do_not_change_a_text():
+    "With longrope, a batch beyond the original length turns all its rows by other frequencies."
+    turns = dict(rope_type="longrope", rope_theta=1e4, factor=2.0, short_factor=[1.0] * 4, long_factor=[4.0] * 4)
+    how = {"original_max_position_embeddings": 6}
+    model, t = families.build("phi3", rope_parameters=turns | how, **how), families.tokenizer()
+    prompts = [families.words(n, n) for n in (9, 4, 23, 2)]
+    alone = [c for p in prompts for c in generate_texts(model, t, [p], 4, progress=False)]
+    assert generate_texts(model, t, prompts, 4, batch_size=4, progress=False) == alone

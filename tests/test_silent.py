@@ -6,12 +6,14 @@ import copy
 import functools
 import threading
 import types
+import warnings
 
 import architectures
 import families
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from architectures import ALWAYS, IDS, Subject, answer, close
 from families import LAYERS
@@ -21,6 +23,8 @@ from refusals import refused
 
 from llmfact_nb.activations import capture
 from llmfact_nb.base.arguments import ArgumentError
+from llmfact_nb.evaluate import perplexity
+from llmfact_nb.finetune import neuron_training
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.sites import neuron_sites
@@ -126,6 +130,21 @@ def test_a_forward_compiled_on_the_instance(part, called):
     refused_everywhere(s, mask, "compile")
 
 
+def test_a_block_that_the_model_never_entered_is_told():
+    "A function that torch.compile has compiled before, or a copy: the mask is not in it."
+    s, mask = subject()
+    compiled, other = torch.compile(lambda ids: s.model(ids).logits, backend="eager"), copy.deepcopy(s.model)
+    with torch.no_grad():
+        compiled(IDS)
+    for run in (lambda: compiled(IDS), lambda: answer(other)):
+        with torch.no_grad(), pytest.warns(UserWarning), MaskedModel(s.model).ablate(mask):
+            run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with MaskedModel(s.model).ablate(mask):
+            s.model.model.layers[0].mlp(torch.zeros(1, 2, families.D))
+
+
 def test_an_outer_model_that_goes_around_the_inner_one():
     s, mask = subject()
     inner = s.model.model.forward
@@ -154,20 +173,22 @@ def test_layers_dropped_in_training_are_no_error():
         for seed in range(5):
             torch.manual_seed(seed)
             s.model(input_ids=IDS)
+    expected = answer(s.zeroed(mask).eval())
     s.model.eval()
     with MaskedModel(s.model).ablate(mask):
-        assert close(answer(s.model), answer(s.zeroed(mask)))
+        assert close(answer(s.model), expected)
 
 
 def test_a_pass_that_fails_says_why_it_failed():
     "The check is no noise on top of another error."
     s, mask = subject()
+    expected = answer(s.zeroed(mask))
     handle = s.model.model.layers[1].register_forward_pre_hook(lambda *a: 1 / 0)
     with MaskedModel(s.model).ablate(mask):
         with pytest.raises(ZeroDivisionError):
             answer(s.model)
         handle.remove()
-        assert close(answer(s.model), answer(s.zeroed(mask)))  # and the next pass is a pass like any other
+        assert close(answer(s.model), expected)  # and the next pass is a pass like any other
 
 
 def test_other_ways_of_calling_are_right():
@@ -186,6 +207,19 @@ def test_other_ways_of_calling_are_right():
         s.model(input_ids=IDS, labels=IDS).loss.backward()
     hidden = s.model.model.layers[0].mlp.down_proj.weight.grad[:, mask.layers[0]]
     assert (hidden == 0).all()
+
+
+def test_virtual_tokens_before_a_text_are_refused():
+    "Logits would be read at the wrong places."
+    peft = pytest.importorskip("peft")
+    how = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model, t = peft.get_peft_model(families.build("llama"), how), families.tokenizer()
+    with pytest.raises(TypeError):
+        perplexity(model, t, TEXTS, progress=False)
+    with pytest.raises(NotImplementedError):
+        capture(model, t, TEXTS, progress=False)
+    with model.disable_adapter():
+        assert perplexity(model, t, TEXTS, progress=False).nats > 0
 
 
 @pytest.mark.parametrize("targets", [["down_proj"], "all-linear"])
@@ -225,8 +259,69 @@ def test_two_threads_in_one_model_are_told():
 
 
 def test_data_parallel_is_refused_by_name():
+    wrapped, t = nn.DataParallel(families.build("llama")), families.tokenizer()
     with refused(NotImplementedError, "DataParallel"):
-        capture(nn.DataParallel(families.build("llama")), families.tokenizer(), TEXTS, progress=False)
+        capture(wrapped, t, TEXTS, progress=False)
+    with refused(TypeError, "DataParallel"):
+        perplexity(wrapped, t, TEXTS, progress=False)
+
+
+@pytest.fixture
+def one_process():
+    "A group of one process, as torch.distributed wants it."
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["wrapped", "wrapped, plain names", "sharded"])
+def test_models_in_parts_are_read_right_and_not_written_to(kind, one_process):
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    s, mask = subject()
+    t, expected, model = families.tokenizer(), answer(s.zeroed(mask)), copy.deepcopy(s.model)
+    if kind == "sharded":
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    else:
+        names = kind == "wrapped, plain names"
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=names)
+    read = lambda of: capture(of, t, TEXTS, "mlp_hidden", progress=False).values
+    assert close(read(model), read(s.model))
+    loss = lambda of: perplexity(of, t, TEXTS, progress=False).nats
+    assert loss(model) == pytest.approx(loss(s.model), abs=1e-4)
+    with MaskedModel(model).ablate(mask):
+        assert close(answer(model), expected)
+    for write in (lambda: MaskedModel(model).bake(mask), lambda: neuron_training(model, mask).__enter__()):
+        with refused(ValueError, "layers.0", argument="model"):
+            write()
+
+
+def test_a_copy_or_file_made_under_a_mask_is_told(tmp_path):
+    "A copy would stay masked for good; the file holds the weights without the mask."
+    s, mask = subject()
+    with MaskedModel(s.model).ablate(mask):
+        answer(s.model)
+        with pytest.raises(TypeError):
+            copy.deepcopy(s.model)
+        with pytest.warns(UserWarning):
+            s.model.save_pretrained(tmp_path)
+        baked = MaskedModel(s.model).bake(mask)
+    assert close(answer(baked), answer(s.zeroed(mask)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        s.model.save_pretrained(tmp_path)
+
+
+def test_bake_under_autocast_compares_in_full_precision():
+    "Autocast remembers rounded weights, so that the copy would answer with the old ones."
+    s, mask = subject()
+    with torch.autocast("cpu", torch.bfloat16):
+        answer(s.model)
+        baked = MaskedModel(s.model).bake(mask)
+    assert close(answer(baked), answer(s.zeroed(mask)))
 
 
 # Weights that are not what their name says.

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..activations import Activations, capture
-from ..base.arguments import ArgumentError, check_choice, check_whole
+from ..base.arguments import ArgumentError, check_choice, check_whole, refuse_masked
 from ..base.files import digest, load_tensors, remember, save_tensors
 from ..base.tokens import text_list
 from llmfact_nb.base.whitening import (
@@ -733,6 +733,7 @@ def dual_regression(
     rows: torch.Tensor | None = None,  # bool (T,), the tokens to use; None: all that the GroupICA would use
 ) -> DualRegression:
     "Return each text's time courses and maps. Raises ValueError if a text has no more tokens than there are maps."
+    refuse_masked("group", group)
     how = group if isinstance(group, GroupICA) else None
     maps = (group.maps_ if how else torch.as_tensor(group)).double()
     if maps.ndim != 2 or maps.shape[1] != activations.n_neurons:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..activations import Activations
-from ..base.arguments import ArgumentError, check_number, check_whole
+from ..base.arguments import ArgumentError, check_number, check_whole, refuse_masked
 from ..base.whitening import CentredX, DataError, choose_solver, whiten
 from ..ica import ICA, ConvergenceWarning
 from ..networks import FunctionalNetworks, random_rotation, rows_to_use
@@ -52,6 +52,8 @@ def match_maps(
     b: torch.Tensor,  # (k_b, N) maps over the same neurons
 ) -> MapMatch:
     "Return the one-to-one assignment with the largest sum of |r|; a constant map has r = 0."
+    for name, maps in (("a", a), ("b", b)):
+        refuse_masked(name, maps)
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
         seen = f"a has the shape {tuple(a.shape)} and b {tuple(b.shape)}"

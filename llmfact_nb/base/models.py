@@ -299,6 +299,20 @@ def check_device(
             "device", device, "None, 'cpu', or a device that torch finds here, such as 'cuda' or 'mps'"
         ) from e
 
+# %% ../../nbs/base/06_models.ipynb #d957a0c8
+def auto_class(
+    task: str,  # a task of `load_model`
+    config,  # a model's configuration
+):
+    "Return the class of transformers that makes the model; of a multimodal one, the class that predicts its text."
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = config.model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map")
+    if task == "causal-lm" and not causal and config.model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return transformers.AutoModelForImageTextToText
+    return getattr(transformers, _TASKS[task])
+
 # %% ../../nbs/base/06_models.ipynb #7119cda5
 def load_model(
     name: str | os.PathLike = "smollm2-135m",  # an embedded model, a hub id, a saved folder, or a .gguf file
@@ -345,7 +359,7 @@ def _read_model(
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     where |= {"trust_remote_code": trusted}
     with no_bars("revision" not in where), _no_report(task != "classification"):
-        auto = getattr(transformers, _TASKS[task])
+        auto = auto_class(task, transformers.AutoConfig.from_pretrained(source, **where))
         model, info = auto.from_pretrained(source, dtype=dtype, **where, **(options | told))
         _refuse_made_up(model, info, task == "classification", bool(options.get("ignore_mismatched_sizes")))
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **where)

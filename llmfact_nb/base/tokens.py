@@ -231,7 +231,7 @@ def padded(
     return ids.to(device), real.to(device)
 
 # %% ../../nbs/base/04_tokens.ipynb #abcfd75b
-def _position_changes(model: nn.Module | None) -> list[int]:
+def position_changes(model: nn.Module | None) -> list[int]:
     "The lengths of a batch, in tokens, beyond which the model turns its positions by other frequencies."
     config = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
     given = getattr(config, "rope_parameters", None) or {}
@@ -251,7 +251,7 @@ def length_batches(
     if model is not None and len(set(lengths)) > 1 and batch_size != 1 and not batches_agree(model):
         batch_size = 1
     order, batches = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
-    changes = _position_changes(model)
+    changes = position_changes(model)
     while order:
         longest = lengths[order[0]]
         rows = batch_size if isinstance(batch_size, int) else max(1, tokens // longest)
@@ -268,12 +268,12 @@ _FLAGS = {bool, str, types.FunctionType, types.MethodType, functools.partial}
 def once_per_model(
     model: nn.Module,  # a transformers model
     question: str,  # what is asked
-    look: Any,  # function () -> bool that looks
-) -> bool:
+    look: Callable,  # function without arguments that looks
+) -> Any:
     "Return what `look` finds without masks, and remember it for this model until its state changes."
     seen, key = _SEEN.setdefault(model, {}), (question, state_mark(model))
     if key not in seen:
-        with evaluation_mode(model), _own_hooks_aside(model):
+        with evaluation_mode(model), own_hooks_aside(model):
             seen[key] = look()
     return seen[key]
 
@@ -306,7 +306,7 @@ def _is_own(hook: Any) -> bool:
 
 
 @contextmanager
-def _own_hooks_aside(model: nn.Module) -> Iterator[None]:
+def own_hooks_aside(model: nn.Module) -> Iterator[None]:
     "No mask, gate or slice of this library is in force during the block; hooks of others are."
     hooks = [h for m in model.modules() for h in (m._forward_pre_hooks, m._forward_hooks) if h]
     before = [(h, dict(h)) for h in hooks]
@@ -339,8 +339,7 @@ def batches_agree(
 def _look_at_batch(model: nn.Module) -> bool:
     long, short = probe_tokens(model, 5), probe_tokens(model, 2)
     together, alone = _outputs(model, [long, short]), [_outputs(model, [x])[0] for x in (long, short)]
-    exact = max(1e-3, 8 * torch.finfo(next(model.parameters()).dtype).eps)
-    same = all(close(row[: len(one)], one, exact) for row, one in zip(together, alone))
+    same = all(close(row[: len(one)], one, rounding(model)) for row, one in zip(together, alone))
     if not same:
         warnings.warn(
             f"{type(unwrapped(model)).__name__} reads texts otherwise in a padded batch; each text is given alone.",
@@ -367,6 +366,11 @@ def _outputs(model: nn.Module, lists: Sequence[Sequence[int]]) -> torch.Tensor:
     "The logits of a model with a head, else the last hidden states: (sequences, longest, any) float32."
     ids, real = padded(lists, input_device(model))
     return model(input_ids=ids, attention_mask=real)[0].float().cpu()
+
+
+def rounding(model: nn.Module) -> float:
+    "Return which share of the largest value two outputs may differ by, in the model's arithmetic."
+    return max(1e-3, 8 * torch.finfo(model.get_input_embeddings().weight.dtype).eps)
 
 
 def close(

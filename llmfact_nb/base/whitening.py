@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llmfact_nb.base.arguments import ArgumentError
+from llmfact_nb.base.arguments import ArgumentError, refuse_masked
 from llmfact_nb.base.files import load_tensors, reading, refuse_unwritable, save_tensors
 
 # %% ../../nbs/base/09_whitening.ipynb #b8ee3976
@@ -51,6 +51,7 @@ def rows_used(rows, X: torch.Tensor) -> torch.Tensor | None:
     "Return the indices of the selected tokens on X's device, or None if all are selected."
     if rows is None:
         return None
+    refuse_masked("rows", rows)
     rows = torch.as_tensor(rows)
     if rows.dtype != torch.bool or rows.shape != X.shape[:1]:
         seen = f"the dtype {rows.dtype} and the shape {tuple(rows.shape)}"

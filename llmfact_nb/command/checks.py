@@ -116,12 +116,13 @@ def check_model(
     max_length: int | None = None,  # tokens that it must read at once
 ) -> None:
     "Raise if the model predicts no tokens, has no tokenizer, or reads too few at once, as far as can be told now."
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto import modeling_auto as auto
 
     check_licence(name, accept_licence)
     if name in RESOURCES or (config := configuration(name)) is None:
         return
-    if config.model_type not in CAUSAL and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+    known = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    if config.model_type not in known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
         raise NotImplementedError(
             f"model={name!r} is a {config.model_type}: transformers has no causal language model for it. "
             "Choose a model that predicts the next token."

@@ -19,7 +19,7 @@ import torch
 from ..ablation import Settings, arm_plan
 from ..base.display import duration
 from ..base.downloads import RESOURCES, cached_file
-from ..base.models import converted_path
+from ..base.models import auto_class, converted_path
 from ..base.statistics import LEAST_DRAWS
 from .checks import configuration, downloaded
 from ..sites import neuron_sites
@@ -52,12 +52,10 @@ def shell(
     name: str,  # hub id | local folder
 ):
     "Return the model without weights; None if its configuration is not here and the hub cannot be asked."
-    from transformers import AutoModelForCausalLM
-
     if (config := configuration(name)) is None:
         return None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class("causal-lm", config).from_config(config)
     model.tie_weights()
     return model
 

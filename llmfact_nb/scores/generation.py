@@ -25,7 +25,9 @@ from llmfact_nb.base.tokens import (
     input_device,
     length_batches,
     once_per_model,
+    position_changes,
     probe_tokens,
+    rounding,
     text_list,
     text_tokenizer,
     token_lists,
@@ -104,8 +106,7 @@ def generates_alike(
     def look() -> bool:
         long, short = probe_tokens(model, 5), probe_tokens(model, 2)
         together, alone = _first_logits(model, [long, short]), [_first_logits(model, [x]) for x in (long, short)]
-        exact = max(1e-3, 8 * torch.finfo(next(model.parameters()).dtype).eps)
-        return close(together, torch.cat(alone), exact)
+        return close(together, torch.cat(alone), rounding(model))
 
     return once_per_model(model, "generation", look)
 
@@ -155,6 +156,8 @@ def generate_texts(
     Prompts that do not fit the model together with `max_new_tokens` are marked `too_long`, with a warning. Raises
     ValueError on no prompts, prompts without a token and if none fits, TypeError if the model is not causal."""
     require_causal(model)
+    if next(model.parameters(), None) is None:
+        raise NotImplementedError("model shows no parameters between passes (FSDP), and generate() asks for them.")
     chat, prompts, tokenizer = uses_chat(tokenizer, chat), text_list(prompts, "prompt"), text_tokenizer(tokenizer)
     new, seed = check_whole("max_new_tokens", max_new_tokens, least=1), check_whole("seed", seed, least=0)
     check_number("temperature", temperature, least=0)
@@ -167,7 +170,8 @@ def generate_texts(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end or [0])[0]
     with _own_settings_aside(model, pad, end):
         lengths = [len(ids[i]) + new for i in kept]
-        batch_size = batch_size if len(set(lengths)) == 1 or generates_alike(model) else 1
+        crossed = any(min(lengths) - new <= n < max(lengths) for n in position_changes(model))
+        batch_size = 1 if len(set(lengths)) > 1 and (crossed or not generates_alike(model)) else batch_size
         batches = length_batches(lengths, batch_size, 2048, model)
         with progress_bar(len(kept), "generation", "text", progress) as bar:
             for batch in batches:

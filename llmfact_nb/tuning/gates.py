@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..base.arguments import ArgumentError, check_choice, check_number
+from ..base.arguments import ArgumentError, check_choice, check_number, refuse_masked
 from ..masked_model import MaskedModel, Passes, backbone
 from ..masks import Masks, NeuronMask, disjoint, n_shared, named_masks, union
 from ..sites import NeuronSites, attach, refuse_compiled
@@ -84,6 +84,7 @@ def _gate_numbers(own: Mapping[str, NeuronMask], per: str, others: str) -> torch
 # %% ../../nbs/tuning/02_gates.ipynb #6746e501
 def _logits_at(start: float | torch.Tensor, n: int) -> torch.Tensor:
     "(n,) float32 logits of probabilities, one or n of them."
+    refuse_masked("start", start)
     p = torch.as_tensor(start, dtype=torch.float32).detach().cpu()
     if p.shape not in ((), (n,)) or not ((p > 0) & (p < 1)).all():
         raise ArgumentError("start", start, f"one number between 0 and 1, or {n} of them, neither 0 nor 1")
@@ -94,6 +95,7 @@ def _replacement(replace: str | torch.Tensor | np.ndarray, n: int) -> torch.Tens
     "(n,) float32 values that stand behind closed gates."
     if isinstance(replace, str) and replace == "zero":
         return torch.zeros(n)
+    refuse_masked("replace", replace)
     values = torch.as_tensor(replace) if isinstance(replace, np.ndarray) else replace
     if not isinstance(values, torch.Tensor) or values.shape != (n,) or not torch.isfinite(values).all():
         shown = f"values of shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else replace
@@ -252,7 +254,7 @@ def _put(gate: _Gates, model: nn.Module, for_a_block: bool) -> ExitStack:
     if any("neuron_gate" in vars(m) or "neuron_gate" in m._modules for m in model.modules()):
         raise ValueError("model has gates already (model.neuron_gate); detach() them first, or make one NeuronGate.")
     refuse_compiled(model)
-    device = next(sites[0].module.parameters()).device
+    device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))  # a quantised map has none
     gate.to("cpu" if device.type == "meta" else device)  # meta: offloaded
     gate._hooks, gate._model = _hang(gate, model, sites, for_a_block), weakref.ref(model)
     return gate._hooks
