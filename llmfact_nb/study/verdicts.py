@@ -394,7 +394,7 @@ def _noted(table) -> np.ndarray:
     "Which rows have a note instead of numbers."
     return table.note.fillna("").ne("").to_numpy(dtype=bool) if "note" in table else np.zeros(len(table), dtype=bool)
 
-
+# %% ../../nbs/study/05_verdicts.ipynb #e78c1122
 def _random_instead(table, k: float, late: bool) -> np.ndarray:
     "What as many random units recover at this k."
     table = table[(table.arm == "keep random") & (table.measure == "nats") & (table.late_binding == late)]

@@ -49,6 +49,13 @@ def table_file(
     return f"{name.replace(' ', '-')}.csv"
 
 # %% ../../nbs/study/07_whole.ipynb #b4457be7
+def _labelled(tables: dict[str, "pd.DataFrame"], model: str, quick: bool) -> dict[str, "pd.DataFrame"]:
+    "The tables, each with what it is of."
+    for table in tables.values():
+        table.attrs = {"model": model, "mark": "quick: for trying out" if quick else ""}
+    return tables
+
+# %% ../../nbs/study/07_whole.ipynb #3c17feef
 def read_study(
     folder: str | os.PathLike,  # of a whole study
     model: str | None = None,  # the name of the model it must be a study of; None: any
@@ -75,13 +82,6 @@ def read_study(
                 table = as_table(table.astype(object).where(table.notna(), None).to_dict("records"))
             tables["random share" if path.stem == "random-share" else path.stem] = table
     return _labelled(tables, measured, quick)
-
-
-def _labelled(tables: dict[str, "pd.DataFrame"], model: str, quick: bool) -> dict[str, "pd.DataFrame"]:
-    "The tables, each with what it is of."
-    for table in tables.values():
-        table.attrs = {"model": model, "mark": "quick: for trying out" if quick else ""}
-    return tables
 
 # %% ../../nbs/study/07_whole.ipynb #21da67e3
 def _union(cache, base: Found, sets, s: StudySettings, sample, n_jobs: int) -> "pd.DataFrame":
