@@ -158,7 +158,6 @@ def report(tmp_path):
         figures=[(tmp_path / "damage.png", "Damage by arm", "Damage of the key neurons beside that of random ones")],
         facts={"model": {"name": "smollm2-135m", "file": "/a/very/long/path" * 6}},
         networks=networks,
-        samples=[("unmasked", "The city lies on the river"), ("key off", "the " * 80)],
     )
     return tmp_path / "report.html"
 
@@ -170,7 +169,7 @@ def test_the_report_of_a_run(report, browser_page, width, dark):
     assert overflow(page) <= 0
     pictures = page.evaluate(f"[...document.images].map(i => {DRAWN})")
     assert pictures == [{"alt": "Damage of the key neurons beside that of random ones", "drawn": True}]
-    for selector in ("h1", "li", "td", "th", "figcaption", "blockquote", "dd", "a"):
+    for selector in ("h1", "li", "td", "th", "figcaption", "dd", "a"):
         assert contrast(page, selector) >= 4.5, selector
     for link in page.locator("a").all():
         link.click()

@@ -711,13 +711,7 @@ def evil_report(path: Path, words) -> Path:
     ]  # fmt: skip
     networks = pd.DataFrame({"network": range(len(words)), words[0]: words})
     return write_report(
-        path,
-        f"Networks of {words[0]}",
-        words,
-        rows,
-        facts={w: {w: [w, {w: w}]} for w in words},
-        networks=networks,
-        samples=[(w, w) for w in words],
+        path, f"Networks of {words[0]}", words, rows, facts={w: {w: [w, {w: w}]} for w in words}, networks=networks
     )
 
 

@@ -1,5 +1,6 @@
 "The card of one network: what its units write, against the weights; what it says of sinks; and what it refuses."
 
+import dataclasses
 import math
 import warnings
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from llmfact_nb.activations import capture
-from llmfact_nb.show.network_cards import network_card, plot_network_card, pushed_logits, written_direction
+from llmfact_nb.show.network_cards import network_card, pushed_logits, written_direction
 from llmfact_nb.networks import FunctionalNetworks, Threshold
 
 TOKENIZER = families.tokenizer()
@@ -45,23 +46,21 @@ def test_a_card_leaves_the_model_alone_and_reads_as_its_parts(world):
     card = network_card(model, TOKENIZER, networks, 2, acts, Threshold(1.0), n=3)
     assert families.state(model) == state
     mask = networks.masks(1.0)[2]
-    assert (card.units, card.counts) == (mask.n, mask.counts) and len(card.contexts) == len(card.up) == len(
-        card.down
-    ) == 3
+    assert (card.units, card.counts) == (mask.n, mask.counts) and len(card.contexts) == 3
+    assert [len(tokens) for tokens in card.pushes.values()] == [3, 3]
     ids = torch.nn.utils.rnn.pad_sequence([acts.token_ids[acts.text_ids == t] for t in range(3)], batch_first=True)
     real = torch.nn.utils.rnn.pad_sequence(
         [torch.ones(int((acts.text_ids == t).sum()), dtype=torch.long) for t in range(3)], batch_first=True
     )
     moved = pushed_logits(model, written_direction(model, networks, 2, mask.flat), ids, real)
-    assert card.up[0][1] == pytest.approx(float(moved[: len(TOKENIZER)].max()), abs=1e-5) and card.down[0][
-        1
-    ] == pytest.approx(float(moved[: len(TOKENIZER)].min()), abs=1e-5)
+    assert card.pushes["up"][0][1] == pytest.approx(float(moved[: len(TOKENIZER)].max()), abs=1e-5)
+    assert card.pushes["down"][0][1] == pytest.approx(float(moved[: len(TOKENIZER)].min()), abs=1e-5)
     course = networks.transform(acts)[:, 2]
     ordinary = ~acts.sinks & (acts.positions > 0)
     best = int(course.masked_fill(~ordinary, -math.inf).argmax())
     assert card.contexts[0]["token"].strip() == TOKENIZER.decode([int(acts.token_ids[best])]).strip()
     assert f"{mask.n:,} (" in repr(card) and "<table>" in card._repr_html_()
-    plot_network_card(card)
+    card.plot().draw_without_rendering()
 
 
 def test_a_component_that_is_a_sink_is_called_one(world):
@@ -91,7 +90,5 @@ def test_what_is_refused(world, change, error):
 def test_tokens_cannot_write_html(world):
     _, model, acts, networks = world
     card = network_card(model, TOKENIZER, networks, 0, acts, n=1)
-    evil = type(card)(
-        **{**{k: v for k, v in card.__dict__.items() if k != "facts"}, "up": (("<script>alert(1)</script>", 1.0),)}
-    )
+    evil = dataclasses.replace(card, pushes={"up": (("<script>alert(1)</script>", 1.0),)})
     assert "<script" not in evil._repr_html_() and "<script" in repr(evil)

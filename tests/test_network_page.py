@@ -15,7 +15,7 @@ from hostile_text import EVIL
 
 from llmfact_nb.activations import Activations
 from llmfact_nb.across.group import GroupICA
-from llmfact_nb.show.network_page import context, token_pieces, write_network_page
+from llmfact_nb.show.network_page import context, token_pieces, whole_words, write_network_page
 from llmfact_nb.masks import Layout
 from llmfact_nb.networks import FunctionalNetworks, Threshold, gaussian_union, z_scores
 
@@ -189,6 +189,11 @@ def test_contexts_are_cut_between_words():
     before, after = context([*pieces, "ws", " on", " and", " on", "ward", "s"], [0] * 20, 12)
     assert before == " rises in the hills near Bologna" and after == " flows on and"
     assert context(pieces, [0] * 7 + [1] * 7, 7) == ("", " near Bologna and flo")
+    long = [f" {letter * 30}" for letter in "abcdefghijklmnopqrst"]  # more than there is room for
+    before, after = context(long, [0] * 20, 12)
+    assert {*before.split(), *after.split()} <= {piece.strip() for piece in long}
+    assert 60 < len(before) <= 120 and 40 < len(after) <= 80
+    assert whole_words("漢" * 99, 20) == "漢" * 20 and whole_words("漢" * 99, 20, end=True) == "漢" * 20
 
 
 def test_the_policy_lets_this_script_run_and_nothing_else(fitted, written, tmp_path):
@@ -381,6 +386,56 @@ def test_hostile_tokens_stay_text(shown, opens):
     words = look(shown, "words")[0]
     assert [w for w in EVIL if len(w) > 5 and w.isascii() and w.isprintable() and w in words]
     assert shown.evaluate("document.title") == "Functional networks of <b>tiny</b>" and opens.wrong == []
+
+
+def test_an_empty_network_is_called_empty_and_the_page_opens_on_one_with_units(opens, fitted, tmp_path):
+    networks = copy.copy(fitted[0])
+    networks.maps_ = networks.maps_.clone()
+    networks.maps_[[0, 2]] = networks.maps_[[0, 2]].clamp(-1, 1)
+    path = write_network_page(networks, tmp_path / "p.html", threshold=Threshold(2.5, tail="both"))
+    tab = opens(path)
+    assert look(tab, "name") == ["Network 1"]
+    assert "2 of them have no unit beyond 2.500" in tab.locator("header").inner_text()
+    table = tab.locator("table.all tbody tr").all_inner_texts()
+    assert [row.split("\t")[1] for row in table].count("none") == 2 and "none" in table[0]
+    tab.evaluate(FIRST)
+    assert "No unit" in look(tab, "summary")[0] and opens.wrong == []
+    tab.close()
+
+
+CUT = """[...document.querySelectorAll('body *')].filter(e => {
+  if (!e.getClientRects().length || e.closest('svg, option')) return false;
+  const box = e.getBoundingClientRect(), look = getComputedStyle(e);
+  return box.right > innerWidth + 0.5 || box.left < -0.5
+    || (look.overflowX !== 'visible' && e.scrollWidth > e.clientWidth + 1);
+}).map(e => `${e.tagName} ${e.id || e.className}: ${e.textContent.slice(0, 30)}`)"""
+
+
+BROKEN = """(() => { const broken = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; node = walk.nextNode();) for (const word of node.data.matchAll(/\\b[A-Za-z]{2,15}\\b/g)) {
+    const range = document.createRange();
+    range.setStart(node, word.index); range.setEnd(node, word.index + word[0].length);
+    if (new Set([...range.getClientRects()].map(r => Math.round(r.top))).size > 1) broken.push(word[0]);
+  }
+  return broken })()"""
+
+
+def test_on_a_phone_nothing_is_cut_nothing_off_screen_and_no_word_broken(opens, written, fitted, tmp_path):
+    networks, acts = fitted
+    wordy = One(" internationalisation-of-the-river")
+    long = write_network_page(networks, tmp_path / "p.html", acts, wordy, title="a/rather-long-name-0.1B-instruct")
+    for path in (long, written):
+        tab = opens(path, 390)
+        for i in (0, 1, 3):
+            tab.evaluate(f"choose({i})")
+            assert overflow(tab) <= 0 and tab.evaluate(CUT) == []
+        if path == long:
+            assert tab.evaluate(BROKEN) == []
+            contexts = tab.locator("#tokens .context bdi").all_inner_texts()
+            assert len(contexts) > 9 and all(set(text.split()) <= {wordy.word.strip()} for text in contexts)
+            tab.add_style_tag(content="#summary { width: 3rem; overflow-wrap: anywhere } #tokens { min-width: 600px }")
+            assert tab.evaluate(CUT) and tab.evaluate(BROKEN), "the test sees what is wrong"
+        tab.close()
 
 
 def test_nothing_sticks_out_on_a_narrow_screen(opens, written, fitted, tmp_path):

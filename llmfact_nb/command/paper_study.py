@@ -140,7 +140,7 @@ def draw_study(
     Raises FileNotFoundError if the study is not finished."""
     folder, tables = Path(folder), read_study(folder)
     of = tables["verdicts"].attrs
-    title = title or f"Figures and tables of the paper: {of['model']}" + (f" ({of['mark']})" if of["mark"] else "")
+    title = title or f"Figures and tables of the paper: {of['model']}"
     there = [p.parent for p in sorted((folder / "networks").glob("*/found.safetensors"))]
     networks = {p.name: Found.load(p) for p in there if p.name == "baseline" or p.name.startswith("published k")}
     if sources is not None and "baseline" in networks:
@@ -148,4 +148,4 @@ def draw_study(
     samples, courses = folder / "shown" / "samples.csv", folder / "shown" / "connectivity.csv"
     written = pd.read_csv(samples, keep_default_na=False) if samples.exists() else None
     connectivity = pd.read_csv(courses, header=None).to_numpy() if courses.exists() else None
-    return draw_paper(tables, folder / "figures", published, networks, written, connectivity, title)
+    return draw_paper(tables, folder / "figures", published, networks, written, connectivity, title, of["mark"])

@@ -338,7 +338,9 @@ def network_table(
             "stability": "" if stability != stability else f"{stability:.2f}",
             "most active at the held-out tokens": " ".join(repr(held_out.tokens[t]) for t in top),
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    frame.attrs["title"] = f"The networks: units beyond {networks.at_alpha(found.threshold).alpha:.3f}"
+    return frame
 
 # %% ../../nbs/command/04_run.ipynb #f9ac517a
 def write_page(
@@ -349,7 +351,8 @@ def write_page(
 ) -> Path:
     "Write the interactive page of the networks, read on the run's held-out texts; return its path."
     acts, tokenizer = read()
-    return write_network_page(found.networks, path, acts, tokenizer, title=f"Functional networks of {settings.model}")
+    title = f"Functional networks of {settings.model}"
+    return write_network_page(found.networks, path, acts, tokenizer, title, found.threshold)
 
 # %% ../../nbs/command/04_run.ipynb #40b5dda4
 DECIDES = "matched permuted"  # the control of the run's sentence
@@ -552,7 +555,7 @@ def draw_figures(run: Run) -> list[tuple[Path, str, str]]:
     drawn = {
         "maps": (
             figures.plot_maps(networks.maps_, networks.widths, masks, threshold=alpha, depths=networks.depths),
-            f"The four most non-Gaussian networks: z-scores by layer, and the units beyond {alpha:.3g}. {what}.",
+            f"The four most non-Gaussian networks: z-scores by layer, and the units beyond {alpha:.3f}. {what}.",
             "One panel per network; rows are layers, columns are units; a few units stand out.",
         ),
         "units_per_layer": (

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/show/01_drawing.ipynb #88e88ae7
+# %% ../../nbs/show/01_drawing.ipynb #a1af385a
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ LINE_COLOURS = tuple(OKABE_ITO[name] for name in _LINES)
 DIVERGING = "RdBu_r"  # blue is negative, red is positive
 INK, FAINT, GRID, PAPER = "#222222", "#666666", "#d9d9d9", "#f4f4f4"
 
-# %% ../../nbs/show/01_drawing.ipynb #734f60da
+# %% ../../nbs/show/01_drawing.ipynb #c4f28bcc
 ARM_LOOKS = {  # arm -> (colour, marker, line style)
     "key": (OKABE_ITO["vermillion"], "o", "-"),
     "PCA": (OKABE_ITO["reddish purple"], "D", "--"),
@@ -41,7 +40,6 @@ ARM_LOOKS = {  # arm -> (colour, marker, line style)
     "all off": (OKABE_ITO["black"], "x", ":"),
 }
 ARM_COLOURS = {arm: colour for arm, (colour, _, _) in ARM_LOOKS.items()}
-_ORDER = {arm: i for i, arm in enumerate(ARM_LOOKS)}
 _SAME_LOOK = {"network": "key", "random 15 %": "random"}
 
 
@@ -50,14 +48,15 @@ def looks(arm: str) -> tuple[str, str, str]:
     arm = _SAME_LOOK.get(arm, arm)
     return ARM_LOOKS.get(arm) or ARM_LOOKS.get(arm.removeprefix("keep "), (FAINT, "*", "-"))
 
-# %% ../../nbs/show/01_drawing.ipynb #f574272e
+# %% ../../nbs/show/01_drawing.ipynb #e8f9a47f
 def in_order(arms) -> list[str]:
     "The arms, each once, selections before controls."
-    place = lambda arm: _ORDER.get(arm, _ORDER.get(arm.removeprefix("keep "), len(_ORDER)))
-    return sorted(dict.fromkeys(arms), key=place)
+    order = list(ARM_LOOKS)
+    known = lambda arm: arm if arm in order else arm.removeprefix("keep ")
+    return sorted(dict.fromkeys(arms), key=lambda arm: order.index(known(arm)) if known(arm) in order else len(order))
 
-# %% ../../nbs/show/01_drawing.ipynb #26d185cc
-def _settings() -> dict[str, Any]:
+# %% ../../nbs/show/01_drawing.ipynb #e0867e7e
+def _settings() -> dict:
     from cycler import cycler
 
     return {
@@ -68,17 +67,16 @@ def _settings() -> dict[str, Any]:
         "axes.prop_cycle": cycler(color=LINE_COLOURS),
     }  # fmt: skip
 
-# %% ../../nbs/show/01_drawing.ipynb #dbb3a467
+# %% ../../nbs/show/01_drawing.ipynb #6a269a09
 @contextmanager
 def style() -> Iterator[None]:
     "Draw in the package's style inside this block; afterwards the user's own settings are back."
     import matplotlib as mpl
+    import matplotlib.style
 
     interactive = mpl.is_interactive()
     try:
-        with mpl.rc_context():
-            mpl.rcdefaults()
-            mpl.rcParams.update(_settings())
+        with mpl.style.context(_settings(), after_reset=True):
             try:
                 yield
             finally:
@@ -110,134 +108,7 @@ def styled(draw: Callable) -> Callable:
 
     return drawn_in_style
 
-# %% ../../nbs/show/01_drawing.ipynb #0aa48bd1
-def array(values, name: str, ndim: int) -> np.ndarray:
-    "`values` (tensor, array, frame, lists) as a numpy array of rank `ndim`, or a ValueError that names the argument."
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        values = values.float() if values.is_floating_point() else values
-    values = np.asarray(values)
-    if values.ndim != ndim or values.size == 0:
-        raise ValueError(f"{name} has shape {values.shape}; expected {ndim} axes, none of them empty.")
-    return values
-
-# %% ../../nbs/show/01_drawing.ipynb #91eb3224
-def drawable(text, longest: int = 60) -> str:
-    "`text` on one line, with marks for what the font lacks, cut to `longest` characters."
-    from matplotlib.font_manager import findfont, get_font
-
-    font = get_font(findfont("DejaVu Sans"))
-    text = str(text).replace("\n", "↵").replace("\t", "⇥")
-    text = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "▯" for c in text)
-    return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def count(n: float, what: str) -> str:
-    "So many of them: '1 unit', '461 units'."
-    return f"{n:,.0f} {what}{'' if n == 1 else 's'}"
-
-
-def span(values, what: str) -> str:
-    "How many, or from how many to how many."
-    low, high = np.nanmin(values), np.nanmax(values)
-    return count(low, what) if low == high else f"{low:,.0f}–{high:,.0f} {what}s"
-
-# %% ../../nbs/show/01_drawing.ipynb #0481a067
-def sentence(*parts: str) -> str:
-    "The parts that are there, joined by semicolons."
-    return "; ".join(part for part in parts if part)
-
-# %% ../../nbs/show/01_drawing.ipynb #c110251d
-def _words_of(column):
-    return column.astype(object).where(column.notna(), "").map(str)
-
-
-def _flags_of(column):
-    return column.astype(object).map(str) == "True"
-
-
-def _numbers_of(column):
-    import pandas as pd
-
-    return pd.to_numeric(column.astype(object).where(column.notna(), None), errors="coerce").astype(float)
-
-# %% ../../nbs/show/01_drawing.ipynb #5247d4d4
-_WORDS = frozenset(
-    "study setting condition arm against found_on operation replace positions data measure counts note texts method id "
-    "claim published number verdict why rule prompt".split()
-)
-_FLAGS = frozenset("late_binding above_vocabulary matched converged too_long empty looping ended".split())
-
-
-def table_of(rows, name: str, needs: Sequence[str], words: Sequence[str] = ()):
-    "The rows as a frame of its own in one form. ValueError without the columns that are needed, or without rows."
-    import pandas as pd
-
-    frame = pd.DataFrame(rows).reset_index(drop=True)
-    if missing := [c for c in needs if c not in frame]:
-        raise ValueError(f"{name} lacks the columns {missing}; expected {list(needs)}, found {list(frame.columns)}.")
-    if frame.empty:
-        raise ValueError(f"{name} has no rows; expected a measured table.")
-    form = lambda c: _words_of(frame[c]) if c in _WORDS or c in words else _flags_of(frame[c]) if c in _FLAGS else None
-    return frame.assign(**{c: _numbers_of(frame[c]) if (of := form(c)) is None else of for c in frame})
-
-# %% ../../nbs/show/01_drawing.ipynb #4992be62
-def rows_with(frame, name: str, **where):
-    "The rows with these entries; ValueError if there are none."
-    part = frame
-    for column, value in where.items():
-        part = part[part[column].isin(value) if isinstance(value, tuple) else part[column] == value]
-    if part.empty:
-        asked = ", ".join(f"{c}={v!r}" for c, v in where.items())
-        held = "; ".join(f"{c}: {sorted(frame[c].unique(), key=str)[:12]}" for c in where)
-        raise ValueError(f"{name} has no row with {asked}; it holds {held}.")
-    return part
-
-# %% ../../nbs/show/01_drawing.ipynb #017b0236
-def finite(frame, column: str, name: str) -> tuple:
-    "The rows with a finite number there, and a sentence on those without; ValueError if none is left."
-    good = np.isfinite(frame[column])
-    if not good.any():
-        raise ValueError(f"{name} holds no finite number in {column!r} ({len(frame)} rows); nothing can be drawn.")
-    left = frame[~good]
-    names = list(left["arm"] if "arm" in left else left.index.map(str))
-    often = lambda n: f" ({names.count(n)} times)" if names.count(n) > 1 else ""
-    said = ", ".join(drawable(n, 40) + often(n) for n in dict.fromkeys(names))
-    return frame[good], f"not shown, for lack of a finite number: {said}" if len(left) else ""
-
-# %% ../../nbs/show/01_drawing.ipynb #a23749de
-_ITEMS = {"nats": "token", "accuracy": "sentence", "label nats": "sentence"}
-
-
-def on_one_set(frame, name: str, measure: str, data: str | None = None):
-    "The rows of one measure on one evaluation set; None: the set with the most items."
-    part = rows_with(frame, name, measure=measure)
-    if data is None:
-        data = part.loc[part["items"].fillna(0).idxmax(), "data"]
-    return rows_with(part, name, data=data)
-
-
-def measured_on(part) -> str:
-    "The evaluation set of these rows, and its size."
-    row = part.iloc[0]
-    items, documents = count(row["items"], _ITEMS.get(row["measure"], "item")), count(row["documents"], "document")
-    return f"{drawable(row['data'], 40)}: {items} in {documents}"
-
-# %% ../../nbs/show/01_drawing.ipynb #35e0e726
-def with_ends(part):
-    "With columns y, low, high: the damage, or an accuracy, each with the interval of its difference."
-    if "measure" in part and (part["measure"] == "accuracy").all():
-        ends = {"low": part["unmasked"] - part["ci_high"], "high": part["unmasked"] - part["ci_low"]}
-        return part.assign(y=part["value"], **ends)
-    return part.assign(y=part["damage"], low=part["ci_low"], high=part["ci_high"])
-
-
-def draws_of(part) -> str:
-    "How many draws there are of an arm, as the end of its label."
-    n = int(part["seed"].nunique()) if "seed" in part else 0
-    return f", {count(n, 'draw')}" if n else ""
-
-# %% ../../nbs/show/01_drawing.ipynb #034ea384
+# %% ../../nbs/show/01_drawing.ipynb #fedd0639
 def axes_or_new(ax, size: tuple[float, float]):
     "The caller's axes, or new ones of `size` inches."
     import matplotlib.pyplot as plt
@@ -251,7 +122,137 @@ def figure_or_new(fig, size: tuple[float, float]):
 
     return fig if fig is not None else plt.figure(figsize=size, layout="constrained")
 
+# %% ../../nbs/show/01_drawing.ipynb #0aa48bd1
+def array(values, name: str, ndim: int) -> np.ndarray:
+    "`values` (tensor, array, frame, lists) as a numpy array of rank `ndim`, or a ValueError that names the argument."
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    values = np.asarray(values)
+    if values.ndim != ndim or values.size == 0:
+        raise ValueError(f"{name} has shape {values.shape}; expected {ndim} axes, none of them empty.")
+    return values
 
+# %% ../../nbs/show/01_drawing.ipynb #a152bd7f
+def drawable(text, longest: int = 60) -> str:
+    "`text` on one line, with marks for what the font lacks, cut to `longest` characters."
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    text = str(text).replace("\n", "↵").replace("\t", "⇥")
+    text = "".join(c if c.isprintable() and font.get_char_index(ord(c)) else "▯" for c in text)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def number(v: float) -> str:
+    "A number with a real minus sign."
+    return f"{v:g}".replace("-", "−")
+
+
+def count(n: float, what: str) -> str:
+    "So many of them: '1 unit', '461 units'."
+    return f"{n:,.0f} {what}{'' if n == 1 else 's'}"
+
+
+def span(values, what: str) -> str:
+    "How many, or from how many to how many."
+    low, high = np.nanmin(values), np.nanmax(values)
+    return count(low, what) if low == high else f"{low:,.0f}–{high:,.0f} {what}s"
+
+# %% ../../nbs/show/01_drawing.ipynb #8bb633d5
+_WORDS = frozenset(
+    "study setting condition arm against found_on operation replace positions data measure counts note texts method id "
+    "claim published number verdict why rule prompt task phase reference edge".split()
+)
+_FLAGS = frozenset("late_binding above_vocabulary matched converged too_long empty looping ended".split())
+
+
+def _one_form(column):
+    import pandas as pd
+
+    held = column.astype(object).where(column.notna(), None)
+    if column.name in _FLAGS:
+        return held.map(str) == "True"
+    if column.name in _WORDS:
+        return held.map(lambda word: "" if word is None else str(word))
+    return pd.to_numeric(held, errors="coerce").astype(float)
+
+
+def table_of(rows, name: str, needs: Sequence[str]):
+    "The rows as a frame of its own in one form. ValueError without the columns that are needed, or without rows."
+    import pandas as pd
+
+    frame = pd.DataFrame(rows).reset_index(drop=True)
+    if missing := [c for c in needs if c not in frame]:
+        raise ValueError(f"{name} lacks the columns {missing}; expected {list(needs)}, found {list(frame.columns)}.")
+    if frame.empty:
+        raise ValueError(f"{name} has no rows; expected a measured table.")
+    return frame.apply(_one_form)
+
+# %% ../../nbs/show/01_drawing.ipynb #8196dad7
+def rows_with(frame, name: str, **where):
+    "The rows with these entries; ValueError if there are none."
+    part = frame
+    for column, value in where.items():
+        part = part[part[column].isin(value) if isinstance(value, tuple) else part[column] == value]
+    if part.empty:
+        held = {c: sorted(frame[c].unique(), key=str)[:12] for c in where}
+        raise ValueError(f"{name} has no row with {where}; it holds {held}.")
+    return part
+
+# %% ../../nbs/show/01_drawing.ipynb #87b425a0
+def finite(frame, column: str, name: str) -> tuple:
+    "The rows with a finite number there, and a sentence on those without; ValueError if none is left."
+    good = np.isfinite(frame[column])
+    if not good.any():
+        raise ValueError(f"{name} holds no finite number in {column!r} ({len(frame)} rows); nothing can be drawn.")
+    left = frame.loc[~good, "arm"].value_counts(sort=False)
+    said = ", ".join(drawable(arm, 40) + (f" ({n} times)" if n > 1 else "") for arm, n in left.items())
+    return frame[good], f"not shown, for lack of a finite number: {said}" if said else ""
+
+# %% ../../nbs/show/01_drawing.ipynb #62b85925
+_ITEMS = {"nats": "token", "accuracy": "sentence", "label nats": "sentence"}
+
+
+def on_one_set(frame, name: str, measure: str):
+    "The rows of one measure on the evaluation set with the most items."
+    part = rows_with(frame, name, measure=measure)
+    return part[part["data"] == part.loc[part["items"].fillna(0).idxmax(), "data"]]
+
+
+def measured_on(part) -> str:
+    "The evaluation set of these rows, and its size."
+    row = part.iloc[0]
+    items, documents = count(row["items"], _ITEMS.get(row["measure"], "item")), count(row["documents"], "document")
+    return f"{drawable(row['data'], 40)}: {items} in {documents}"
+
+# %% ../../nbs/show/01_drawing.ipynb #7ba24405
+def with_ends(part):
+    "With columns y, low, high: the damage, or an accuracy, each with the interval of its difference."
+    if "measure" in part and (part["measure"] == "accuracy").all():
+        ends = {"low": part["unmasked"] - part["ci_high"], "high": part["unmasked"] - part["ci_low"]}
+        return part.assign(y=part["value"], **ends)
+    return part.assign(y=part["damage"], low=part["ci_low"], high=part["ci_high"])
+
+# %% ../../nbs/show/01_drawing.ipynb #498d3ce6
+def arm_name(arm: str) -> str:
+    "The arm for the reader."
+    return drawable(arm.replace("top variance", "top variance, by layer"), 30)
+
+
+def draws_of(part) -> str:
+    "How many draws there are, as the end of a label."
+    n = int(part["seed"].nunique()) if "seed" in part else 0
+    return f", {count(n, 'draw')}" if n else ""
+
+
+def arm_label(part, arm: str) -> str:
+    "The arm with its units, its draws, and how near a matched control comes in variance."
+    near = part["variance_ratio"].mean() if arm.startswith("matched") and "variance_ratio" in part else np.nan
+    ratio = f", variance × {near:.2f}" if np.isfinite(near) else ""
+    return f"{arm_name(arm)}\n{span(part['units'], 'unit')}{draws_of(part)}{ratio}"
+
+# %% ../../nbs/show/01_drawing.ipynb #7e5a1107
 def beside(ax, text: str, at, shift, coords, va: str = "center", size: float = 7, **more) -> None:
     "Small print at a place, shifted by so many points, also outside the axes."
     ax.annotate(
@@ -259,17 +260,13 @@ def beside(ax, text: str, at, shift, coords, va: str = "center", size: float = 7
         annotation_clip=False, parse_math=False, **({"color": FAINT} | more),
     )  # fmt: skip
 
-# %% ../../nbs/show/01_drawing.ipynb #8aff19cc
+
 def heading(ax, title: str, *notes: str, width: int = 100) -> None:
     "A title, and below it in small print what it stands on."
-    note = "\n".join(textwrap.wrap(sentence(*notes), width))
+    note = "\n".join(textwrap.wrap("; ".join(filter(None, notes)), width))
     ax.set_title(title, pad=5 + 9.6 * (note.count("\n") + bool(note)))
     if note:
         beside(ax, note, (0, 1), (0, 4), "axes fraction", va="bottom", size=7.5, linespacing=1.15)
-
-# %% ../../nbs/show/01_drawing.ipynb #718b944c
-def number(v: float) -> str:
-    return f"{v:g}".replace("-", "−")
 
 # %% ../../nbs/show/01_drawing.ipynb #a24a8e41
 def damage_axis(ax, values, axis: str = "y") -> None:
@@ -289,16 +286,59 @@ def damage_axis(ax, values, axis: str = "y") -> None:
         low, high = low - 0.05 * (high - low), high + 0.07 * (high - low)
     getattr(ax, f"set_{axis}lim")(low, high)
 
-# %% ../../nbs/show/01_drawing.ipynb #fcd724d1
-def log_ticks(ax, ticks: Sequence[float], labels: Sequence[str], base: int = 10) -> None:
-    "A logarithmic x axis with these ticks alone."
+# %% ../../nbs/show/01_drawing.ipynb #556c3e5e
+def log_ticks(ax, ticks: Sequence[float], labels: Sequence[str], base: int = 10, ends=None) -> None:
+    "A logarithmic x axis with these ticks alone, which reaches a little beyond its ends: the ticks', or those given."
     from matplotlib.ticker import NullLocator
 
+    low, high = ends or (min(ticks), max(ticks))
     ax.set_xscale("log", base=base)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(list(ticks), list(labels))
+    ax.set_xlim(low / 1.4, high * 1.4)
 
-# %% ../../nbs/show/01_drawing.ipynb #48c08bea
+# %% ../../nbs/show/01_drawing.ipynb #63afcbae
+_LEVELS = {"unmasked": ("-", "solid"), "majority": ("--", "dashed"), "chance": ((0, (1, 2)), "dotted")}
+
+
+def level_lines(ax, part, axis: str = "y") -> str:
+    "Lines for the unmasked model, the majority and chance, where they are known; what they are, in words."
+    row = part.iloc[0]
+    known = {name: row[name] for name in _LEVELS if np.isfinite(row.get(name, np.nan))}
+    for name, value in known.items():
+        draw, colour = ax.axhline if axis == "y" else ax.axvline, INK if name == "unmasked" else FAINT
+        draw(value, color=colour, linewidth=0.9, linestyle=_LEVELS[name][0], zorder=1)
+    return ", ".join(f"{_LEVELS[name][1]}: {name} {value:.2f}" for name, value in known.items())
+
+# %% ../../nbs/show/01_drawing.ipynb #4973cdb1
+ABOVE = "crossed out: perplexity above the vocabulary size, worse than uniform guessing"
+
+
+def dots(ax, x, y, colour: str, marker: str = "o", size: float = 4.5, **more) -> None:
+    "Marks without a line."
+    more = {"zorder": 4, "markeredgewidth": 1.1 if marker in "x|" else 0.5} | more
+    ax.plot(x, y, linestyle="none", marker=marker, markersize=size, color=colour, **more)
+
+
+def marks(ax, part, at, look, label: str | None = None, size: float = 4.5) -> None:
+    "A mark for each row of the table, at these heights, with its interval."
+    colour, marker = look[:2]
+    at = np.broadcast_to(at, len(part))
+    ax.hlines(at, part["low"], part["high"], color=colour, linewidth=1.2, zorder=3)
+    dots(ax, part["y"], at, colour, marker, size, label=label)
+    if "above_vocabulary" in part and (worse := part["above_vocabulary"].to_numpy()).any():
+        dots(ax, part["y"][worse], at[worse], colour, "x", 8, zorder=5)
+
+# %% ../../nbs/show/01_drawing.ipynb #8081eb16
+def draws_row(ax, row: float, part, arm: str) -> None:
+    "The draws of one arm in one row and, where there are several, their mean."
+    if len(part) < 2:
+        marks(ax, part, row, looks(arm))
+        return
+    marks(ax, part, row + np.linspace(-0.24, 0.24, len(part)), looks(arm), size=4.5 if len(part) < 8 else 3)
+    ax.vlines(part["y"].mean(), row - 0.36, row + 0.36, color=INK, linewidth=1.3, zorder=2)
+
+
 def rows_axis(ax, labels: Sequence[str], zero: bool = True) -> None:
     "Rows with names, the first on top, and a line at 0."
     ax.set_yticks(range(len(labels)), labels, parse_math=False, linespacing=1.0)
@@ -310,96 +350,62 @@ def rows_axis(ax, labels: Sequence[str], zero: bool = True) -> None:
     ax.grid(axis="x")
 
 
-def legend_below(ax, columns: int, points: float = 34) -> None:
-    "A legend so many points below the axes."
+def forest(ax, part, arms: Sequence[str], whole=None, zero: bool = True) -> None:
+    "One row for each arm, with all of its draws; the labels count those of the `whole` figure."
+    whole = part if whole is None else whole
+    rows_axis(ax, [arm_label(whole[whole["arm"] == arm], arm) for arm in arms], zero)
+    for row, arm in enumerate(arms):
+        draws_row(ax, row, part[part["arm"] == arm], arm)
+
+# %% ../../nbs/show/01_drawing.ipynb #8a3514b2
+def curve(ax, part, x: str, look, label=None, limits=(-np.inf, np.inf), shift: float = 0.0, hollow=False) -> None:
+    "One arm over x, `shift` points aside; what lies beyond the limits is a triangle at the edge."
     from matplotlib.transforms import ScaledTranslation
 
-    below = ax.transAxes + ScaledTranslation(0, -points / 72, ax.figure.dpi_scale_trans)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.45, 0), bbox_transform=below, ncols=columns, borderaxespad=0)
-
-# %% ../../nbs/show/01_drawing.ipynb #28646a7a
-ABOVE = "crossed out: perplexity above the vocabulary size, worse than uniform guessing"
-
-
-def dots(ax, x, y, colour: str, marker: str = "o", size: float = 4.5, **more) -> None:
-    "Marks without a line."
-    more = {"zorder": 4, "markeredgewidth": 1.1 if marker in "x|" else 0.5} | more
-    ax.plot(x, y, linestyle="none", marker=marker, markersize=size, color=colour, **more)
-
-# %% ../../nbs/show/01_drawing.ipynb #211fe73c
-def draws_row(ax, row: float, part, arm: str) -> None:
-    "The draws of one arm in one row, with intervals and, where there are several, their mean."
-    colour, marker, _ = looks(arm)
-    y = row + (np.linspace(-0.24, 0.24, len(part)) if len(part) > 1 else np.zeros(len(part)))
-    ax.hlines(y, part["low"], part["high"], color=colour, linewidth=1.2, zorder=3)
-    dots(ax, part["y"], y, colour, marker, 4.5 if len(part) < 8 else 3)
-    worse = part["above_vocabulary"].to_numpy()
-    if worse.any():
-        dots(ax, part["y"][worse], y[worse], colour, "x", 8, zorder=5)
-    if len(part) > 1:
-        ax.vlines(part["y"].mean(), row - 0.36, row + 0.36, color=INK, linewidth=1.3, zorder=2)
-
-# %% ../../nbs/show/01_drawing.ipynb #a697a46e
-def curve(
-    ax, part, x: str, look, label: str | None, limits=(-np.inf, np.inf), shift: float = 0.0, hollow=False
-) -> None:
-    "One arm over x; beyond the limits a triangle, moved by `shift` hundredths of a decade."
     colour, marker, line = look
     by = part.groupby(x)
-    at, y = np.array(sorted(part[x].unique())), by["y"].mean().to_numpy()
-    shown, face = y.clip(*limits), "white" if hollow else colour
-    inside = np.flatnonzero(shown == y)
-    ax.plot(
-        at, shown, line, color=colour, marker=marker, markersize=4.5, markerfacecolor=face, markevery=inside.tolist(),
-        label=label, zorder=3,
-    )  # fmt: skip
+    y, face = by["y"].mean(), "white" if hollow else colour
+    shown, at = y.clip(*limits), y.index.to_numpy()
+    aside = {"transform": ax.transData + ScaledTranslation(shift / 72, 0, ax.figure.dpi_scale_trans)}
+    look = {"color": colour, "marker": marker, "markersize": 4.5, "markerfacecolor": face, "label": label, "zorder": 3}
+    ax.plot(at, shown, line, markevery=np.flatnonzero(shown == y).tolist(), **look, **aside)
     low, high = by["low"].min().clip(*limits), by["high"].max().clip(*limits)
-    ax.vlines(at, low, high, color=colour, linewidth=1.0, alpha=0.8, zorder=2)
+    ax.vlines(at, low, high, color=colour, linewidth=1.0, alpha=0.8, zorder=2, **aside)
+    ends = np.concatenate([shown, low, high])  # matplotlib does not count what is drawn aside
+    ax.update_datalim(np.stack([np.tile(at, 3), ends], 1)[np.isfinite(ends)])
+    ax.autoscale_view()
     for beyond, triangle in ((y < limits[0], "v"), (y > limits[1], "^")):
         if beyond.any():
-            dots(ax, at[beyond] * 10 ** (shift / 100), shown[beyond], colour, triangle, 6, clip_on=False)
+            dots(ax, at[beyond], shown[beyond], colour, triangle, 6, clip_on=False, **aside)
     if "above_vocabulary" in part and (worse := by["above_vocabulary"].any().to_numpy()).any():
-        dots(ax, at[worse], shown[worse], colour, "x", 8)
+        dots(ax, at[worse], shown[worse], colour, "x", 8, **aside)
 
-# %% ../../nbs/show/01_drawing.ipynb #aad6322a
+# %% ../../nbs/show/01_drawing.ipynb #aac0d83a
 def off_scale(part, limits) -> str:
     "A sentence on what lies beyond the limits."
     y = part["y"][np.isfinite(part["y"])]
     beyond = y[(y < limits[0]) | (y > limits[1])]
-    lowest, highest = (number(round(v, 2)) for v in (beyond.min(), beyond.max())) if len(beyond) else ("", "")
-    to = lowest if lowest == highest else f"from {lowest} to {highest}"
-    return f"triangles: {count(len(beyond), 'value')} beyond the axis, {to}" if len(beyond) else ""
+    if beyond.empty:
+        return ""
+    low, high = (number(round(v, 2)) for v in (beyond.min(), beyond.max()))
+    reach = low if low == high else f"from {low} to {high}"
+    return f"triangles: {count(len(beyond), 'value')} beyond the axis, {reach}"
 
-# %% ../../nbs/show/01_drawing.ipynb #71e84997
-_LEVELS = {"unmasked": ("-", "solid"), "majority": ("--", "dashed"), "chance": ((0, (1, 2)), "dotted")}
+# %% ../../nbs/show/01_drawing.ipynb #8529078f
+def heat_map(ax, values: np.ndarray, rows, columns, text: Callable | None = None, size: float = 7, **look):
+    "The matrix as coloured cells with `text(i, j)` in them; nan is grey. Returns the image, for a colour bar."
+    import matplotlib as mpl
 
-
-def level_lines(ax, part, axis: str = "y") -> list[tuple[float, str]]:
-    "Lines for the unmasked model, the majority and chance; (value, name) of those that are known, the lowest first."
-    row = part.iloc[0]
-    found = sorted((float(row[name]), name) for name in _LEVELS if np.isfinite(row.get(name, np.nan)))
-    for value, name in found:
-        draw = ax.axhline if axis == "y" else ax.axvline
-        colour = INK if name == "unmasked" else FAINT
-        draw(value, color=colour, linewidth=0.9, linestyle=_LEVELS[name][0], zorder=1)
-    return found
-
-# %% ../../nbs/show/01_drawing.ipynb #96a5a0bd
-def level_note(part) -> str:
-    "The levels in words."
-    row = part.iloc[0]
-    known = [name for name in _LEVELS if np.isfinite(row.get(name, np.nan))]
-    return ", ".join(f"{_LEVELS[name][1]}: {name} {row[name]:.2f}" for name in known)
-
-# %% ../../nbs/show/01_drawing.ipynb #5f398ab3
-def level_names(ax, found: list[tuple[float, str]]) -> None:
-    "Names right of the axes; one for levels that lie closer than the print is high."
-    groups: list[list[tuple[float, str]]] = []
-    for level in found:
-        if groups and level[0] - groups[-1][0][0] < 0.055:
-            groups[-1].append(level)
-        else:
-            groups.append([level])
-    for group in groups:
-        value, name = np.mean([v for v, _ in group]), ",\n".join(n for _, n in group[::-1])
-        beside(ax, name, (1, value), (3, 0), ("axes fraction", "data"), linespacing=0.95)
+    look["cmap"] = mpl.colormaps[look["cmap"]].with_extremes(bad="#cccccc")
+    image = ax.imshow(values, interpolation="nearest", **look)
+    ax.set_xticks(range(len(columns)), columns, parse_math=False)
+    ax.set_yticks(range(len(rows)), rows, parse_math=False)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    for i, j in np.argwhere(np.isfinite(values)):
+        if text is None:
+            break
+        dark = np.dot(image.cmap(image.norm(values[i, j]))[:3], (0.3, 0.6, 0.1)) < 0.6
+        words, ink = text(i, j), "white" if dark else INK
+        ax.text(j, i, words, ha="center", va="center", fontsize=size, color=ink, linespacing=1.1)
+    return image

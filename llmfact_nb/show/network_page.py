@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_network_page']
 
-# %% ../../nbs/show/09_network_page.ipynb #a2b56501
+# %% ../../nbs/show/09_network_page.ipynb #8a15ef87
 import base64
 import hashlib
 import math
@@ -13,17 +13,16 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..activations import Activations
-from ..base.arguments import check_whole
-from ..base.display import plain_text, site_name
-from ..base.files import write_text
-from ..base.tokens import token_name
-from ..networks import FunctionalNetworks, Threshold
-from .pages import render, script_data, table, template_file
+from llmfact_nb.activations import Activations
+from llmfact_nb.base.arguments import check_whole
+from llmfact_nb.base.display import plain_text, site_name
+from llmfact_nb.base.files import write_text
+from llmfact_nb.base.tokens import token_name
+from llmfact_nb.networks import FunctionalNetworks, Threshold, gaussian_union
+from llmfact_nb.show.pages import render, script_data, table, template_file
 
 # %% ../../nbs/show/09_network_page.ipynb #f6f257a5
 def token_pieces(tokenizer, token_ids: torch.Tensor, text_ids: torch.Tensor | None = None) -> list[str]:
@@ -42,7 +41,16 @@ def token_pieces(tokenizer, token_ids: torch.Tensor, text_ids: torch.Tensor | No
     first = [n == 0 or texts[n] != texts[n - 1] for n in range(len(ids))]
     return [alone[i] if first[n] else after[ids[n - 1], i] for n, i in enumerate(ids)]
 
-# %% ../../nbs/show/09_network_page.ipynb #0866b0e7
+# %% ../../nbs/show/09_network_page.ipynb #8fef145c
+def whole_words(text: str, longest: int, end: bool = False) -> str:
+    "The beginning of a text, or its end, of at most so many characters, cut between words where there are spaces."
+    if len(text) <= longest:
+        return text
+    part = text[-longest:] if end else text[:longest]
+    space = part.find(" ") if end else part.rfind(" ")
+    return part if space < 0 else part[space:] if end else part[:space]
+
+
 def context(pieces: Sequence[str], texts: Sequence[int], t: int) -> tuple[str, str]:
     "About ten tokens before token t and six after it, of the same text, in whole words."
     inside = lambda i: 0 <= i < len(pieces) and texts[i] == texts[t]
@@ -52,9 +60,9 @@ def context(pieces: Sequence[str], texts: Sequence[int], t: int) -> tuple[str, s
         before = " " + parts[1]
     if inside(t + 7) and not pieces[t + 7][:1].isspace() and len(parts := after.rsplit(" ", 1)) == 2:
         after = parts[0]
-    return before[-120:], after[:80]
+    return whole_words(before, 120, end=True), whole_words(after, 80)
 
-# %% ../../nbs/show/09_network_page.ipynb #67e7c5f7
+# %% ../../nbs/show/09_network_page.ipynb #5642365e
 def _steps(z: torch.Tensor, units: torch.Tensor, alpha: float) -> dict:
     "What the page holds of one map; a unit just below alpha stays below it."
     size = z[units].abs()
@@ -76,12 +84,7 @@ def _outstanding(maps: torch.Tensor, alpha: float, kept: int = _UNITS_KEPT) -> t
         floor = round(floor + 0.1, 1)
     return floor, [_steps(z, (size >= floor).nonzero()[:, 0], alpha) for z, size in zip(maps, sizes)]
 
-# %% ../../nbs/show/09_network_page.ipynb #711dcaa6
-def _upper_share(alpha: float) -> float:
-    "The share of a Gaussian map above alpha."
-    return math.erfc(alpha / math.sqrt(2)) / 2
-
-# %% ../../nbs/show/09_network_page.ipynb #91225a28
+# %% ../../nbs/show/09_network_page.ipynb #292fd01c
 def _standard(courses: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     "(T, k) with mean 0 and standard deviation 1 over the tokens that are no sinks; a constant course becomes 0."
     ordinary = courses[~sinks] if (~sinks).any() else courses
@@ -99,7 +102,7 @@ def _strongest(course: torch.Tensor, pieces: Sequence[str], texts: list[int], si
     value = lambda t: {"z": round(float(course[t]), 2), "text": texts[t], "row": t, "sink": bool(sinks[t])}
     return [{"before": around[t][0], "token": pieces[t], "after": around[t][1]} | value(t) for t in rows]
 
-# %% ../../nbs/show/09_network_page.ipynb #10b8651f
+# %% ../../nbs/show/09_network_page.ipynb #7a447f72
 def _readable(courses: torch.Tensor, pieces: Sequence[str], texts: list[int], sinks, max_tokens: int) -> list[dict]:
     "The texts that fit on the page: their number, tokens, sinks and courses (one list per network, in tenths)."
     shown: list[dict] = []
@@ -115,15 +118,13 @@ def _readable(courses: torch.Tensor, pieces: Sequence[str], texts: list[int], si
         used, start = used + end - start, stop
     return shown
 
-# %% ../../nbs/show/09_network_page.ipynb #78760a88
+# %% ../../nbs/show/09_network_page.ipynb #31a87ed1
 def _correlations(rows: torch.Tensor) -> list[list[float]]:
     "Correlations between the rows, in hundredths of 1; a constant row correlates with nothing."
-    rows = rows.double() - rows.double().mean(1, keepdim=True)
-    norm = rows.norm(dim=1, keepdim=True)
-    rows = rows / torch.where(norm > 0, norm, 1)
-    return [[round(r, 2) for r in row] for row in (rows @ rows.T).tolist()]
+    r = torch.corrcoef(rows.double()).reshape(len(rows), -1).nan_to_num(0.0)
+    return [[round(v, 2) for v in row] for row in r.tolist()]
 
-# %% ../../nbs/show/09_network_page.ipynb #c6119837
+# %% ../../nbs/show/09_network_page.ipynb #d943dbd0
 def _reading(networks, activations, tokenizer, courses, max_tokens: int) -> dict:
     "What the page says of texts: courses, strongest tokens, texts to read, and a sentence about them."
     k = len(networks.maps_)
@@ -133,10 +134,8 @@ def _reading(networks, activations, tokenizer, courses, max_tokens: int) -> dict
         return {"strongest": [[] for _ in range(k)], "texts": [], "together": [None] * k, "says": ""}
     courses = torch.as_tensor(networks.transform(activations) if courses is None else courses).detach().cpu().float()
     if tuple(courses.shape) != (activations.n_tokens, k) or not torch.isfinite(courses).all():
-        shape = tuple(courses.shape)
-        raise ValueError(
-            f"courses has shape {shape}; expected {(activations.n_tokens, k)}, (tokens, networks), finite."
-        )
+        expected = f"expected {(activations.n_tokens, k)}, (tokens, networks), finite"
+        raise ValueError(f"courses has shape {tuple(courses.shape)}; {expected}.")
     sinks, texts = activations.sinks, activations.text_ids.tolist()
     courses = _standard(courses, sinks)
     pieces = [plain_text(t) for t in token_pieces(tokenizer, activations.token_ids, activations.text_ids)]
@@ -148,7 +147,7 @@ def _reading(networks, activations, tokenizer, courses, max_tokens: int) -> dict
         "together": _correlations(used.T), "says": f"{says} {len(shown):,} texts are on the page.",
     }  # fmt: skip
 
-# %% ../../nbs/show/09_network_page.ipynb #da03e255
+# %% ../../nbs/show/09_network_page.ipynb #cfd57952
 def _all_networks(masks, stability: list, strongest, own: Mapping) -> dict:
     "The table of all networks."
     rows = []
@@ -162,7 +161,7 @@ def _all_networks(masks, stability: list, strongest, own: Mapping) -> dict:
     tail = {"both": "of either sign", "positive": "of the positive tail"}[own["tail"]]
     return table("all-networks", f"Units beyond {own['text']}, {tail}", columns, [(None, rows)], (1, 3))
 
-# %% ../../nbs/show/09_network_page.ipynb #078c866c
+# %% ../../nbs/show/09_network_page.ipynb #b6a9911b
 def _facts(networks) -> dict:
     "How the networks were found, names and values."
     steps = f"{'converged' if networks.converged_ else 'did NOT converge'} in {networks.n_iter_} steps"
@@ -178,11 +177,11 @@ def _facts(networks) -> dict:
         "restarts": networks.ica.n_init,
     }
 
-# %% ../../nbs/show/09_network_page.ipynb #6926287f
-def _own(asked: Threshold, alpha: float, tail: str) -> dict[str, Any]:
+# %% ../../nbs/show/09_network_page.ipynb #5c26965c
+def _own(asked: Threshold, alpha: float, tail: str) -> dict:
     "The threshold the page opens with, in digits and in words."
     share = "" if asked.fraction is None else f": the |z| of the top {asked.fraction:.2%} of all units in any network"
-    at = {"at": math.floor(alpha * 1000) / 1000, "text": f"{alpha:.3f}", "gaussian": _upper_share(alpha)}
+    at = {"at": math.floor(alpha * 1000) / 1000, "text": f"{alpha:.3f}", "gaussian": gaussian_union(1, alpha)}
     return at | {"tail": "both" if tail == "both" else "positive", "says": f"the threshold{share}"}
 
 
@@ -190,23 +189,26 @@ def _data(networks, maps, floor: float, own: Mapping, shown: list[dict], texts: 
     "What the script reads."
     highest = math.ceil(10 * min(float(maps.abs().max()), 30.0)) / 10
     ceiling = round(max(math.ceil(10 * own["at"]) / 10, floor + 0.1, highest), 1)
-    gaussian = [_upper_share(floor + step / 10) for step in range(round((ceiling - floor) * 10) + 1)]
+    gaussian = [gaussian_union(1, floor + step / 10) for step in range(round((ceiling - floor) * 10) + 1)]
     layers = {"widths": list(networks.widths), "depths": list(networks.depths)}
     slider = {"floor": floor, "ceiling": ceiling, "own": dict(own), "gaussian": gaussian}
     return layers | slider | {"networks": shown, "texts": texts}
 
-# %% ../../nbs/show/09_network_page.ipynb #7f0f7cba
-def _lead(networks, read: Mapping) -> str:
-    size = f"{len(networks.maps_)} networks over {sum(networks.widths):,} neurons in {len(networks.widths)} layers."
+# %% ../../nbs/show/09_network_page.ipynb #f9d7fbc3
+def _lead(networks, read: Mapping, masks, own: Mapping) -> str:
+    "The first lines of the page: how many networks there are, what they were read on, and how many are empty."
+    size = f"{len(masks)} networks over {sum(networks.widths):,} neurons in {len(networks.widths)} layers."
+    empty = sum(not mask.n for mask in masks)
+    none = f" {empty} of them have no unit beyond {own['text']}." if empty else ""
     sure = "Stability says how well restarts agree on the same texts, not that other texts would give the same network."
-    return f"{size}{read['says']} {sure}"
+    return f"{size}{none}{read['says']} {sure}"
 
 
 def _sha256(script: str) -> str:
     "The name under which a page's policy allows a script."
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
-# %% ../../nbs/show/09_network_page.ipynb #742a483f
+# %% ../../nbs/show/09_network_page.ipynb #94ecb52c
 def write_network_page(
     networks: FunctionalNetworks,  # fitted
     path: str | os.PathLike,  # html file to write
@@ -243,7 +245,8 @@ def write_network_page(
     script = template_file("network_page.js")
     return write_text(path, render(
         "network_page.html", title=title or f"Functional networks of {networks.model or 'a model'}",
-        script_hash=_sha256(script), images="", styles=("page.css", "network_page.css"), lead=_lead(networks, read),
-        table=_all_networks(masks, sure, read["strongest"], own), facts=_facts(networks), script=script,
+        script_hash=_sha256(script), images="", styles=("page.css", "network_page.css"),
+        lead=_lead(networks, read, masks, own), table=_all_networks(masks, sure, read["strongest"], own),
+        facts=_facts(networks), script=script,
         data=script_data(_data(networks, maps, floor, own, shown, read["texts"])),
     ))  # fmt: skip

@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/show/06_pages.ipynb #3ee71027
+# %% ../../nbs/show/06_pages.ipynb #f3b17204
 import json
 import math
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Any
 
-from ..base.display import plain_text
+from llmfact_nb.base.display import plain_text
 
-# %% ../../nbs/show/06_pages.ipynb #2adfbbb0
+# %% ../../nbs/show/06_pages.ipynb #958c43e8
 def template_file(name: str):
     "The text of a hand-kept file beside the templates, to be placed as it is."
     from markupsafe import Markup
@@ -32,46 +31,53 @@ def _environment():
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     visible = lambda value: value if hasattr(value, "__html__") else plain_text(value)
-    how: dict[str, Any] = {"autoescape": True, "finalize": visible, "undefined": StrictUndefined}
+    how: dict = {"autoescape": True, "finalize": visible, "undefined": StrictUndefined}
     made = Environment(loader=PackageLoader("llmfact_nb.show"), trim_blocks=True, lstrip_blocks=True, **how)
     made.globals |= {"file": template_file, "anchor": anchor, "shown": shown}
     return made
 
-# %% ../../nbs/show/06_pages.ipynb #a228a6ca
+
 def render(template: str, **values) -> str:
     "The template with these values, each of them escaped unless it is Markup."
     return _environment().get_template(template).render(values)
 
-# %% ../../nbs/show/06_pages.ipynb #85b4485a
+# %% ../../nbs/show/06_pages.ipynb #9198ae1d
 def shown(value) -> str:
     "One value for people."
+    value = value.item() if hasattr(value, "item") else value  # a numpy number is a number
     if value is None or str(value) in ("<NA>", "nan", "NaT"):
         return "–"
-    value = value.item() if hasattr(value, "item") else value  # a numpy number is a number
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, (int, float)):
         return str(value)
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    if value == round(value) and abs(value) >= 1000:
-        return f"{value:,.0f}".replace("-", "−")
-    return (f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}").replace("-", "−")
+    form = ",.0f" if value == round(value) and abs(value) >= 1000 else ",.1f" if abs(value) >= 1000 else ".4g"
+    return f"{value:{form}}".replace("-", "−")
 
-# %% ../../nbs/show/06_pages.ipynb #481acc8d
+# %% ../../nbs/show/06_pages.ipynb #cd7cc671
 def table(name: str, caption: str, columns: Sequence, groups: Sequence[tuple], numeric: Sequence[int] = ()) -> dict:
     "A table for the templates: groups of (heading or None, rows of cells)."
     return {"name": name, "caption": caption, "columns": list(columns), "groups": groups, "numeric": list(numeric)}
 
 
-def frame_table(frame, name: str, caption: str) -> dict:
-    "Any frame as a table, its first column naming the rows."
+def frame_table(frame, name: str, caption: str = "", by: str = "source") -> dict:
+    "Any frame as a table, its first column naming the rows; a column `by` makes groups of them."
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-    is_number = lambda kind: is_numeric_dtype(kind) and not is_bool_dtype(kind)
-    numeric = [i for i, kind in enumerate(frame.dtypes) if is_number(kind)]
-    rows = [[shown(v) for v in row] for row in frame.astype(object).itertuples(index=False, name=None)]
-    return table(name, caption, frame.columns, [(None, rows)], numeric)
+    cells = frame.drop(columns=by, errors="ignore")
+    numeric = [i for i, of in enumerate(cells.dtypes) if is_numeric_dtype(of) and not is_bool_dtype(of)]
+    rows = [[shown(v) for v in row] for row in cells.astype(object).itertuples(index=False, name=None)]
+    heads = list(frame[by]) if by in frame else [None] * len(rows)
+    groups = [(h, [row for head, row in zip(heads, rows) if head == h]) for h in dict.fromkeys(heads)]
+    notes = [frame.attrs[part] for part in ("caption", "source") if frame.attrs.get(part)]
+    return table(name, caption or frame.attrs.get("title", name), cells.columns, groups, numeric) | {"notes": notes}
+
+
+def render_table(frame) -> str:
+    "Any frame as HTML, with everything in it escaped; title, caption and source are taken from its attrs."
+    return render("table.html", table=frame_table(frame, anchor(frame.attrs.get("title", "table"))))
 
 # %% ../../nbs/show/06_pages.ipynb #4dacf22f
 def script_data(content: dict):

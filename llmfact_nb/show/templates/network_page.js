@@ -63,7 +63,7 @@ function showSummary() {
   const network = data.networks[state.network], counts = perLayer(network), n = counts.reduce((a, b) => a + b, 0);
   const most = counts.map((c, i) => [c, i]).filter(([c]) => c).sort((a, b) => b[0] - a[0]).slice(0, 3).map(([, i]) => data.depths[i]);
   at("name").textContent = "Network " + state.network;
-  at("summary").textContent = number(n) + " of " + number(starts.at(-1)) + " units beyond " + threshold()
+  at("summary").textContent = (n ? number(n) + " of " + number(starts.at(-1)) + " units" : "No unit") + " beyond " + threshold()
     + (most.length ? ", most in layer" + (most.length > 1 ? "s " : " ") + most.join(", ") : "") + "; " + stability(network) + ".";
   const union = new Set();
   for (const other of data.networks) for (const u of other.units) if (passes(u)) union.add(u.flat);
