@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "base.models": "load_model",
-    "base.texts": "load_texts load_labelled load_cloze",
+    "base.texts": "load_texts load_labelled",
     "sites": "neuron_sites",
     "activations": "Activations capture",
     "ica": "ICA",
@@ -16,9 +16,12 @@ _NAMES = {
     "across.group": "GroupICA",
     "networks": "FunctionalNetworks iou match_networks",
     "across.reproducibility": "split_half match_maps",
+    "across.untrained": "untrained",
+    "across.fingerprint": "fingerprint",
     "masked_model": "MaskedModel",
     "connectivity": "network_time_courses functional_connectivity",
     "evaluate": "EvalSet perplexity paired_difference label_accuracy cloze_accuracy paired_accuracy",
+    "scores.contrast": "contrast_set localize contrast_accuracy",
     "ablation": "Settings find_networks Intervention EvaluationSet loss_on answers_on ScoreCache measure "
     "ablation_study",
     "study.studies": "damage_curve preservation_study amplification_study",

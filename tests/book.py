@@ -1,7 +1,8 @@
 """Measures the notebooks as reading matter: how long the exported cells are, how soon each definition is used, how
 headings stand.
 
-`python tests/book.py [--worst N] [FOLDER]` prints what test_book.py holds them to. It reads files and runs nothing."""
+`python tests/book.py [--worst N] [FOLDER or NOTEBOOK]` prints what test_book.py holds them to. It reads files and runs
+nothing."""
 
 import argparse
 import json
@@ -81,7 +82,7 @@ def read(notebook: Path, book: Book) -> None:
 
 def measure(folder: Path = ROOT / "nbs") -> Book:
     book = Book()
-    for notebook in sorted(folder.rglob("*.ipynb")):
+    for notebook in sorted(folder.rglob("*.ipynb")) if folder.is_dir() else [folder]:
         if ".ipynb_checkpoints" not in notebook.parts:
             read(notebook.resolve(), book)
     return book

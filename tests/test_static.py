@@ -1,6 +1,7 @@
 """Static checks: ruff's lint and format, mypy on the package, and that the installed packages fit each other. Their
 settings lie in static/."""
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -47,24 +48,24 @@ def test_format():
     )
 
 
-def test_types(tmp_path):
-    module("mypy", "--config-file", str(SETTINGS / "mypy.ini"), "--cache-dir", str(tmp_path), "llmfact_nb")
+@pytest.fixture(scope="module")
+def types(tmp_path_factory):
+    "mypy, with one cache of what it knows of the libraries."
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return functools.partial(module, "mypy", "--config-file", str(SETTINGS / "mypy.ini"), "--cache-dir", cache)
 
 
-def test_a_wrong_type_is_seen(tmp_path):
+def test_types(types):
+    types("llmfact_nb")
+
+
+def test_a_wrong_type_is_seen(types, tmp_path):
     "mypy reads our signatures, though it takes torch as it comes."
     shutil.copytree(ROOT / "llmfact_nb", tmp_path / "llmfact_nb", ignore=shutil.ignore_patterns("__pycache__"))
     with open(tmp_path / "llmfact_nb" / "sites.py", "a") as f:
         f.write("\nfrom .base.files import digest\nlength: int = digest()\n")
     with pytest.raises(AssertionError) as seen:
-        module(
-            "mypy",
-            "--config-file",
-            str(SETTINGS / "mypy.ini"),
-            "--cache-dir",
-            str(tmp_path / "cache"),
-            str(tmp_path / "llmfact_nb" / "sites.py"),
-        )
+        types(str(tmp_path / "llmfact_nb" / "sites.py"))
     assert "sites.py" in str(seen.value)
 
 

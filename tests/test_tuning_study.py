@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 
-from llmfact_nb.base import texts
+from llmfact_nb.base import identity, texts
 from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.base.files import ClaimError, digest
 from llmfact_nb.evaluate import EvalSet, label_accuracy, perplexity
@@ -179,8 +179,8 @@ def test_other_data_and_other_weights_are_refused(finished):
 
 @pytest.mark.parametrize("name", ["torch", "transformers"])
 def test_another_release_is_refused(finished, monkeypatch, name):
-    real = comparison.version
-    monkeypatch.setattr(comparison, "version", lambda n: "0.1" if n == name else real(n))
+    real = identity.version
+    monkeypatch.setattr(identity, "version", lambda n: "0.1" if n == name else real(n))
     with pytest.raises(ClaimError) as e:
         study(finished[0])
     assert list(e.value.differences) == [name]
@@ -401,7 +401,7 @@ def test_a_rates_value_is_the_mean_choice_loss_over_the_seeds():
         "lr": lr,
         "seed": seed,
         "diverged": diverged,
-        "curve": [{"val_loss": loss, "val_choice_loss": choice}],
+        "curve": [{"val_loss": loss, "val_choice_loss": choice, "val_accuracy": None}],
     }
     runs = [
         made_up(1.0, 0, 5, 0.6),
@@ -755,7 +755,7 @@ def test_label_accuracy_agrees_with_the_one_of_the_evaluation(words):
     data = [(families.words(3 + i % 4, seed=i), i % 2) for i in range(20)]
     theirs = label_accuracy(model, tokenizer, data, "{text} w30", words, progress=False)
     ours = score(model, labelled_examples(tokenizer, *map(list, zip(*data)), "{text} w30", words))
-    assert ours.correct == (theirs.labels == theirs.predictions).tolist() and 0 < ours.accuracy < 1
+    assert ours.correct == (theirs.labels == theirs.predictions).tolist() and 0 < ours.means["accuracy"] < 1
     torch.testing.assert_close(
         torch.tensor(ours.nats), -theirs.log_likelihoods.gather(1, theirs.labels[:, None])[:, 0], rtol=1e-4, atol=1e-4
     )
@@ -793,9 +793,9 @@ def test_choice_loss_is_that_of_the_label_among_the_labels():
         assert choice == pytest.approx(-math.log(likely[e.label] / sum(likely)), rel=1e-4) and right == (
             likely[e.label] == max(likely)
         )
-    assert ours.choice_loss == pytest.approx(np.mean(ours.choice_nats)) == ours.criterion != ours.loss
+    assert ours.means["choice_loss"] == pytest.approx(np.mean(ours.choice_nats)) == ours.criterion != ours.loss
     plain = score(model, [Example((4, 5, 6), 1)])
-    assert plain.choice_loss is None and plain.criterion == plain.loss and plain.choice_nats == []
+    assert plain.means["choice_loss"] is None and plain.criterion == plain.loss and plain.choice_nats == []
 
 
 def test_texts_of_the_speeches_span_all_years(monkeypatch):
@@ -821,7 +821,7 @@ def test_window_loss_agrees_with_the_perplexity():
     ours = score(model, [Example(tuple(ids), 1) for ids in EvalSet(tokenizer, texts).ids])
     assert (
         ours.loss == pytest.approx(perplexity(model, tokenizer, texts, progress=False).nats, rel=1e-5)
-        and ours.accuracy is None
+        and ours.means["accuracy"] is None
     )
 
 

@@ -7,15 +7,16 @@ __all__ = []
 
 # %% ../../nbs/tuning/06_arms.ipynb #ecbcc4ef
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..activations import capture
 from ..base.files import digest
-from ..base.tokens import token_lists
+from ..base.tokens import evaluation_mode, token_counts
 from ..finetune import NeuronTuningConfig, get_neuron_model, neuron_parameters, param_groups
 from ..masks import NeuronMask, control
 from ..networks import FunctionalNetworks
@@ -26,22 +27,17 @@ ARMS = ("key", "random", "top variance", "top gradient", "rest", "full", "LoRA")
 
 # %% ../../nbs/tuning/06_arms.ipynb #3df869cc
 @contextmanager
-def _only_these_require_gradients(model: nn.Module, names: set[str]) -> Iterator[None]:
-    "In evaluation mode; afterwards the model is as it was, without gradients."
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    modes = [(m, m.training) for m in model.modules()]
+def _gradients_on(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    "These weights require gradients during the block, also those that were frozen."
+    frozen = [w for w in weights if not w.requires_grad]
     try:
-        model.eval()
-        for n, p in model.named_parameters():
-            p.requires_grad_(n in names)
-            p.grad = None
-        yield
+        with torch.enable_grad():
+            for w in frozen:
+                w.requires_grad_(True)
+            yield
     finally:
-        for n, p in model.named_parameters():
-            p.requires_grad_(flags[n])
-            p.grad = None
-        for m, mode in modes:
-            m.training = mode
+        for w in frozen:
+            w.requires_grad_(False)
 
 # %% ../../nbs/tuning/06_arms.ipynb #328eec0d
 def gradient_scores(
@@ -51,14 +47,18 @@ def gradient_scores(
 ) -> torch.Tensor:
     "Return (N,) the norm of the gradient of each neuron's own weights, for the mean of the batches' losses."
     parts = neuron_parameters(model, NeuronMask.full(like.widths, like.site, like.depths))
-    squares = {d: torch.zeros(w, dtype=torch.float64) for d, w in zip(like.depths, like.widths)}
-    with _only_these_require_gradients(model, {part.name for part in parts}):
+    weights = {part.name: model.get_parameter(part.name) for part in parts}
+    sums = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}
+    with evaluation_mode(model), _gradients_on([*weights.values()]):
         for rows in batches:
-            (torch.cat(batch_nats(model, rows)).mean() / len(batches)).backward()
-        for part in parts:
-            g = model.get_parameter(part.name).grad.index_select(part.axis, part.index).cpu().double().square()
-            g = g.sum(1 - part.axis) if g.dim() == 2 else g
-            squares[part.layer] += g.reshape(-1, len(squares[part.layer])).sum(0)  # gate and up may be one matrix
+            loss = torch.cat(batch_nats(model, rows)).mean() / len(batches)
+            for total, g in zip(sums.values(), torch.autograd.grad(loss, [*weights.values()], materialize_grads=True)):
+                total += g
+    squares = {d: torch.zeros(w, dtype=torch.float64) for d, w in zip(like.depths, like.widths)}
+    for part in parts:
+        g = sums[part.name].index_select(part.axis, part.index).cpu().double().square()
+        g = g.sum(1 - part.axis) if g.dim() == 2 else g
+        squares[part.layer] += g.reshape(-1, len(squares[part.layer])).sum(0)  # gate and up may be one matrix
     return torch.cat(list(squares.values())).sqrt().float()
 
 # %% ../../nbs/tuning/06_arms.ipynb #bfeacdb2
@@ -94,12 +94,8 @@ def find_candidates(
     fit_length: int = 256,  # tokens taken of each text, at most
 ) -> CandidateNeurons:
     "Find the key neurons, and score all neurons by variance and gradient."
-    chosen, n = [], 0
-    for text in texts:
-        if n >= fit_tokens:
-            break
-        chosen.append(text)
-        n += min(fit_length, len(token_lists(tokenizer, [text[: 20 * fit_length]])[0]))
+    read = np.cumsum(token_counts(tokenizer, texts, most=fit_length))
+    chosen = list(texts[: int(np.searchsorted(read, fit_tokens)) + 1])
     acts = capture(model, tokenizer, chosen, "mlp_hidden", max_length=fit_length, progress=False)
     networks.fit(acts)
     key = networks.key_neurons(fraction=fraction)
@@ -129,8 +125,17 @@ class ArmTraining:
     "An arm in training."
 
     groups: list[dict]  # parameter groups for the optimizer
-    about: dict  # parameters, neurons, layers
     intact: Callable[[], bool | None]  # is everything frozen bit for bit what it was? None: nothing is frozen
+    trained_parameters: int
+    neurons: int | None = None  # how many train
+    counts: str = ""  # the same in each layer
+    rank: int | None = None  # of LoRA's matrices
+    lowest_layer: int = 0  # in which something trains
+
+    @property
+    def about(self) -> dict:
+        "What of it stands in the tables."
+        return {k: v for k, v in vars(self).items() if k not in ("groups", "intact")}
 
 # %% ../../nbs/tuning/06_arms.ipynb #5a700f6d
 @contextmanager
@@ -138,43 +143,39 @@ def _neurons(
     model: nn.Module, arm: str, seed: int, neurons: CandidateNeurons, weight_decay: float
 ) -> Iterator[ArmTraining]:
     "An arm of neurons."
-    mode, mask = arm if arm in ("rest", "full") else "selected", neurons.mask(arm, seed)
+    key, mask, mode = neurons.key, neurons.mask(arm, seed), arm if arm in ("rest", "full") else "selected"
     tuning = get_neuron_model(model, NeuronTuningConfig(mode, mask), verbose=False).neuron_tuning
-    key, before = neurons.key, tuning.frozen_digests()
-    everything = NeuronMask.full(key.widths, key.site, key.depths)
-    trained = everything if mask is None else ~mask if mode == "rest" else mask
+    before, groups = tuning.frozen_digests(), tuning.param_groups(weight_decay)
+    intact = lambda: tuning.frozen_digests() == before if before else None
+    trained = NeuronMask.full(key.widths, key.site, key.depths) if mask is None else ~mask if mode == "rest" else mask
     lowest = next(d for d, n in zip(trained.depths, trained.counts) if n) if mode == "selected" else 0
-    about = {"trained_parameters": tuning.n_trained, "neurons": trained.n, "rank": None}
-    about |= {"lowest_layer": lowest, "counts": " ".join(map(str, trained.counts))}
+    counts = " ".join(map(str, trained.counts))
     try:
-        yield ArmTraining(
-            tuning.param_groups(weight_decay), about, lambda: tuning.frozen_digests() == before if before else None
-        )
+        yield ArmTraining(groups, intact, tuning.n_trained, trained.n, counts, lowest_layer=lowest)
     finally:
         tuning.close()
 
 # %% ../../nbs/tuning/06_arms.ipynb #575d7be1
 @contextmanager
-def _lora(model: nn.Module, rank: int, maps: Sequence[str], seed: int, weight_decay: float) -> Iterator[ArmTraining]:
+def _lora(model: nn.Module, seed: int, neurons: CandidateNeurons, weight_decay: float) -> Iterator[ArmTraining]:
     "The arm of low-rank matrices."
     from peft import LoraConfig, get_peft_model
 
-    flags, base = {n: p.requires_grad for n, p in model.named_parameters()}, dict(model.named_parameters())
-    before = {n: digest(p) for n, p in base.items()}
+    base, maps = dict(model.named_parameters()), mlp_maps(model, neurons.key)
+    flags, before = {n: p.requires_grad for n, p in base.items()}, {n: digest(p) for n, p in base.items()}
+    rank = lora_rank(model, maps, sum(p.of(model).numel() for p in neuron_parameters(model, neurons.key)))
     transposed = type(model.get_submodule(maps[0])).__name__ == "Conv1D"
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(maps), fan_in_fan_out=transposed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=maps, fan_in_fan_out=transposed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config)
     try:
         trained = [p for p in model.parameters() if p.requires_grad]
-        about = {"trained_parameters": sum(p.numel() for p in trained), "neurons": None, "rank": rank}
-        about |= {"lowest_layer": 0, "counts": ""}
         intact = lambda: {n: digest(p) for n, p in base.items()} == before
-        yield ArmTraining(param_groups(trained, weight_decay), about, intact)
+        yield ArmTraining(param_groups(trained, weight_decay), intact, sum(p.numel() for p in trained), rank=rank)
     finally:
         wrapped.unload()
-        for n, p in model.named_parameters():
+        for n, p in base.items():
             p.requires_grad_(flags[n])
         vars(model).pop("peft_config", None)
 
@@ -187,22 +188,17 @@ def arm_training(
     neurons: CandidateNeurons,
     weight_decay: float = 0.01,  # of matrices
 ) -> Iterator[ArmTraining]:
-    "Give the arm for the length of the block. Afterwards the model is plain, with the weights it started from."
-    whole = arm in ("rest", "full")
+    "Give the arm for the length of the block. Afterwards the model is plain, with the weights and modes it had."
+    modes, whole = [(m, m.training) for m in model.modules()], arm in ("rest", "full")
     start = {n: p.detach().clone() for n, p in model.named_parameters()} if whole else {}
-    ready: AbstractContextManager[ArmTraining]
-    if arm == "LoRA":
-        maps = mlp_maps(model, neurons.key)
-        size = sum(p.of(model).numel() for p in neuron_parameters(model, neurons.key))
-        ready = _lora(model, lora_rank(model, maps, size), maps, seed, weight_decay)
-    else:
-        ready = _neurons(model, arm, seed, neurons, weight_decay)
+    given = (seed, neurons, weight_decay)
     try:
-        with ready as training:
+        with _lora(model, *given) if arm == "LoRA" else _neurons(model, arm, *given) as training:
             yield training
     finally:
-        with torch.no_grad():
-            for n, p in model.named_parameters():
-                p.grad = None
-                if n in start:
-                    p.copy_(start[n])
+        for m, mode in modes:
+            m.training = mode
+        for n, p in model.named_parameters():
+            p.grad = None
+            if n in start:
+                p.data.copy_(start[n])

@@ -6,14 +6,14 @@
 __all__ = ['compare_tuning']
 
 # %% ../../nbs/tuning/08_comparison.ipynb #3b116978
-import hashlib
 import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,28 +22,33 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import __version__
 from ..base.arguments import ArgumentError, check_choice, check_number, check_whole
 from ..base.display import Overall, note, progress_bar
-from ..base.files import claim, digest, load_tensors, read_json, reading, save_tensors, write_json
+from ..base.files import claim, load_tensors, read_json, save_tensors, write_json
+from ..base.identity import model_fingerprint
+from ..evaluate import fingerprint_of
 from ..masks import NeuronMask
 from ..networks import FunctionalNetworks
 from .arms import ARMS, ArmTraining, CandidateNeurons, arm_training, find_candidates
-from .tables import TuningResults, read_tuning
-from llmfact_nb.tuning.tasks import (
-    TASKS, Example, Scores, TuningTask, batch_nats, examples_fingerprint, score, window_examples,
-)  # fmt: skip
+from .tables import TuningResults, read_tuning, sweep_rows
+from .tasks import TASKS, Example, Scores, TuningTask, batch_nats, score, window_examples
 
 # %% ../../nbs/tuning/08_comparison.ipynb #34837dca
-def check_seeds(
+def each_once(
     argument: str,  # its name
-    seeds: Sequence[int],  # what was given
-) -> tuple[int, ...]:
-    "Return the seeds: at least one, all different, whole numbers from 0."
-    found = tuple(check_whole(argument, s, least=0) for s in seeds)
+    values: Sequence,  # what was given
+    check: Callable,  # takes the name and one value, and returns the value or raises
+) -> tuple:
+    "Return the checked values. Raises ArgumentError if there is none, or one stands there twice."
+    found = tuple(check(argument, value) for value in values)
     if not found or len(set(found)) < len(found):
-        raise ArgumentError(argument, list(seeds), "at least one whole number from 0, each once")
+        raise ArgumentError(argument, list(values), "at least one, each once")
     return found
+
+
+_seed = partial(check_whole, least=0)
+_rate = partial(check_number, above=0)
+_arm = partial(check_choice, accepted=ARMS)
 
 # %% ../../nbs/tuning/08_comparison.ipynb #ef203e57
 _FEW, _ALL = (3e-4, 1e-3, 3e-3), (3e-5, 1e-4, 3e-4)
@@ -51,20 +56,7 @@ RATES: dict[str, tuple[float, ...]] = {arm: _ALL if arm in ("rest", "full") else
 _LABELLED = {"steps": 48, "batch_size": 8, "max_length": 40, "n_val": 128, "n_test": 200}
 _WINDOWS = {"steps": 150, "batch_size": 2, "max_length": 32, "n_val": 32, "n_test": 72}
 
-
-def _rates(arm: str, rates: Sequence[float]) -> tuple[float, ...]:
-    found = tuple(sorted(check_number(f"lrs[{arm!r}]", lr, above=0) for lr in rates))
-    if not found or len(set(found)) < len(found):
-        raise ArgumentError(f"lrs[{arm!r}]", rates, "at least one rate, all different")
-    return found
-
 # %% ../../nbs/tuning/08_comparison.ipynb #d9cef68d
-_ZERO_WILL_DO = (
-    "steps", "batch_size", "max_length", "sweep_steps", "further_rates", "patience", "warmup", "n_val", "n_test",
-    "ica_seed",
-)  # fmt: skip
-
-
 @dataclass(frozen=True)
 class TuningSettings:
     "Everything but arms and seeds that decides a study's numbers."
@@ -93,27 +85,27 @@ class TuningSettings:
     fit_tokens: int = 4096  # tokens the networks are fitted on
 
     def __post_init__(self):
-        for name in _ZERO_WILL_DO:
-            check_whole(name, getattr(self, name), least=0)
-        for name in ("eval_every", "n_train", "n_wiki", "gradient_batches", "n_components", "n_init", "fit_tokens"):
-            check_whole(name, getattr(self, name), least=1)
+        for f in fields(self):
+            if f.type is int:
+                may_be_zero = not f.default or f.name in ("further_rates", "patience", "warmup")
+                check_whole(f.name, getattr(self, f.name), least=0 if may_be_zero else 1)
         check_number("weight_decay", self.weight_decay, least=0)
         check_number("clip", self.clip, above=0)
         check_number("fraction", self.fraction, above=0, below=1)
         if self.steps and self.patience * self.eval_every >= self.steps:
             accepted = f"less than {self.steps / self.eval_every:g} with these steps and eval_every"
             raise ArgumentError("patience", self.patience, accepted, "Validate more often, or give patience=0.")
-        object.__setattr__(self, "sweep_seeds", check_seeds("sweep_seeds", self.sweep_seeds))
         for arm in self.lrs:
             check_choice("lrs", arm, ARMS)
-        object.__setattr__(self, "lrs", {arm: _rates(arm, self.lrs.get(arm, RATES[arm])) for arm in ARMS})
+        rates = {arm: each_once(f"lrs[{arm!r}]", self.lrs.get(arm, RATES[arm]), _rate) for arm in ARMS}
+        object.__setattr__(self, "lrs", {arm: tuple(sorted(of)) for arm, of in rates.items()})
+        object.__setattr__(self, "sweep_seeds", each_once("sweep_seeds", self.sweep_seeds, _seed))
 
     def of(self, task: TuningTask) -> "TuningSettings":
         "Return the settings with the numbers that depend on the task."
         defaults = _LABELLED if task.labelled else _WINDOWS
         known: dict[str, Any] = {k: getattr(self, k) or n for k, n in defaults.items()}
-        full = replace(self, **known)
-        return replace(full, sweep_steps=self.sweep_steps or max(1, full.steps // 2))
+        return replace(self, **known, sweep_steps=self.sweep_steps or max(1, known["steps"] // 2))
 
 # %% ../../nbs/tuning/08_comparison.ipynb #5b19357a
 def check_arms(
@@ -121,11 +113,7 @@ def check_arms(
     settings: TuningSettings,
 ) -> None:
     "Raise ArgumentError for unknown, doubled or unequal arms, ImportError if LoRA is asked for without peft."
-    for arm in arms:
-        check_choice("arms", arm, ARMS)
-    if not arms or len(set(arms)) < len(arms):
-        raise ArgumentError("arms", list(arms), f"some of {', '.join(map(repr, ARMS))}, each once")
-    numbers = {arm: len(settings.lrs[arm]) for arm in arms}
+    numbers = {arm: len(settings.lrs[arm]) for arm in each_once("arms", arms, _arm)}
     if len(set(numbers.values())) > 1:
         raise ArgumentError("lrs", numbers, "equally many rates for each arm, so that their chances are equal")
     if "LoRA" in arms and find_spec("peft") is None:
@@ -151,7 +139,6 @@ class _Trainer:
         self.optimizer = torch.optim.AdamW(ready.groups, lr=lr, fused=True)
         self.wall: list[float] = []  # seconds of each step
         self.processor: list[float] = []
-        self.held = 0  # bytes of gradients and of the optimizer's state
 
     def step(self, examples: Sequence[Example]) -> float:
         "Make one step; return the loss before it."
@@ -159,20 +146,27 @@ class _Trainer:
         for g in self.optimizer.param_groups:
             g["lr"] = self.lr * min(1.0, self.n / (self.settings.warmup + 1))
         self.model.train()
+        self.optimizer.zero_grad()
         loss = torch.cat(batch_nats(self.model, [(e.ids, e.start) for e in examples])).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         self.optimizer.step()
-        self.held = self.held or self._bytes()
-        self.optimizer.zero_grad()
         self.wall.append(time.perf_counter() - begun[0])
         self.processor.append(time.process_time() - begun[1])
         return float(loss.detach())
 
-    def _bytes(self) -> int:
+    def costs(self) -> dict:
+        "Return bytes of the gradients and the optimizer's state, and the median step in wall and processor seconds."
         state = [v for p in self.parameters for v in self.optimizer.state[p].values() if isinstance(v, torch.Tensor)]
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return sum(t.numel() * t.element_size() for t in (*state, *gradients))
+        held = sum(t.nbytes for t in (*state, *(p.grad for p in self.parameters if p.grad is not None)))
+        wall, processor = float(np.median(self.wall)), float(np.median(self.processor))
+        return {"held_bytes": held, "step_seconds": wall, "step_processor_seconds": processor}
+
+# %% ../../nbs/tuning/08_comparison.ipynb #fb5fced5
+def _point(step: int, train: float | None, scores: Scores, seconds: float) -> dict:
+    "A point of the curve; None for what is not finite, which JSON does not know."
+    values = {"train_loss": train, "seconds": seconds} | {f"val_{k}": v for k, v in scores.means.items()}
+    return {"step": step} | {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
 
 # %% ../../nbs/tuning/08_comparison.ipynb #5ffadc87
 def train_run(
@@ -208,17 +202,7 @@ def train_run(
         for k, p in zip(kept, trainer.parameters):
             p.copy_(k)
     diverged = bool(losses) or curve[-1]["val_loss"] is None
-    return {
-        "curve": curve, "steps": trainer.n, "best_step": best_step, "diverged": diverged, "held_bytes": trainer.held,
-        "step_seconds": float(np.median(trainer.wall)), "step_processor_seconds": float(np.median(trainer.processor)),
-    }  # fmt: skip
-
-
-def _point(step: int, train: float | None, scores: Scores, seconds: float) -> dict:
-    "A point of the curve; None for what is not finite, which JSON does not know."
-    values = {"train_loss": train, "val_loss": scores.loss, "val_choice_loss": scores.choice_loss}
-    values |= {"val_accuracy": scores.accuracy, "seconds": seconds}
-    return {"step": step} | {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
+    return {"curve": curve, "steps": trainer.n, "best_step": best_step, "diverged": diverged} | trainer.costs()
 
 # %% ../../nbs/tuning/08_comparison.ipynb #a85414b6
 def choose_rate(
@@ -246,13 +230,8 @@ def sweep_losses(
     runs: Sequence[Mapping],  # contents of the files of an arm's sweep
 ) -> dict[float, float | None]:
     "Return by learning rate the validation loss that chooses, mean over seeds; None if one of them diverged."
-    found: dict[float, list[float | None]] = {}
-    for c in runs:
-        last = c["curve"][-1]
-        value = last["val_loss"] if last["val_choice_loss"] is None else last["val_choice_loss"]
-        found.setdefault(c["lr"], []).append(None if c["diverged"] else value)
-    known = {lr: [loss for loss in of if loss is not None] for lr, of in sorted(found.items())}
-    return {lr: float(np.mean(of)) if len(of) == len(found[lr]) else None for lr, of in known.items()}
+    values = {r["lr"]: (r["val_choice_loss"], r["val_loss"]) for r in sweep_rows(runs)}
+    return {lr: next((loss for loss in of if not math.isnan(loss)), None) for lr, of in values.items()}
 
 # %% ../../nbs/tuning/08_comparison.ipynb #82daae0e
 def set_aside(
@@ -267,38 +246,21 @@ def set_aside(
     apart = [e for i, e in enumerate(task.train) if i in drawn]
     return replace(task, train=[e for i, e in enumerate(task.train) if i not in drawn]), apart
 
-# %% ../../nbs/tuning/08_comparison.ipynb #14559d06
-def _versions(*names: str) -> dict[str, str]:
-    "The releases of the libraries that count, of those that are there."
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
 # %% ../../nbs/tuning/08_comparison.ipynb #1adc0d16
 class _Study:
     "One task's study in one claimed folder."
 
     def __init__(self, model, tokenizer, task: TuningTask, elsewhere: Sequence[Example], settings: TuningSettings):
         self.model, self.tokenizer, self.elsewhere = model, tokenizer, elsewhere
-        self.settings, self.data = settings.of(task), task.fingerprint
+        self.settings, self.data, self.weights = settings.of(task), task.fingerprint, model_fingerprint(model)
         self.task, self.apart = set_aside(task, self.settings.gradient_batches * self.settings.batch_size)
-        self.weights = {n: digest(p) for n, p in model.named_parameters()}
 
     def identity(self) -> dict:
         "Everything that decides the numbers, one entry for each thing a user may have changed."
         settings = asdict(self.settings)
         settings |= {f"lrs {arm}": rates for arm, rates in settings.pop("lrs").items()}
-        weights = hashlib.sha256(repr(self.weights).encode()).hexdigest()[:16]
-        data = {"task": self.task.name, "data": self.data, "wiki": examples_fingerprint(self.elsewhere)}
-        return settings | data | {"weights": weights, "llmfact_nb": __version__} | _versions("torch", "transformers")
-
-    def assert_unchanged(self) -> None:
-        if changed := [n for n, p in self.model.named_parameters() if digest(p) != self.weights.get(n)]:
-            raise RuntimeError(f"{changed[0]} is not what it was at the start. Load the model again, and go on.")
+        data = {"task": self.task.name, "data": self.data, "wiki": fingerprint_of(list(self.elsewhere))}
+        return settings | data | self.weights
 
     def scores(self, *sets: str) -> dict[str, dict]:
         of = {"val": self.task.val, "test": self.task.test, "wiki": self.elsewhere}
@@ -310,11 +272,9 @@ class _Study:
         self.found, seconds = _candidates(self)
         if not (folder / "start.json").exists():
             scores = self.scores("val", "test", "wiki")
-            facts = self.task.levels | {"seconds to find the neurons": seconds}
-            for k in ("test", "wiki"):
-                s = Scores(**scores[k])
-                before = {"loss": s.loss, "choice loss": s.choice_loss, "accuracy": s.accuracy}
-                facts |= {f"{k} {what} before": value for what, value in before.items()}
+            means = {k: Scores(**scores[k]).means for k in ("test", "wiki")}
+            before = {f"{k} {what.replace('_', ' ')} before": v for k, of in means.items() for what, v in of.items()}
+            facts = self.task.levels | {"seconds to find the neurons": seconds} | before
             write_json(folder / "start.json", scores | {"facts": facts})
         self.at_start = Scores(**read_json(folder / "start.json")["val"])
 
@@ -325,39 +285,37 @@ class _Study:
 # %% ../../nbs/tuning/08_comparison.ipynb #62429760
 def _candidates(study: _Study) -> tuple[CandidateNeurons, float]:
     "The neurons of all arms, and the seconds it took to find them; from the folder where they are there."
-    path, s = study.folder / "neurons.safetensors", study.settings
+    path, s, kind = study.folder / "neurons.safetensors", study.settings, "candidate neurons"
     if not path.exists():
-        begun, size = time.perf_counter(), s.batch_size
-        rows = [(e.ids, e.start) for e in study.apart]
-        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        begun, rows = time.perf_counter(), [(e.ids, e.start) for e in study.apart]
+        batches = [rows[i : i + s.batch_size] for i in range(0, len(rows), s.batch_size)]
         networks = FunctionalNetworks(
             s.n_components, standardize=True, exclude="sinks", n_init=s.n_init, random_state=s.ica_seed
         )
-        texts = study.task.texts
-        found = find_candidates(study.model, study.tokenizer, texts, networks, s.fraction, batches, s.fit_tokens)
+        of = study.model, study.tokenizer, study.task.texts
+        found = find_candidates(*of, networks, s.fraction, batches, s.fit_tokens)
         tensors = {"key": found.key.flat, "variance": found.variance, "gradient": found.gradient}
         about = {"widths": list(found.key.widths), "depths": list(found.key.depths)}
-        save_tensors(path, tensors, "candidate neurons", about | {"seconds": time.perf_counter() - begun})
-    needed = ("key", "variance", "gradient", "widths", "depths", "seconds")
-    tensors, meta = load_tensors(path, "candidate neurons", needed)
-    with reading(path, "set of candidate neurons"):
-        key = NeuronMask.from_flat(tensors["key"], meta["widths"], "mlp_hidden", meta["depths"])
-        return CandidateNeurons(key, tensors["variance"], tensors["gradient"]), meta["seconds"]
+        save_tensors(path, tensors, kind, about | {"seconds": time.perf_counter() - begun})
+    tensors, meta = load_tensors(path, kind, ("key", "variance", "gradient", "widths", "depths", "seconds"))
+    key = NeuronMask.from_flat(tensors["key"], meta["widths"], "mlp_hidden", meta["depths"])
+    return CandidateNeurons(key, tensors["variance"], tensors["gradient"]), meta["seconds"]
 
 # %% ../../nbs/tuning/08_comparison.ipynb #b62993b3
 def _run(study: _Study, arm: str, seed: int, lr: float, kind: str, path: Path, **about) -> None:
     "Train one arm, score it, and write the file."
-    study.assert_unchanged()
+    if model_fingerprint(study.model) != study.weights:
+        raise RuntimeError("model is not what it was when the study began. Load the model again, and go on.")
     s = study.settings
     if kind == "sweep":
         s = replace(s, steps=s.sweep_steps, eval_every=s.sweep_steps, patience=0)
     with arm_training(study.model, arm, seed, study.found, s.weight_decay) as ready:
         content = train_run(study.model, ready, study.task, study.at_start, lr, seed, s)
         content |= {"arm": arm, "seed": seed, "lr": lr, "frozen_intact": ready.intact()} | ready.about | about
-        content |= {"threads": torch.get_num_threads()} | (_versions("peft") if arm == "LoRA" else {})
         content |= study.scores("test", "wiki") if kind == "run" else {}
     mask = None if arm == "rest" else study.found.mask(arm, seed)
     content["key_share"] = None if mask is None else (mask & study.found.key).n / mask.n
+    content |= {"threads": torch.get_num_threads()} | ({"peft": version("peft")} if arm == "LoRA" else {})
     write_json(path, content)
 
 # %% ../../nbs/tuning/08_comparison.ipynb #d113778d
@@ -421,7 +379,7 @@ def compare_tuning(
     from llmfact_nb.base.models import load_model
     from llmfact_nb.base.texts import load_texts
 
-    asked, arms, seeds = TuningSettings(**settings), list(arms), check_seeds("seeds", seeds)
+    asked, arms, seeds = TuningSettings(**settings), list(arms), each_once("seeds", seeds, _seed)
     check_arms(arms, asked)
     if not isinstance(task, TuningTask):
         check_choice("task", task, list(TASKS))
@@ -432,15 +390,10 @@ def compare_tuning(
     if elsewhere is None:
         wiki = load_texts("wiki", "eval")["text"]
         elsewhere = window_examples(tokenizer, wiki, asked.n_wiki, asked.of(task).max_length)
-    modes = [(m, m.training) for m in net.modules()]
     study = _Study(net, tokenizer, task, elsewhere, asked)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary if folder is None else folder)
-        try:
-            with claim(folder / task.name, "tuning study", study.identity()) as place:
-                study.begin(place)
-                _do(study, arms, seeds, n_jobs, progress)
-        finally:
-            for m, mode in modes:
-                m.training = mode
+        with claim(folder / task.name, "tuning study", study.identity()) as place:
+            study.begin(place)
+            _do(study, arms, seeds, n_jobs, progress)
         return read_tuning(folder, [task.name], arms, seeds)

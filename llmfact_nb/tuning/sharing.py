@@ -53,21 +53,14 @@ def _difference(saved: Mapping, own: dict) -> str:
     for key, what in (("model_type", "model type"), ("widths", "neurons per layer"), ("dtype", "dtype")):
         if saved.get(key) != own[key]:
             return f"{what}: saved {saved.get(key)}, here {own[key]}"
-    theirs, ours = saved.get("parameters"), own["parameters"]
-    if isinstance(theirs, Mapping):
-        for name in [*ours, *theirs]:
-            if name not in theirs or name not in ours:
-                return f"parameter {name}, which only {'this model' if name in ours else 'the saved base'} has"
-            if theirs[name][:2] != ours[name][:2]:
-                return f"parameter {name}: saved {theirs[name][:2]}, here {ours[name][:2]}"
-            if theirs[name] != ours[name]:
-                return f"the values of {name}"
+    ours, found = own["parameters"], saved.get("parameters")
+    theirs = found if isinstance(found, Mapping) else {}
+    for name in [*ours, *theirs]:
+        if theirs.get(name) != ours.get(name):
+            return f"parameter {name}: saved {theirs.get(name)}, here {ours.get(name)} (dtype, shape, checksum)"
     return "its list of parameters"
 
 # %% ../../nbs/tuning/04_sharing.ipynb #7632d66d
-_KIND, _ABOUT = "set of tuned neurons", ("networks", "widths", "depths", "also", "base")
-
-
 def _selected(model: nn.Module) -> NeuronTuning:
     "The model's tuning, if it is one of slices."
     tuning = getattr(model, "neuron_tuning", None)
@@ -93,6 +86,9 @@ def _tensors(tuning: NeuronTuning) -> dict[str, torch.Tensor]:
     return found | {f"also.{name}": tuning.model.get_parameter(name) for name in sorted(tuning.also)}
 
 # %% ../../nbs/tuning/04_sharing.ipynb #e6e88cca
+_KIND, _ABOUT = "set of tuned neurons", ("networks", "widths", "depths", "also", "base")
+
+
 def _content(meta: dict, tensors: dict[str, torch.Tensor]) -> str:
     "Checksum of a file's header and tensors."
     header = json.dumps([{k: meta.get(k) for k in _ABOUT}, sorted(tensors)], sort_keys=True).encode()

@@ -25,11 +25,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% ../../nbs/tuning/07_tables.ipynb #9a8b7ef3
-_Items = tuple[np.ndarray, np.ndarray, Sequence[int]]  # (sums, counts, documents), one entry per item
-
-
-def _measures(scores: Mapping[str, Mapping]) -> dict[str, _Items]:
-    'From the scores of "test" and "wiki" as read from a file: the items of each measure.'
+def _measures(scores: Mapping[str, Mapping]) -> dict[str, tuple[np.ndarray, np.ndarray, Sequence[int]]]:
+    'From the scores of "test" and "wiki" as read from a file: measure -> (sums, counts, documents) of its items.'
     test, wiki = Scores(**scores["test"]), Scores(**scores["wiki"])
     found = {"test loss": (np.array(test.nats), np.array(test.tokens), test.documents)}
     for name, values in (("test accuracy", test.correct), ("test choice loss", test.choice_nats)):
@@ -37,7 +34,7 @@ def _measures(scores: Mapping[str, Mapping]) -> dict[str, _Items]:
             found[name] = (np.array(values, dtype=float), np.ones(len(values)), test.documents)
     return found | {"wiki loss": (np.array(wiki.nats), np.array(wiki.tokens), wiki.documents)}
 
-
+# %% ../../nbs/tuning/07_tables.ipynb #97b05d26
 def document_interval(
     sums: np.ndarray,  # (n,) what is averaged, summed over each item
     counts: np.ndarray,  # (n,) how many tokens (or answers) each item has
@@ -48,14 +45,13 @@ def document_interval(
     return mean_estimate(np.bincount(place, weights=sums), np.bincount(place, weights=counts), draws=2000).ci
 
 # %% ../../nbs/tuning/07_tables.ipynb #4b244371
-def _compared(start: Mapping, by_seed: Mapping[int, Mapping], other: Mapping | None) -> Iterator[dict]:
+def _compared(by_seed: Mapping[int, Mapping], other: Mapping[int, Mapping] | None) -> Iterator[dict]:
     "For each measure: value, interval and range over the seeds; as a difference to `other`, where there is one."
-    for measure in _measures(start):
+    for measure in _measures(next(iter(by_seed.values()))):
         differences = []
         for seed, content in by_seed.items():
             sums, counts, documents = _measures(content)[measure]
-            base = None if other is None else start if other is start else other[seed]
-            differences.append(sums if base is None else sums - _measures(base)[measure][0])
+            differences.append(sums - (0 if other is None else _measures(other[seed])[measure][0]))
         values = [float(d.sum() / counts.sum()) for d in differences]
         low, high = document_interval(np.mean(differences, axis=0), counts, documents)
         yield {
@@ -64,7 +60,7 @@ def _compared(start: Mapping, by_seed: Mapping[int, Mapping], other: Mapping | N
             "documents": len(set(documents)),
         }  # fmt: skip
 
-
+# %% ../../nbs/tuning/07_tables.ipynb #6f17da0d
 def interval_rows(
     start: Mapping,  # scores before training
     finished: Mapping[str, Mapping[int, Mapping]],  # arm -> seed -> scores after training
@@ -72,59 +68,70 @@ def interval_rows(
     "Return the rows of the table `intervals` for one task."
     rows = []
     for arm, by_seed in finished.items():
-        others = {"": None, "before": start}
+        others: dict[str, Mapping | None] = {"": None, "before": dict.fromkeys(by_seed, start)}
         others |= {a: finished[a] for a in ("random", "full") if a in finished and a != arm}
         for reference, other in others.items():
-            against_arm = reference not in ("", "before")
-            common = {s: c for s, c in by_seed.items() if not against_arm or s in (other or {})}
-            if common:
-                rows += [{"arm": arm, "reference": reference} | row for row in _compared(start, common, other)]
+            common = {seed: of for seed, of in by_seed.items() if other is None or seed in other}
+            rows += [{"arm": arm, "reference": reference} | r for r in (_compared(common, other) if common else ())]
     return rows
 
 # %% ../../nbs/tuning/07_tables.ipynb #b6e19ae4
-RUN_COLUMNS = (
-    "task", "arm", "seed", "lr", "edge", "rates_tried", "steps", "best_step", "diverged",
-    "test_loss_before", "test_loss", "test_choice_loss_before", "test_choice_loss", "test_accuracy_before",
-    "test_accuracy", "wiki_loss_before", "wiki_loss", "trained_parameters", "neurons", "rank", "lowest_layer",
-    "held_bytes", "step_seconds", "step_processor_seconds", "threads", "frozen_intact", "counts", "key_share",
-)  # fmt: skip
-CURVE = ("step", "train_loss", "val_loss", "val_choice_loss", "val_accuracy", "seconds")
+_CURVE = ("step", "train_loss", "val_loss", "val_choice_loss", "val_accuracy", "seconds")
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "runs": (
+        "task", "arm", "seed", "lr", "edge", "rates_tried", "steps", "best_step", "diverged",
+        "test_loss_before", "test_loss", "test_choice_loss_before", "test_choice_loss", "test_accuracy_before",
+        "test_accuracy", "wiki_loss_before", "wiki_loss", "trained_parameters", "neurons", "rank", "lowest_layer",
+        "held_bytes", "step_seconds", "step_processor_seconds", "threads", "frozen_intact", "counts", "key_share",
+    ),
+    "curves": ("task", "arm", "seed", "lr", "phase", *_CURVE),
+    "sweep": (
+        "task", "arm", "lr", "seeds", "steps", "val_loss", "val_choice_loss", "val_accuracy", "diverged", "further",
+        "chosen", "edge",
+    ),
+    "intervals": (
+        "task", "arm", "reference", "measure", "value", "ci_low", "ci_high", "seed_low", "seed_high", "seeds", "items",
+        "documents",
+    ),
+}  # fmt: skip
 
-
+# %% ../../nbs/tuning/07_tables.ipynb #4824da7f
 def _run_row(content: Mapping, start: Mapping) -> dict:
-    "A row of `runs` from the content of a final run's file."
+    "A row of `runs` from the content of a final run's file, and more."
     row = dict(content)
     for when, of in (("_before", start), ("", content)):
-        for k in ("test", "wiki"):
-            scores = Scores(**of[k])
-            row |= {f"{k}_{what}{when}": getattr(scores, what) for what in ("loss", "choice_loss", "accuracy")}
-    return {c: row.get(c, math.nan) for c in RUN_COLUMNS if c != "task"}
+        row |= {f"{k}_{what}{when}": v for k in ("test", "wiki") for what, v in Scores(**of[k]).means.items()}
+    return row
 
 
 def _curve_rows(contents: Iterable[Mapping], phase: str) -> list[dict]:
-    about = lambda c: {"arm": c["arm"], "seed": c["seed"], "lr": c["lr"], "phase": phase}
-    return [about(c) | {k: point[k] for k in CURVE} for c in contents for point in c["curve"]]
+    return [{**c, "phase": phase, **point} for c in contents for point in c["curve"]]
 
 # %% ../../nbs/tuning/07_tables.ipynb #23818bc2
-def _sweep_rows(tried: Sequence[Mapping], chosen: float | None, edge: str) -> list[dict]:
-    "One row per learning rate that an arm tried, mean over seeds; nan where one of them diverged."
+def sweep_rows(
+    tried: Sequence[Mapping],  # contents of the files of an arm's sweep
+) -> list[dict]:
+    "Return one row per learning rate that an arm tried, mean over seeds; nan where one of them diverged."
     rows = []
     for lr in sorted({c["lr"] for c in tried}):
         of = [c for c in tried if c["lr"] == lr]
-        diverged = any(c["diverged"] for c in of)
-        last = lambda k: [c["curve"][-1][k] for c in of]
-        mean = lambda k: math.nan if diverged or None in last(k) else float(np.mean(last(k)))
-        rows.append({
-            "arm": of[0]["arm"], "lr": lr, "seeds": len(of), "steps": of[0]["steps"],
-            **{k: mean(k) for k in ("val_loss", "val_choice_loss", "val_accuracy")}, "diverged": diverged,
-            "further": of[0]["further"], "chosen": lr == chosen, "edge": edge if lr == chosen else "",
-        })  # fmt: skip
+        row, diverged = dict(of[0]) | {"seeds": len(of)}, any(c["diverged"] for c in of)
+        for k in ("val_loss", "val_choice_loss", "val_accuracy"):
+            last = [c["curve"][-1][k] for c in of]
+            row[k] = math.nan if diverged or None in last else float(np.mean(last))
+        rows.append(row | {"diverged": diverged})
     return rows
 
-# %% ../../nbs/tuning/07_tables.ipynb #f2198405
-_FRAMES = ("runs", "curves", "sweep", "intervals")
+# %% ../../nbs/tuning/07_tables.ipynb #c4b8d81f
+def _saved_tables(folder: Path) -> "tuple[dict[str, pd.DataFrame], dict]":
+    "The tables that `TuningResults.save` wrote, and the facts."
+    import pandas as pd
 
+    words = {"edge": "", "reference": "", "counts": ""}  # an empty text comes back from csv as nan
+    frames = {k: pd.read_csv(folder / f"{k}.csv").fillna(words)[list(columns)] for k, columns in COLUMNS.items()}
+    return frames, {task: dict(of) for task, of in read_json(folder / "facts.json").items()}
 
+# %% ../../nbs/tuning/07_tables.ipynb #418ff170
 @dataclass(frozen=True, eq=False, repr=False)
 class TuningResults:
     "The tables of one or several tasks."
@@ -140,12 +147,12 @@ class TuningResults:
 
     def save(self, folder: str | os.PathLike) -> None:
         "Write the four tables as csv files and the facts as facts.json; `read_tuning` reads them."
-        for name in _FRAMES:
+        for name in COLUMNS:
             write_text(Path(folder) / f"{name}.csv", getattr(self, name).to_csv(index=False))
         write_json(Path(folder) / "facts.json", self.facts)
 
-# %% ../../nbs/tuning/07_tables.ipynb #418ff170
-def _summary(results: TuningResults, task: str) -> str:
+# %% ../../nbs/tuning/07_tables.ipynb #f2198405
+def _summary(results: "TuningResults", task: str) -> str:
     "What came out for one task, in the measure that chose, and what to be careful with."
     runs, intervals = (f[f["task"] == task] for f in (results.runs, results.intervals))
     measure = "test choice loss" if runs["test_choice_loss"].notna().any() else "test loss"
@@ -163,39 +170,22 @@ def _summary(results: TuningResults, task: str) -> str:
 def _task_tables(folder: Path, arms: Sequence[str], seeds: Sequence[int] | None) -> dict[str, list[dict]]:
     "The rows of the four tables for one task's folder."
     start, finished = read_json(folder / "start.json"), {}
-    rows: dict[str, list[dict]] = {name: [] for name in _FRAMES}
+    rows: dict[str, list[dict]] = {name: [] for name in COLUMNS}
     for arm in arms:
-        slug = arm.replace(" ", "-")
-        tried, final = (
-            sorted((read_json(p) for p in folder.glob(f"{kind}-{slug}-*.json")), key=lambda c: (c["lr"], c["seed"]))
-            for kind in ("sweep", "run")
-        )
+        files = [read_json(p) for p in folder.glob(f"*-{arm.replace(' ', '-')}-*.json")]
+        files.sort(key=lambda c: (c["lr"], c["seed"]))
+        tried, final = ([c for c in files if ("test" in c) == tested] for tested in (False, True))
         final = [c for c in final if seeds is None or c["seed"] in seeds]
-        chosen, edge = (final[0]["lr"], final[0]["edge"]) if final else (None, "")
+        best = {"lr": final[0]["lr"], "edge": final[0]["edge"]} if final else {"lr": None, "edge": ""}
         rows["runs"] += [_run_row(c, start) for c in final]
         rows["curves"] += _curve_rows(tried, "sweep") + _curve_rows(final, "final")
-        rows["sweep"] += _sweep_rows(tried, chosen, edge)
+        for row in sweep_rows(tried):
+            chosen = row["lr"] == best["lr"]
+            rows["sweep"].append(row | {"chosen": chosen, "edge": best["edge"] if chosen else ""})
         if final:
             finished[arm] = {c["seed"]: c for c in final}
     rows["intervals"] = interval_rows(start, finished)
-    return {name: [{"task": folder.name} | row for row in of] for name, of in rows.items()}
-
-# %% ../../nbs/tuning/07_tables.ipynb #c4b8d81f
-def _saved_tables(folder: Path) -> "tuple[list[pd.DataFrame], dict]":
-    "The tables that `TuningResults.save` wrote, and the facts."
-    import pandas as pd
-
-    words = {"edge": "", "reference": "", "counts": ""}  # an empty text comes back from csv as nan
-    with reading(folder, "folder of saved tuning tables"):
-        frames = [pd.read_csv(folder / f"{name}.csv").fillna(words) for name in _FRAMES]
-        needed = (RUN_COLUMNS, ("phase", *CURVE), ("lr", "chosen"), ("measure", "reference", "value", "ci_low"))
-        for name, f, columns in zip(_FRAMES, frames, needed):
-            if missing := {"task", "arm", *columns} - {*f}:
-                raise ValueError(f"{name}.csv lacks the columns {', '.join(sorted(missing))}")
-        facts = read_json(folder / "facts.json")
-        if wrong := [task for task, of in facts.items() if not isinstance(of, dict)]:
-            raise ValueError(f"facts.json holds no facts of the task {wrong[0]!r}")
-        return frames, facts
+    return {name: [row | {"task": folder.name} for row in of] for name, of in rows.items()}
 
 # %% ../../nbs/tuning/07_tables.ipynb #c755d9e9
 def read_tuning(
@@ -211,20 +201,21 @@ def read_tuning(
     if (folder / "facts.json").exists() and not any(folder.glob("*/start.json")):
         if seeds is not None:
             raise ArgumentError("seeds", seeds, "None: the intervals of saved tables are over all their seeds")
-        frames, facts = _saved_tables(folder)
+        with reading(folder, "folder of saved tuning tables"):
+            frames, facts = _saved_tables(folder)
     else:
-        places = [p.parent for p in sorted(folder.glob("*/start.json"))]
-        places = [p for p in places if tasks is None or p.name in tasks]
+        places = [p.parent for p in sorted(folder.glob("*/start.json")) if tasks is None or p.parent.name in tasks]
         rows = [_task_tables(p, arms, seeds) for p in places]
-        frames = [pd.DataFrame([row for of in rows for row in of[name]]) for name in _FRAMES]
+        frames = {k: pd.DataFrame([r for of in rows for r in of[k]], columns=[*c]) for k, c in COLUMNS.items()}
         facts = {p.name: read_json(p / "start.json")["facts"] for p in places}
-        if not any(of["runs"] for of in rows):
+        if frames["runs"].empty:
             raise FileNotFoundError(f"folder={str(folder)!r} holds no finished run of a tuning study.")
-    facts = {t: dict(f) for t, f in facts.items() if tasks is None or t in tasks}
+    facts = {task: of for task, of in facts.items() if tasks is None or task in tasks}
     with reading(folder, "folder of tuning tables"):
-        frames = [f[f["task"].isin(facts) & f["arm"].isin(arms)].reset_index(drop=True) for f in frames]
-        numbers = [f.astype({c: float for c in f if c.endswith(("loss", "accuracy", "before"))}) for f in frames]
-        runs, curves, sweep, intervals = numbers
-        results = TuningResults(runs.astype({"neurons": "Int64", "rank": "Int64"}), curves, sweep, intervals, facts)
+        for name, f in frames.items():
+            f = f[f["task"].isin(facts) & f["arm"].isin(arms)].reset_index(drop=True)
+            frames[name] = f.astype({c: float for c in f if c.endswith(("loss", "accuracy", "before"))})
+        frames["runs"] = frames["runs"].astype({"neurons": "Int64", "rank": "Int64"})
+        results = TuningResults(**frames, facts=facts)
         repr(results)  # what cannot be shown is damaged
     return results

@@ -6,21 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/tuning/05_tasks.ipynb #b1391f0d
-import hashlib
-import inspect
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..base.arguments import ArgumentError
 from ..base.files import file_name
-from ..base.tokens import input_device, padded, text_list, token_lists
-from ..evaluate import score_tokens, split_prompt
+from ..base.tokens import text_list, token_lists
+from ..evaluate import fingerprint_of, row_log_probs, score_tokens, split_prompt
 
 # %% ../../nbs/tuning/05_tasks.ipynb #53e6941d
 @dataclass(frozen=True)
@@ -49,18 +47,11 @@ def _cuts(text: str) -> list[int]:
 
 # %% ../../nbs/tuning/05_tasks.ipynb #7ad3c3c4
 def _longest(cuts: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    "The last of the cuts that fits, by halving; None if not even the first does."
-    if fits(cuts[-1]):
-        return cuts[-1]
-    if not fits(cuts[0]):
-        return None
-    low, high = 0, len(cuts) - 1  # cuts[low] fits, cuts[high] does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(cuts[middle]) else (low, middle)
-    return cuts[low]
+    "The last of the cuts that fits; None if not even the first does."
+    n = len(cuts) if fits(cuts[-1]) else bisect_left(cuts, True, key=lambda end: not fits(end))
+    return cuts[n - 1] if n else None
 
-
+# %% ../../nbs/tuning/05_tasks.ipynb #5d151580
 def labelled_examples(
     tokenizer,  # of the model
     texts: Sequence[str],  # what is judged
@@ -73,11 +64,10 @@ def labelled_examples(
     examples = []
     for number, (text, label) in enumerate(zip(text_list(texts), labels, strict=True)):
         split = lambda end: split_prompt(tokenizer, template.replace("{text}", text[:end]), label_words)
-        cuts = [e for e in _cuts(text) if e <= 20 * max_length]
-        end = _longest(cuts, lambda end: max(map(len, split(end)[0])) <= max_length)
+        longest = lambda end: max(map(len, split(end)[0]))
+        end = _longest([e for e in _cuts(text) if e <= 20 * max_length], lambda end: longest(end) <= max_length)
         if end is None:
-            least = max(map(len, split(0)[0]))
-            raise ArgumentError("max_length", max_length, f"at least {least}, for the prompt and a label word")
+            raise ArgumentError("max_length", max_length, f"at least {longest(0)}, for the prompt and a label word")
         rows, start = split(end)
         choices = tuple(tuple(row[start:]) for row in rows)
         if len(set(choices)) < len(choices):
@@ -93,18 +83,17 @@ def excerpts(
 ) -> list[tuple[int, str]]:
     "Return `n` pairs (number of the document, excerpt), spread evenly over the documents and within each."
     texts, found = text_list(texts), []
-    few = n < len(texts)
+    rounds = -(-n // len(texts))
     for i in range(n):
-        document = i * len(texts) // n if few else i % len(texts)
-        place = 0.5 if few else (i // len(texts) + 0.5) / -(-n // len(texts))
+        turn, document = divmod(i, len(texts)) if rounds > 1 else (0, i * len(texts) // n)
         text = texts[document]
-        begin = int(place * max(0, len(text) - characters))
+        begin = int((turn + 0.5) / rounds * max(0, len(text) - characters))
         border = re.compile(r"\s").search(text, begin, begin + _WORD) if begin else None
         begin = border.end() if border else begin
         found.append((document, text[begin : begin + characters].strip()))
     return found
 
-
+# %% ../../nbs/tuning/05_tasks.ipynb #e9ebbddf
 def window_examples(
     tokenizer,  # of the model
     texts: Sequence[str],  # documents
@@ -126,20 +115,13 @@ def batch_nats(
     rows: Sequence[tuple[tuple[int, ...], int]],  # (token ids, place of the first predicted token)
 ) -> list[torch.Tensor]:
     "Return for each row the losses (n predicted,) float32 of its predicted tokens, in nats, with their graph."
-    ids, real = padded([ids[:-1] for ids, _ in rows], input_device(model))
-    places = sorted({p for row, start in rows for p in range(start - 1, len(row) - 1)})
-    kept = {}
-    if len(places) < ids.shape[1] and "logits_to_keep" in inspect.signature(model.forward).parameters:
-        kept["logits_to_keep"] = torch.tensor(places, device=ids.device)
-    logits = model(input_ids=ids, attention_mask=real, use_cache=False, **kept).logits
-    column = {p: i if kept else p for i, p in enumerate(places)}
-    losses = []
-    for i, (row, start) in enumerate(rows):
-        read = logits[i, [column[p] for p in range(start - 1, len(row) - 1)]].float()
-        losses.append(F.cross_entropy(read, torch.tensor(row[start:], device=read.device), reduction="none"))
-    return losses
+    return [-log_probs for log_probs, _ in row_log_probs(model, rows)]
 
 # %% ../../nbs/tuning/05_tasks.ipynb #51b75e20
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+# %% ../../nbs/tuning/05_tasks.ipynb #3792b5a8
 @dataclass(frozen=True)
 class Scores:
     "What a model makes of some examples, in their order."
@@ -156,19 +138,15 @@ class Scores:
         return sum(self.nats) / sum(self.tokens)
 
     @property
-    def accuracy(self) -> float | None:
-        "Share of labelled examples that are right; None for others."
-        return sum(self.correct) / len(self.correct) if self.correct else None
-
-    @property
-    def choice_loss(self) -> float | None:
-        "Mean loss of the right label among the labels, in nats; None for examples without labels."
-        return sum(self.choice_nats) / len(self.choice_nats) if self.choice_nats else None
+    def means(self) -> dict[str, float | None]:
+        "The loss; mean loss of the right label among the labels, and share of right answers: None without labels."
+        return {"loss": self.loss, "choice_loss": _mean(self.choice_nats), "accuracy": _mean(self.correct)}
 
     @property
     def criterion(self) -> float:
         "What chooses between two states of a model: the choice loss where there is one, else the loss."
-        return self.loss if self.choice_loss is None else self.choice_loss
+        choice_loss = _mean(self.choice_nats)
+        return self.loss if choice_loss is None else choice_loss
 
 # %% ../../nbs/tuning/05_tasks.ipynb #9c2cc6f9
 def score(
@@ -179,14 +157,12 @@ def score(
     rows = [row for e in examples for row in e.rows]
     found = iter(score_tokens(model, [ids for ids, _ in rows], [start for _, start in rows]))
     sums = [torch.stack([next(found)[0].double().sum() for _ in e.rows]) for e in examples]  # log-likelihoods
-    right = [e.label if e.choices else 0 for e in examples]
-    nats = [-float(s[r]) for s, r in zip(sums, right)]
-    scores = Scores(nats, [len(e.ids) - e.start for e in examples], [e.document for e in examples])
+    right = [(s, e.label if e.choices else 0) for s, e in zip(sums, examples)]
+    scores = [-float(s[r]) for s, r in right], [len(e.ids) - e.start for e in examples], [e.document for e in examples]
     if not any(e.choices for e in examples):
-        return scores
-    correct = [bool((s[r] > torch.cat([s[:r], s[r + 1 :]])).all()) for s, r in zip(sums, right)]
-    choice = [-float(s.log_softmax(0)[r]) for s, r in zip(sums, right)]
-    return Scores(scores.nats, scores.tokens, scores.documents, correct, choice)
+        return Scores(*scores)
+    correct = [bool((s[r] > torch.cat([s[:r], s[r + 1 :]])).all()) for s, r in right]
+    return Scores(*scores, correct, [-float(s.log_softmax(0)[r]) for s, r in right])
 
 # %% ../../nbs/tuning/05_tasks.ipynb #57829b78
 @dataclass(frozen=True, eq=False)
@@ -220,13 +196,7 @@ class TuningTask:
     @property
     def fingerprint(self) -> str:
         "A checksum of everything in it."
-        parts = [self.name, *map(examples_fingerprint, (self.train, self.val, self.test)), *self.texts]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def examples_fingerprint(examples: Sequence[Example]) -> str:
-    "Return a checksum of examples."
-    return hashlib.sha256(repr(list(examples)).encode()).hexdigest()[:16]
+        return fingerprint_of(self.name, *map(list, (self.train, self.val, self.test, self.texts)))
 
 # %% ../../nbs/tuning/05_tasks.ipynb #a74633a4
 def reviews_task(
