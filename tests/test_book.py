@@ -16,7 +16,6 @@ def book():
     return measure()
 
 
-@pytest.mark.xfail(reason="half of the cells have up to 15 lines", strict=False)
 def test_half_of_the_exported_cells_are_very_short(book):
     assert statistics.median(book.lines) <= 14
 

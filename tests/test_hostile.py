@@ -169,6 +169,7 @@ def study_folder(folder):
     (folder / "tables").mkdir()
     for name in ("union", "random-share"):
         table.to_csv(folder / "tables" / f"{name}.csv", index=False)
+    (folder / "study.json").write_text(json.dumps({"settings": {"find": {"model": "tiny"}, "quick": False}}))
     return lambda: read_study(folder)
 
 
