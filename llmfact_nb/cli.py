@@ -564,6 +564,129 @@ def _tuning_told(name: str, settings, facts: dict, out: Path) -> list[str]:
         f"written to {out}: {', '.join(facts['files'])}",
     ]
 
+# %% ../nbs/12_command.ipynb #3bd001e8
+PRUNE = {
+    "score": Option("networks", "What makes a neuron important; the lowest are removed.", _WHICH,
+                    accepted=("networks", "networks, published", "Wanda", "fluctuation", "magnitude", "variance",
+                              "random")),
+    "share": Option(0.2, "Share of all MLP neurons that is removed.", _WHICH, check=above_zero),
+    "anywhere": Option(False, "The lowest scores wherever they are, not the same share of every layer.", _WHICH),
+    "protect": Option(0, "So many of the first and of the last layers stay whole.", _WHICH, least=0),
+    "keep_networks": Option(False, "The units of all networks stay, whatever their score.", _WHICH),
+    "seed": Option(0, "Of random scores.", _WHICH, least=0),
+    "uncompensated": Option(False, "Without the biases that make up for the means of the removed neurons.", _DONE),
+    "run": Option(Path("out/run"), _HOLDS, "Where"),
+    "out": Option(Path("out/pruned"), "Folder for the pruned model.", "Where"), **LOAD,
+}  # fmt: skip
+
+# %% ../nbs/12_command.ipynb #188440b1
+@command(**PRUNE)
+def prune(run, out, device, accept_licence, dry_run, anywhere, uncompensated, **given) -> Answer:
+    """Remove neurons from the model of a run, and save the smaller model.
+
+    Says how many neurons and parameters are left and what the loss on held-out texts was before and after. The folder
+    is read by `load_pruned`, and by from_pretrained where all layers have the same width and no bias was made.
+
+    \b
+    llmfact prune --dry-run
+    llmfact prune --share 0.1 --keep-networks --out out/smaller
+    llmfact prune --score Wanda --uncompensated
+    """
+    from llmfact_nb.command.pruned import PruneSettings, check_prunable, neurons_to_remove, prune_into, pruning_cost
+    from llmfact_nb.command.run import Sources, read_found
+
+    check_asked(device)
+    settings, found = read_found(run)
+    with typed():
+        check_prunable(settings)
+        asked = PruneSettings(per_layer=not anywhere, compensate=not uncompensated, **given)
+        if asked.score == "networks":
+            neurons_to_remove(found.networks.maps_.abs().amax(0), found, asked)
+    if dry_run:
+        return bill(pruning_cost(settings), out, settings.model, accept_licence)
+    check_room(pruning_cost(settings, 1e9), out)
+    sources = Sources(settings, device, progress(), **({"accept_licence": True} if accept_licence else {}))
+    facts = prune_into(sources, found, asked, out)
+    return Answer(_prune_told(settings.model, facts, out), snake(facts) | {"folder": out})
+
+
+def _prune_told(model: str, facts: dict, out: Path) -> list[str]:
+    from llmfact_nb.base.display import signed
+
+    low, high = facts["ci"]
+    lost = f"{signed(facts['difference'], 3)} [{signed(low, 3)}, {signed(high, 3)}]"
+    return [
+        f"{model}: {facts['removed']:,} of {facts['neurons']:,} MLP neurons removed; {facts['parameters']:,} of "
+        f"{facts['parameters before']:,} parameters are left",
+        f"held-out loss, nats a token over {facts['held-out tokens']:,} tokens: {facts['loss before']:.3f} before, "
+        f"{facts['loss after']:.3f} after ({lost})",
+        "neurons left, layer by layer: " + " ".join(map(str, facts["neurons left"])),
+        f"written to {out}",
+    ]
+
+# %% ../nbs/12_command.ipynb #e510c8c0
+_FOUND = "How networks are found"
+FINGERPRINT = {
+    "first": Option(str, _MODEL, shown="needed"),
+    "second": Option(str, "The model to compare with it; it may have another tokenizer.", shown="needed"),
+    "texts": Option("wiki", f"Texts that both read: {TEXTS}", "What"), **READING,
+    "n_texts": Option(10, "How many of these texts.", "What", least=2),
+    "max_length": Option(512, "Tokens of each text, at most.", "What", least=32),
+    "site": dataclasses.replace(SETTINGS["site"], default="residual", shown=None),
+    "k": Option(64, "Number of networks of each model.", _FOUND, least=1),
+    "regress": Option(False, "Remove what the words themselves explain.", _FOUND),
+    "published": Option(False, "The published way: spatial ICA, mean activations.", _FOUND),
+    "seed": Option(0, "Of the ICA and the nulls.", _FOUND, least=0),
+    "device": DEVICE, "accept_licence": LICENCE,
+}  # fmt: skip
+
+# %% ../nbs/12_command.ipynb #e1e83645
+@command(**FINGERPRINT)
+def fingerprint(
+    first, second, texts, n_texts, device, accept_licence, published, column, documents, shuffle, **how
+) -> Answer:
+    """Say how alike the networks of two models are on the same texts.
+
+    The similarity of related models is far above both nulls. That of unrelated models is above circular shifts too,
+    because both follow the same words; --regress removes that part.
+
+    \b
+    llmfact fingerprint smollm2-135m out/tuned/model
+    llmfact fingerprint smollm2-135m gemma-3-270m --accept-licence --regress
+    """
+    from llmfact_nb.across.fingerprint import fingerprint as compared
+    from llmfact_nb.base.display import note
+    from llmfact_nb.base.models import load_model
+    from llmfact_nb.base.texts import load_texts
+
+    for name in (first, second):
+        check_asked(device, model=name, texts=texts)
+    reading = only_typed({"column": column, "documents": documents, "shuffle": shuffle})
+    some, more = list(load_texts(texts, "eval", n_texts, **reading)["text"]), dict[str, Any]()
+    if accept_licence:
+        more["accept_licence"] = True
+    note(f"loading {first} and {second} ...", progress())
+    (a, tokenizer_a), (b, tokenizer_b) = (load_model(name, device=device, **more) for name in (first, second))
+    with typed():
+        how["rule"] = "published" if published else "courses"
+        found = compared(a, tokenizer_a, b, tokenizer_b, some, **how)
+    return Answer(_alike(first, second, found), _fingerprint_facts(found))
+
+# %% ../nbs/12_command.ipynb #ed48337e
+def _alike(first: str, second: str, found) -> list[str]:
+    low, high = found.ci
+    return [
+        f"{first} and {second}: {found.texts} texts, {found.pieces:,} common pieces, {len(found.table)} pairs",
+        f"similarity {found.similarity:.3f} [{low:.3f}, {high:.3f}], p {found.p:.3f} among circular shifts",
+        f"nulls: shifted {found.shifted:.3f}, networks of one model rotated {found.rotated:.3f}",
+        f"best pair, as published: {found.best:.3f}, p {found.best_p:.3f}",
+    ]
+
+
+def _fingerprint_facts(found) -> dict:
+    names = ("similarity", "ci", "p", "best", "best_p", "shifted", "rotated", "texts", "pieces")
+    return {name: getattr(found, name) for name in names} | {"pairs": found.table.to_dict("records")}
+
 # %% ../nbs/12_command.ipynb #2019fbed
 study = group(
     "study", "Run the studies of the paper, or the study of fine-tuning; hours, and the same command goes on."

@@ -23,7 +23,7 @@ from ..base.statistics import auc_estimate, control_p_value, stream
 from ..base.tokens import text_list, text_tokenizer
 from ..connectivity import network_time_courses
 from ..base.whitening import CentredX, whiten
-from ..ica import ICA, first_starts, positive_skew, unmix
+from ..ica import ICA, ConvergenceWarning, first_starts, positive_skew, unmix
 from ..networks import FunctionalNetworks, random_rotation
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def network_courses(
     if check_whole("k", k, least=1) > most:
         raise ArgumentError("k", k, f"at most {most}, which the texts carry", "Give more or longer texts.")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an ICA of so many components often does not converge; the nulls allow for it
+        warnings.simplefilter("ignore", ConvergenceWarning)  # usual with so many components
         courses = _published(acts, k, seed) if rule == "published" else _independent(acts, k, seed)
     ids = [acts.token_ids[acts.text_ids == i].tolist() for i in range(len(texts))]
     return NetworkCourses(courses, [token_ends(tokenizer, t, i) for t, i in zip(texts, ids)], texts)

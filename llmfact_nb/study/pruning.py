@@ -6,8 +6,9 @@
 __all__ = ['pruning_study']
 
 # %% ../../nbs/study/09_pruning.ipynb #36c3fc3e
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import nn
 from ..ablation import EvaluationSet, Found, Intervention, ScoreCache, Scores, enough_texts, measure
 from ..activations import Activations, capture
 from ..base.statistics import document_estimate
+from ..base.arguments import check_choice
 from ..base.tokens import columns_of
 from ..evaluate import EvalSet, cloze_accuracy
 from ..finetune import neuron_parameters
@@ -55,6 +57,9 @@ def own_weights(model: nn.Module, like: NeuronMask) -> tuple[torch.Tensor, torch
         whole.append((part.layer, rows.reshape(-1, layer).sum(0)))  # gate and up may be one matrix
     return torch.cat([sum(r for depth, r in whole if depth == d) for d in like.depths]), torch.cat(down)
 
+# %% ../../nbs/study/09_pruning.ipynb #55012a31
+SCORES = ("networks", "networks, published", "Wanda", "fluctuation", "magnitude", "variance", "random")
+
 # %% ../../nbs/study/09_pruning.ipynb #d7fd0c7b
 def pruning_scores(
     model: nn.Module,  # a causal language model
@@ -64,22 +69,24 @@ def pruning_scores(
     n_tokens: int = 4096,  # how many of them to use
     max_length: int = 256,  # tokens of each text, at most
     k: int = 128,  # networks of each layer, published way
-    seeds: int = 3,  # random scores
+    seeds: Sequence[int] = (0, 1, 2),  # of random scores
+    which: Sequence[str] = SCORES,  # names of the scores
 ) -> dict[str, torch.Tensor]:
     "Return by name the scores (N,) of all neurons: the higher, the more important. Random ones have their seed behind."
-    some = enough_texts(tokenizer, texts, n_tokens, max_length)
-    acts = capture(model, tokenizer, some, "mlp_hidden", max_length=max_length, progress=False)
-    variance, (whole, down) = acts.moments()[1].float(), own_weights(model, found.key)
-    draws = (torch.rand(acts.n_neurons, generator=torch.Generator().manual_seed(s)) for s in range(seeds))
-    return {
-        "networks": found.networks.maps_.abs().amax(0),
-        "networks, published": layer_network_scores(acts, k),
-        "Wanda": wanda_score(model, EvalSet(tokenizer, some, max_length)),
-        "fluctuation": variance * down,
-        "magnitude": whole,
-        "variance": variance,
-        **{f"random {s}": draw for s, draw in enumerate(draws)},
+    layout = found.networks.layout
+    some = functools.cache(lambda: enough_texts(tokenizer, texts, n_tokens, max_length))
+    read = lambda: capture(model, tokenizer, some(), "mlp_hidden", max_length=max_length, progress=False)
+    makers: dict[str, Callable[[], torch.Tensor]] = {
+        "networks": lambda: found.networks.maps_.abs().amax(0),
+        "networks, published": lambda: layer_network_scores(read(), k),
+        "Wanda": lambda: wanda_score(model, EvalSet(tokenizer, some(), max_length)),
+        "fluctuation": lambda: found.variance * own_weights(model, found.key)[1],
+        "magnitude": lambda: own_weights(model, found.key)[0],
+        "variance": lambda: found.variance,
     }
+    scores = {name: makers[check_choice("which", name, SCORES)]() for name in which if name != "random"}
+    drawn = {s: torch.rand(layout.n_neurons, generator=torch.Generator().manual_seed(s)) for s in seeds}
+    return scores | ({f"random {s}": draw for s, draw in drawn.items()} if "random" in which else {})
 
 # %% ../../nbs/study/09_pruning.ipynb #e0b015d7
 def cloze_on(

@@ -153,10 +153,14 @@ def _down_maps(model: nn.Module, mask: NeuronMask):
     return neuron_sites(model, "mlp_hidden").at(mask.depths)
 
 # %% ../../nbs/tuning/03_pruning.ipynb #8583bed7
-def _means(mask: NeuronMask, activations: Activations, exclude: str | None) -> torch.Tensor:
-    "Mean of every neuron (N,) over the tokens that count. Raises ValueError for activations of other neurons."
-    common_layout([mask, NeuronMask.empty(activations.widths, activations.site, activations.depths)])
-    return activations.moments(rows_to_use(activations, exclude))[0]
+def _means(mask: NeuronMask, given: Activations | torch.Tensor, exclude: str | None) -> torch.Tensor:
+    "Mean of every neuron (N,) over the tokens that count. Raises ValueError for activations or means of others."
+    if isinstance(given, torch.Tensor):
+        if given.shape != (mask.n_neurons,):
+            raise ArgumentError("compensate", tuple(given.shape), f"a mean for each of {mask.n_neurons:,} neurons")
+        return given
+    common_layout([mask, NeuronMask.empty(given.layout)])
+    return given.moments(rows_to_use(given, exclude))[0]
 
 # %% ../../nbs/tuning/03_pruning.ipynb #cd0c510c
 class PrunedNeurons:
@@ -219,7 +223,7 @@ def _cut_out(model: nn.Module, mask: NeuronMask) -> list[_Cut]:
 def prune(
     model: nn.Module,  # a Hugging Face model with plain weights; changed in place
     mask: NeuronMask,  # of site mlp_hidden: the neurons to remove
-    compensate: Activations | None = None,  # of the same neurons: biases make up for their means; None: nothing does
+    compensate: Activations | torch.Tensor | None = None,  # of the same neurons, or their means (N,): biases make up
     exclude: str | None = None,  # tokens that do not count for the means: None, "first" or "sinks"
     verbose: bool = True,  # print what was removed
 ) -> PrunedNeurons:
@@ -273,7 +277,7 @@ def pruned_training(
     model: nn.Module,  # a Hugging Face model
     mask: NeuronMask,  # of site mlp_hidden: the neurons to remove
     then: str = "restore",  # at the end: "restore" the removed neurons, or "keep" the model pruned
-    compensate: Activations | None = None,  # as for `prune`
+    compensate: Activations | torch.Tensor | None = None,  # as for `prune`
     exclude: str | None = None,  # likewise
     verbose: bool = True,  # print what was removed
 ) -> Iterator[PrunedNeurons]:
