@@ -16,7 +16,7 @@ from .base.arguments import check_choice
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../nbs/11_paper.ipynb #57265238
+# %% ../nbs/11_paper.ipynb #a075da2c
 @cache
 def _file() -> dict:
     return json.loads((files("llmfact_nb") / "published.json").read_text(encoding="utf-8"))
@@ -33,7 +33,7 @@ def published(
     for name in ("units", "last_row", "k", "texts"):
         if name in frame and not pd.api.types.is_string_dtype(frame[name]):
             frame[name] = frame[name].astype("Int64")  # whole numbers also where one is missing
-    frame.attrs["source"] = f"{found['where']} ({_file()['source']})"
+    frame.attrs["source"] = found["where"]
     return frame
 
 

@@ -292,11 +292,11 @@ def test_tables_hold_published_numbers_and_the_studys(study):
     of = one.set_index("texts")
     assert of.loc["code", "published"] == pytest.approx(10.21)
     counts = study["recurrence"].query("method == 'ICA' and texts == 'code'")
-    assert of.loc["code", "here: ICA"] == pytest.approx(counts.similar.sum() / counts.text.nunique())
+    assert of.loc["code", "here: ICA"] == pytest.approx(counts.similar.sum() / counts.text.nunique(), abs=0.006)
     assert four["published: units"].sum() == 366
     assert four["published: accuracy falls by, points"].max() == pytest.approx(100 * (0.8614 - 0.5749))
     draws = study["networks"].query("arm == 'random' and network == 7 and measure == 'nats'").damage
-    assert four.loc[7, "here: random, highest"] == draws.max()
+    assert four.loc[7, "here: random, highest"] == pytest.approx(draws.max(), abs=6e-5)
     alone = study["networks"].query("arm == 'network' and network == 7 and measure == 'nats'").iloc[0]
     assert number_in(four.loc[7, "here: damage"]) == pytest.approx(
         [alone.damage, alone.ci_low, alone.ci_high], abs=6e-5
@@ -309,11 +309,11 @@ def test_tables_hold_published_numbers_and_the_studys(study):
     assert number_in(ours["networks masked"]) == pytest.approx([key.value, *ends], rel=0.01)
     kept = ten.set_index(["source", "score"])
     assert kept.loc[("published", "MRPC"), ["unmasked", "k = 512"]].tolist() == [0.8161, 0.8162]
-    assert kept.loc[("published", "most units kept"), "k = 10"] == pytest.approx(3399 / 114_688)
+    assert kept.loc[("published", "most units kept"), "k = 10"] == pytest.approx(3399 / 114_688, abs=6e-4)
     late = study["preservation"].query("arm == 'keep key' and k == 128 and late_binding and measure == 'nats'").iloc[0]
-    assert kept.loc[("here", "gap recovered: networks, late-bound masks"), "k = 128"] == late.recovered
+    assert kept.loc[("here", "gap recovered: networks, late-bound masks"), "k = 128"] == round(late.recovered, 3)
     share = kept.loc[("here", "units kept: networks, late-bound masks"), "k = 128"]
-    assert share == pytest.approx(1 - late.share)
+    assert share == pytest.approx(1 - late.share, abs=6e-4)
 
 
 def test_random_15_percent_stands_only_beside_rows_on_the_same_sentences(study):

@@ -574,7 +574,7 @@ def test_published_numbers_are_in_the_package():
         "networks": 10,
         "recurrence": 12,
     }
-    assert published("networks").attrs["source"].startswith("2502.20408, Table 4")
+    assert published("networks").attrs["source"].startswith("arXiv 2502.20408, Table 4")
     with pytest.raises(ValueError):
         published("Table 4")
 

@@ -923,8 +923,7 @@ def note(ax):
 
 FIGURES = {
     "learning": lambda r, **where: tuning_figures.plot_learning(r.curves, **where),
-    "sweep": lambda r, **where: tuning_figures.plot_learning(r.curves, "val_accuracy", phase="sweep", **where),
-    "seconds": lambda r, **where: tuning_figures.plot_learning(r.curves, against="seconds", **where),
+    "accuracy": lambda r, **where: tuning_figures.plot_learning(r.curves, "val_accuracy", **where),
     "outcome": lambda r, **where: tuning_figures.plot_outcome(r.intervals, r.runs, "test accuracy", level=0.5, **where),
     "difference": lambda r, **where: tuning_figures.plot_outcome(r.intervals, reference="full", **where),
     "forgetting": lambda r, **where: tuning_figures.plot_forgetting(r.runs, **where),

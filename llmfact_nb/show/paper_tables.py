@@ -19,7 +19,7 @@ from llmfact_nb.show.paper_networks import METHOD_LOOKS, p_values
 if TYPE_CHECKING:
     import pandas as pd
 
-# %% ../../nbs/show/07_paper_tables.ipynb #827399b0
+# %% ../../nbs/show/07_paper_tables.ipynb #eb8aa9d6
 def _recurrence(model: str, tables: Mapping, published: Mapping):
     "One row for each kind of text; the study's null models beside its networks."
     table = published["recurrence"]
@@ -30,7 +30,7 @@ def _recurrence(model: str, tables: Mapping, published: Mapping):
         per_text = frame.groupby(["texts", "text", "method"], sort=False)["similar"].sum().unstack()
         kinds = per_text.groupby(level="texts", sort=False).mean()
         kinds.loc["mean of all"] = per_text.mean()
-        wide = kinds[[m for m in METHOD_LOOKS if m in kinds]].rename(columns="here: {}".format)
+        wide = kinds[[m for m in METHOD_LOOKS if m in kinds]].round(2).rename(columns="here: {}".format)
         pairs = pairs.join(wide, how="outer").loc[list(dict.fromkeys([*pairs.index[:-1], *wide.index]))]
     said = "Similar pairs a text, 10 templates (IoU > 0.2). PCA, rotation and shuffled maps are null models."
     return pairs.rename_axis("texts").reset_index(), said
@@ -45,7 +45,7 @@ def interval(value: float, low: float = np.nan, high: float = np.nan) -> str:
     first, *rest = (f"{round(v, digits) + 0.0:.{digits}f}".replace("-", "−") for v in (value, *ends))
     return first + (f" ({' to '.join(rest)})" if rest else "")
 
-# %% ../../nbs/show/07_paper_tables.ipynb #5dea7fc3
+# %% ../../nbs/show/07_paper_tables.ipynb #c634dd4c
 def _measured_networks(table, contrasts) -> tuple:
     frame = table_of(table, "networks", (*MEASURED, "network"))
     part = on_one_set(rows_with(frame, "networks", arm=("network", "random")), "networks", "nats")
@@ -53,7 +53,7 @@ def _measured_networks(table, contrasts) -> tuple:
     draws = part[part["arm"] == "random"].groupby("network")["damage"]
     rows = ours[["units"]].assign(**{
         "damage": [interval(*of) for of in ours[["damage", "ci_low", "ci_high"]].to_numpy()],
-        "random, mean": draws.mean(), "random, highest": draws.max(),
+        "random, mean": draws.mean().round(4), "random, highest": draws.max().round(4),
     })  # fmt: skip
     p = p_values(contrasts, ours["data"].iloc[0])
     rows = rows.assign(p=rows.index.map(p)) if p else rows
@@ -85,19 +85,20 @@ def _published_task(at, wide, shares) -> dict:
     row = {"source": "published", "task": f"{at[0]}, {at[1]}", "unmasked": score["unmasked"]}
     return row | {"networks masked": f"{score['key']:.4g}", "large share at random": many}
 
-# %% ../../nbs/show/07_paper_tables.ipynb #826a4e9c
+# %% ../../nbs/show/07_paper_tables.ipynb #720b73db
 def _measured_task(of, frame, share) -> dict:
     "The row of one evaluation set and measure."
     here = lambda rows: rows[(rows["data"] == of["data"]) & (rows["measure"] == of["measure"])]
     better, sure = of["measure"] == "accuracy", of.get("majority", np.nan)
     ends = of["unmasked"] + np.array([-of["ci_high"], -of["ci_low"]] if better else [of["ci_low"], of["ci_high"]])
     task = f"{of['data']}, {of['measure']}" + (f" (majority {sure:.2f})" if better and np.isfinite(sure) else "")
-    row = {"source": "here", "task": task, "unmasked": of["unmasked"], "networks masked": interval(of["value"], *ends)}
+    row = {"source": "here", "task": task, "unmasked": round(of["unmasked"], 3)}
+    row["networks masked"] = interval(of["value"], *ends)
     if share is not None:
         wide = here(share[(share["replace"] == "zero") & ~share["arm"].isin(("unmasked", "all off"))])
         many, of_all = wide["value"].mean(), 100 * wide["fraction"].mean()
-        row["large share at random"] = f"{many:.4g} ({of_all:g} %)" if len(wide) else "–"
-    return row | {f"as many: {arm}": here(frame[frame["arm"] == arm])["value"].mean() for arm in _CONTROLS}
+        row["large share at random"] = f"{many:.3f} ({of_all:g} %)" if len(wide) else "–"
+    return row | {f"as many: {arm}": round(here(frame[frame["arm"] == arm])["value"].mean(), 3) for arm in _CONTROLS}
 
 # %% ../../nbs/show/07_paper_tables.ipynb #c57d87b4
 def _masked_tasks(model: str, tables: Mapping, published: Mapping):
@@ -117,7 +118,7 @@ def _masked_tasks(model: str, tables: Mapping, published: Mapping):
     said = "Accuracy and F1: higher is better; nats: lower is better. In brackets: 95 % interval of the difference to "
     return frame, said + "unmasked, or the share masked. Random and matched arms: mean over draws."
 
-# %% ../../nbs/show/07_paper_tables.ipynb #1f869235
+# %% ../../nbs/show/07_paper_tables.ipynb #f127ec65
 def _measured_kept(preservation) -> tuple:
     "What is left at each k, one row a score; the k that were not measured."
     import pandas as pd
@@ -133,9 +134,9 @@ def _measured_kept(preservation) -> tuple:
             if arm == "keep key" and measure == "nats":
                 kept = 1 - of.groupby("k")["share"].mean()
                 rows[f"units kept: {kept_name(arm, late)}"] = {**kept, "unmasked": 1.0}
-    return pd.DataFrame(rows).T, missing
+    return pd.DataFrame(rows).T.round(3), missing
 
-# %% ../../nbs/show/07_paper_tables.ipynb #586dc7bf
+# %% ../../nbs/show/07_paper_tables.ipynb #9ff57a56
 def _kept_networks(model: str, tables: Mapping, published: Mapping):
     import pandas as pd
 
@@ -143,7 +144,7 @@ def _kept_networks(model: str, tables: Mapping, published: Mapping):
     neurons = float(published["models"].set_index("model").at[model, "neurons"])
     scores = table.pivot(index="task", columns="k", values="score").astype(float)
     scores = scores.loc[list(dict.fromkeys(table["task"]))].assign(unmasked=unmasked_scores(published, model))
-    share = (table["units"].astype(float) / neurons).groupby(table["k"]).agg(["min", "max"]).T
+    share = (table["units"].astype(float) / neurons).groupby(table["k"]).agg(["min", "max"]).T.round(3)
     share = share.rename({"min": "fewest units kept", "max": "most units kept"}).assign(unmasked=1.0)
     rows = [pd.concat([scores, share]).assign(source="published")]
     said = f"Published: {model}, {neurons:,.0f} units; units as the masks meant."

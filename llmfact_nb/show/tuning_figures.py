@@ -48,37 +48,33 @@ def _chooses(frame, choice: str, loss: str) -> str:
     "The choice loss where the frame has one (a task of labels), else the loss."
     return choice if choice in frame and frame[choice].notna().any() else loss
 
-# %% ../../nbs/show/03_tuning_figures.ipynb #7a2f5a04
-def _learning_line(ax, part, measure: str, against: str, label: str) -> None:
+# %% ../../nbs/show/03_tuning_figures.ipynb #f417113a
+def _learning_line(ax, part, measure: str) -> None:
     colour, marker, line = TUNING_LOOKS.get(part["arm"].iloc[0], _OTHER)
-    by_step, ends = part.groupby("step"), part.groupby("seed")["step"].max()
-    value = by_step[measure].mean()
-    x = by_step["seconds"].mean() if against == "seconds" else value.index.to_series()
-    ax.plot(x, value, color=colour, marker=marker, linestyle=line, markersize=4, label=label)
-    ax.fill_between(x, by_step[measure].min(), by_step[measure].max(), color=colour, alpha=0.15, linewidth=0)
+    by_step, ends = part.groupby("step")[measure], part.groupby("seed")["step"].max()
+    value, label = by_step.mean(), part["arm"].iloc[0]
+    ax.plot(value.index, value, color=colour, marker=marker, linestyle=line, markersize=4, label=label)
+    ax.fill_between(value.index, by_step.min(), by_step.max(), color=colour, alpha=0.15, linewidth=0)
     if ends.min() < ends.max():
-        dots(ax, x[ends.min()], value[ends.min()], colour, size=9, markerfacecolor="none", markeredgewidth=1)
+        dots(ax, ends.min(), value[ends.min()], colour, size=9, markerfacecolor="none", markeredgewidth=1)
 
-# %% ../../nbs/show/03_tuning_figures.ipynb #6dded1a6
+# %% ../../nbs/show/03_tuning_figures.ipynb #2af4fa18
 @styled
 def plot_learning(
     curves,  # the table `curves` of a study
     measure: str | None = None,  # "val_loss", "val_choice_loss", "val_accuracy", "train_loss"; None: what chose
-    against: str = "step",  # "step" or "seconds" (of training alone, mean over seeds)
     task: str | None = None,  # which task, if the table holds several
-    phase: str = "final",  # "final" or "sweep"
     ax=None,  # axes to draw on
 ):
     "Draw the learning curve of every arm and return the Axes."
     check_choice("measure", measure, (None, "val_loss", "val_choice_loss", "val_accuracy", "train_loss"))
-    check_choice("against", against, ("step", "seconds"))
-    frame = _part(curves, "curves", ("seed", "lr", "phase", "step", "seconds", measure or "val_loss"), task)
+    frame = _part(curves, "curves", ("seed", "phase", "step", measure or "val_loss"), task)
     measure = measure or _chooses(frame, "val_choice_loss", "val_loss")
-    frame = rows_with(frame[frame[measure].notna()], "curves", phase=phase)
+    frame = rows_with(frame[frame[measure].notna()], "curves", phase="final")
     ax = axes_or_new(ax, (7.2, 3.2))
-    for (arm, lr), part in frame.groupby(["arm", "lr"], sort=False):
-        _learning_line(ax, part, measure, against, arm if phase == "final" else f"{arm}, {lr:g}")
-    ax.set(xlabel="step" if against == "step" else "seconds of training", ylabel=_MEASURES[measure])
+    for _, part in frame.groupby("arm", sort=False):
+        _learning_line(ax, part, measure)
+    ax.set(xlabel="step", ylabel=_MEASURES[measure])
     heading(ax, f"{frame['task'].iloc[0]}: learning", f"band: range of {count(frame['seed'].nunique(), 'seed')}")
     ax.grid(axis="y")
     ax.legend(ncols=2)
