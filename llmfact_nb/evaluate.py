@@ -43,29 +43,25 @@ def require_causal(
     model: Any,  # should be a causal language model, possibly wrapped by PEFT or torch.compile
 ) -> None:
     "Raise TypeError unless the model predicts each next token from those before it; otherwise as `refuse_unfit`."
-    refuse_unfit(model)
-    name = type(unwrapped(model)).__name__
-    if why := once_per_model(model, "head", lambda: _no_token_logits(model)):
-        raise TypeError(f"model is a {name}; likelihoods need a causal language model, and {why}")
-    if not once_per_model(model, "causal", lambda: _blind_to_later_tokens(model)):
+    if not isinstance(model, nn.Module):
+        refuse_unfit(model)  # it says what it is instead
+    if why := once_per_model(model, "causal", lambda: _why_not_causal(model)):
         raise TypeError(
-            f"model is a {name} whose predictions change with later tokens, so it does not predict the next token. "
-            "Use a causal language model."
+            f"model is a {type(unwrapped(model)).__name__}; likelihoods need a causal language model. {why}"
         )
 
 
-def _no_token_logits(model: nn.Module) -> str:
-    "Say why the model gives no prediction for each token; '' if it does."
-    other = "this is none. Load it with task='causal-lm', or unwrap it (.module)."
-    config = getattr(model, "config", None)
+def _why_not_causal(model: nn.Module) -> str:
+    refuse_unfit(model)
+    config, remedy = getattr(model, "config", None), "Load it with task='causal-lm', or unwrap it (.module)."
     if not hasattr(config, "get_text_config") or getattr(config, "is_encoder_decoder", False):
-        return other
+        return remedy
     logits = getattr(_probe(model, probe_tokens(model, 3)), "logits", None)
     if logits is None or logits.dim() != 3 or logits.shape[-1] < vocabulary_of(model):
-        return other
+        return remedy
     if logits.shape[1] != 3:
-        return "this one puts positions of its own before the text (prompt tuning?). Take the adapter off."
-    return ""
+        return "It puts positions of its own before the text (prompt tuning?). Take the adapter off."
+    return "" if _blind_to_later_tokens(model) else "Its predictions change with later tokens."
 
 
 def _blind_to_later_tokens(model: nn.Module) -> bool:
@@ -437,8 +433,8 @@ def labelled_texts(
 ) -> tuple[list[str], list[int], list[str]]:
     "Return texts, labels, and the class names where the data set has them. Raises TypeError or ValueError."
     column, labels = columns_of(data, ["text", "label"])
-    for i, label in enumerate(labels):
-        if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+    for i, label in enumerate(labels):  # of Python, numpy or torch
+        if isinstance(label, bool) or not hasattr(label, "__index__") or getattr(label, "is_floating_point", bool)():
             raise TypeError(f"labels[{i}]={label!r} must be a whole number, the index of its label word.")
     names = getattr((getattr(data, "features", None) or {}).get("label"), "names", [])
     return text_list(column), [int(label) for label in labels], list(names)

@@ -170,7 +170,7 @@ class NeuronSlices(nn.Module):
         first = next(iter(parts.values()))
         self.axis, self.side, self.biased = first[0].axis, first[0].side, len(first) > 1
         self.silent: frozenset[int] = frozenset()  # numbers of the networks that do not learn now
-        self.ran = False  # in this forward pass of the model
+        self.runs = 0  # in this forward pass of the model
         device = owner.weight.device
         for number, (of, *_) in parts.items():
             index = of.index.to(device)
@@ -197,7 +197,7 @@ class NeuronSlices(nn.Module):
 
     def forward(self, owner: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         "Add the change to y, the output of `owner` for x."
-        self.ran = True
+        self.runs = 1
         change = self.change(owner, "weight").to(x.dtype)
         if self.side == "out":
             return y.add_((x.index_select(-1, self.index) @ change).to(y.dtype))
@@ -390,12 +390,12 @@ class _Rest(_Full):
 # %% ../nbs/10_finetune.ipynb #d1af6ea1
 def _forget_runs(slices: dict[str, NeuronSlices]) -> None:
     for s in slices.values():
-        s.ran = False
+        s.runs = 0
 
 
 def _refuse_unrun(slices: dict[str, NeuronSlices]) -> None:
     "After a forward pass: raise RuntimeError if a map with slices did not run."
-    if unrun := [name for name, s in slices.items() if not s.ran]:
+    if unrun := [name for name, s in slices.items() if not s.runs]:
         raise RuntimeError(
             f"{unrun[0]} did not run in this forward pass ({len(unrun)} of {len(slices)} maps with slices), so its "
             "neurons have no effect. Does its parent read the weight itself, or skip the layer?"

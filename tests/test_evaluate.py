@@ -688,3 +688,14 @@ def test_a_model_without_its_attention_is_no_language_model(tokenizer):
     "MRA skips its attention on the CPU, and so would look like one that is blind to later tokens."
     with pytest.raises(NotImplementedError):
         perplexity(AutoModelForMaskedLM.from_config(survey.small("mra", 24)), tokenizer, ["a b c"])
+
+
+def test_the_looks_at_a_model_happen_once():
+    "Short passes that ask whether the model is causal, and whether it reads a batch as single texts."
+    model, passes = build(), []
+    model.register_forward_hook(lambda *a: passes.append(1))
+    texts = EvalSet(lambda text, **_: {"input_ids": [7, 8, *range(20, 20 + len(text))]}, ["a", "bcd"])
+    for first in (True, False):
+        passes.clear()
+        perplexity(model, None, texts, progress=False)
+        assert len(passes) == (1 + 3 + 3 if first else 1)

@@ -152,6 +152,11 @@ def test_dict_rows_are_scored_as_pairs_are(tiny_model, tiny_tokenizer):
     assert a.fingerprint == b.fingerprint and torch.equal(a.log_likelihoods, b.log_likelihoods)
     labelled = pd.DataFrame({"label": [0, 1], "text": ["w4", "w5 w6"]})
     assert labelled_texts(labelled) == (["w4", "w5 w6"], [0, 1], [])
+    tensors = Dataset.from_pandas(labelled).with_format("torch")
+    assert labelled_texts(tensors) == labelled_texts(labelled)
+    for wrong in (0.5, "0", True, None, torch.tensor(0.5)):
+        with pytest.raises(TypeError):
+            labelled_texts([("w4", wrong)])
     assert label_accuracy(model, tokenizer, labelled, label_words=["w7", "w8"], progress=False).n == 2
 
 
@@ -285,6 +290,19 @@ def test_files_that_cannot_be_read_are_named(name, content, tmp_path):
     with pytest.raises(ValueError) as e:
         load_texts(tmp_path / name)
     assert str(tmp_path / name) in str(e.value)
+
+
+def test_a_folder_is_its_visible_text_files(tmp_path):
+    (tmp_path / "part").mkdir()
+    for i in range(30):
+        (tmp_path / "part" / f"{i}.txt").write_text(f"words {i}")
+        (tmp_path / "part" / f"._{i}.txt").write_bytes(b"\x00\xff")  # what macOS leaves beside a file
+    assert sum(len(load_texts(tmp_path, split)) for split in ("fit", "eval")) == 30
+    (tmp_path / "none").mkdir()
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "none" / "arrow")
+    with pytest.raises(ValueError) as e:
+        load_texts(tmp_path / "none")
+    assert ".txt" in str(e.value) and str(tmp_path / "none") in str(e.value)
 
 
 def test_a_txt_file_is_blocks_lines_or_one_document(tmp_path):

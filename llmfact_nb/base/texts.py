@@ -222,7 +222,10 @@ def _read_file(
 ) -> Iterable[dict]:
     "Return rows as dicts, one for each file of a folder. Raises ValueError, naming file and line, where it cannot."
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if _ending(p)[0] == ".txt" and p.is_file())
+        named = [p for p in path.rglob("*") if _ending(p)[0] == ".txt" and p.is_file()]
+        files = sorted(p for p in named if not any(x.startswith(".") for x in p.relative_to(path).parts))
+        if not files:
+            raise ValueError(f"{path} is a folder without a .txt file. Accepted: {_READABLE}.")
         return [{"text": _read_text(file), "title": file.relative_to(path).as_posix()} for file in files]
     kind = _ending(path)[0]
     if kind not in _KINDS:
@@ -407,7 +410,7 @@ def _cell(
     value = row.get(column)
     if not isinstance(value, str):
         accepted = f"a column of {name} with text in every row; there are {', '.join(map(repr, row))}"
-        raise ArgumentError("column", column, accepted, f"A row has {type(value).__name__} there.")
+        raise ArgumentError("column", column, accepted, f"This row has none: {row!r:.80}.")
     try:
         value.encode()
     except UnicodeEncodeError as e:
