@@ -4,7 +4,7 @@ hand; what has no single MLP per layer is refused by name."""
 import families
 import pytest
 import torch
-from families import D, FAMILIES, LAYERS, REFUSED
+from families import D, FAMILIES, LAYERS, REFUSED, VARIED
 from torch import nn
 from refusals import refused
 
@@ -54,8 +54,10 @@ def test_found_at_awkward_widths(name, hidden):
     check(name, families.build(name, intermediate_size=hidden), hidden)
 
 
-@pytest.mark.parametrize("adapted", ["attention", "down", "everything"])
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize(
+    "name, adapted",
+    [*((name, way) for name in FAMILIES for way in ("attention", "everything")), *((name, "down") for name in VARIED)],
+)
 def test_found_under_lora(name, adapted):
     peft = pytest.importorskip("peft")
     model = families.build(name)

@@ -108,11 +108,7 @@ def test_best_state_is_what_is_tested(finished):
         assert r.best_step == curve.loc[curve["val_choice_loss"].idxmin(), "step"]
 
 
-def test_same_call_gives_the_same_table_twice(finished, tmp_path):
-    same(study(tmp_path), finished[1])
-
-
-def test_without_a_folder(finished):
+def test_same_call_gives_the_same_table_also_without_a_folder(finished):
     same(study(), finished[1])
 
 
@@ -356,9 +352,7 @@ def test_edge_of_the_rates_is_reported(rates, edge):
     assert f"{edge} of those tried (0.003)" in repr(results)
 
 
-@pytest.mark.parametrize(
-    "further, tried", [(0, [1e-9, 1e-8, 1e-7]), (1, [1e-9, 1e-8, 1e-7, 1e-6]), (2, [1e-9, 1e-8, 1e-7, 1e-6, 1e-5])]
-)
+@pytest.mark.parametrize("further, tried", [(0, [1e-9, 1e-8, 1e-7]), (2, [1e-9, 1e-8, 1e-7, 1e-6, 1e-5])])
 def test_sweep_goes_on_beyond_the_edge(tmp_path, monkeypatch, further, tried):
     """While the rate is far too small, the largest is the best of those tried. The same rule for every arm."""
     settings = dict(
