@@ -14,7 +14,7 @@ import shutil
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import nn
 
 from .base.arguments import ArgumentError, check_whole
 from .base.display import always_shown, bars, card, progress_bar, site_name, size_name
-from .base.files import HEADER, read_header, reading, write_atomic
+from .base.files import HEADER, digest, read_header, reading, write_atomic
+from .base.identity import ModelCard, model_card, read_card
 from llmfact_nb.base.tokens import (
     evaluation_mode,
     input_device,
@@ -92,6 +93,7 @@ class Activations:
     model: str = ""  # name or path of the model
     n_cut: int = 0  # texts that were cut at max_length
     heads: tuple[int, ...] = ()  # of each layer, where the units are those of heads
+    card: ModelCard | None = None  # the model, the texts and how they were read
 
     @property
     def n_tokens(self) -> int:
@@ -105,8 +107,8 @@ class Activations:
 
     @property
     def layout(self) -> Layout:
-        "Widths, depths, site and heads as one `Layout`."
-        return Layout(self.widths, self.depths, self.site, self.heads)
+        "Widths, depths, site, heads and card as one `Layout`."
+        return Layout(self.widths, self.depths, self.site, self.heads, self.card)
 
     def layer(self, layer: int) -> torch.Tensor:  # layer number
         "Return the columns of one layer, (T, n_l), without copying. Raises ArgumentError if it was not captured."
@@ -189,7 +191,7 @@ _TYPES = {
 }
 _COLUMNS = {"text_ids": torch.int64, "positions": torch.int64, "token_ids": torch.int64, "sinks": torch.bool}
 _ABOUT = ("widths", "depths", "site", "model", "n_cut")
-_ABOUT_NOW = (*_ABOUT, "heads")  # files of earlier versions lack the last
+_ABOUT_NOW = (*_ABOUT, "heads", "card")  # files of earlier versions lack the last two
 
 # %% ../nbs/02_activations.ipynb #eee102ca
 class _Store:
@@ -197,7 +199,8 @@ class _Store:
 
     def __init__(self, path: Path, n_tokens: int, n_neurons: int, dtype: torch.dtype, about: dict):
         names = {t: name for name, (t, _) in _TYPES.items()}
-        header: dict[str, dict] = {"__metadata__": {HEADER: json.dumps({"kind": "activations", "format": 1, **about})}}
+        described = json.dumps({"kind": "activations", "format": 1, **about}, default=asdict)  # the card
+        header: dict[str, dict] = {"__metadata__": {HEADER: described}}
         end = 0
         for name, t in {"values": dtype, **_COLUMNS}.items():
             shape = [n_tokens, n_neurons] if name == "values" else [n_tokens]
@@ -263,8 +266,8 @@ def load_activations(path: str | os.PathLike) -> Activations:
     "Open a saved capture, memory-mapped. Raises what `files.read_header` raises, and ValueError if parts do not fit."
     meta = read_header(path, "activations", ("values", *_COLUMNS, *_ABOUT))
     with reading(path, "capture"):
-        known = {k: meta[k] for k in _ABOUT_NOW if k in meta}
-        about: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+        about: dict[str, Any] = {k: tuple(meta[k]) if isinstance(meta[k], list) else meta[k] for k in _ABOUT}
+        about |= {"heads": tuple(meta.get("heads", ())), "card": read_card(meta.get("card"), path)}
         acts = Activations(**_mapped(path), **about)
         n = len(acts.text_ids)
         if not acts.values.is_floating_point() or acts.values.shape != (n, acts.layout.n_neurons):
@@ -536,8 +539,10 @@ def capture(
         "positions": torch.cat([torch.arange(n) for n in lengths.tolist()]),
         "token_ids": torch.tensor([t for x in lists for t in x]),
     }
-    name = str(getattr(model, "name_or_path", ""))
-    about = dict(widths=sites.widths, depths=sites.depths, site=sites.site, model=name, n_cut=n_cut, heads=sites.heads)
+    read = f"{len(set(owners))} texts, {size[0]:,} tokens, {digest(columns['token_ids'], columns['text_ids'])}"
+    how = {"site": sites.site, "max_length": max_length, "windows": windows}
+    about = dict(widths=sites.widths, depths=sites.depths, site=sites.site, n_cut=n_cut, heads=sites.heads)
+    about |= {"model": str(getattr(model, "name_or_path", "")), "card": model_card(model, tokenizer, read, how)}
     # an automatic batch keeps the model busy and the copied activations under about half a gigabyte
     tokens = min(2048 if reader.device.type == "cpu" else 16384, 2**29 // (4 * sites.n_neurons))
     batches = length_batches(lengths.tolist(), batch_size, tokens, reader.model)

@@ -273,6 +273,7 @@ NEURONS = {
     "network": Option(list[int], "Number of a network; may be repeated, then their union.", _WHICH, least=0),
     "key": Option(False, "The key neurons of the run.", _WHICH),
     "file": Option(Path, "A mask saved by `llmfact mask --save`.", _WHICH, check=file_there),
+    "any_model": Option(False, "Take the mask even if it was made from another model.", _WHICH),
 }
 MASK = NEURONS | {
     "alpha": Option(float, "z-score from which a unit counts.", _WHICH, shown=_AS_LISTED, check=above_zero),
@@ -300,7 +301,9 @@ MASK = NEURONS | {
 
 # %% ../nbs/12_command.ipynb #b227c053
 @command(**MASK)
-def mask(network, key, file, alpha, tail, mode, gain, replace, positions, out, save, device, seed, **look) -> Answer:
+def mask(
+    network, key, file, any_model, alpha, tail, mode, gain, replace, positions, out, save, device, seed, **look
+) -> Answer:
     """Show text with and without a network.
 
     Beside the masked model stand its controls: as many neurons of the same layers drawn at random, and as many that
@@ -319,7 +322,7 @@ def mask(network, key, file, alpha, tail, mode, gain, replace, positions, out, s
     one_choice(network, key, file, alpha is not None or tail is not None)
     check_asked(device, texts=look["texts"])
     settings, found = read_found(out)
-    name, chosen = chosen_neurons(found, network, key, file, alpha, tail)
+    name, chosen = chosen_neurons(found, network, key, file, alpha, tail, any_model)
     usual, gain = settings.conditions[0], 1.0 if mode != "amplify" else 2.0 if gain is None else gain
     meant = intervention_on(found, name, chosen, (replace or usual[0], positions or usual[1]), mode, gain)
     arms = with_controls(found, meant, seed)
@@ -362,14 +365,17 @@ def chosen_neurons(
     file: Path | None = None,  # a saved mask
     alpha: float | None = None,  # threshold of the networks; None: as the run lists them
     tail: str | None = None,  # likewise
+    any_model: bool = False,  # also take a file that was made from another model
 ) -> "tuple[str, NeuronMask]":
     "Return (name, mask) of the neurons a user asks for. Raises Refused for a number that is not there."
+    from llmfact_nb.base.identity import refuse_other_model
     from llmfact_nb.command.terminal import Refused
-    from llmfact_nb.masks import NeuronMask, common_layout, union
+    from llmfact_nb.masks import common_layout, union
 
     if file is not None:
-        chosen = NeuronMask.load(file)
-        common_layout([chosen, found.key])  # refuses a mask of another model
+        chosen = loaded_mask(file, any_model)
+        common_layout([chosen, found.key])  # refuses a mask of another shape
+        refuse_other_model(chosen.card, found.networks.card, "--file")
         return file.stem, chosen
     if key:
         return "key", found.key
@@ -384,6 +390,14 @@ def chosen_neurons(
         instead = f"Networks with units: {', '.join(map(str, some[:10]))}." if some else "Give a lower --alpha."
         raise ValueError(f"{name} has no unit beyond the threshold, so there is nothing to choose. {instead}")
     return name, chosen
+
+
+def loaded_mask(file: Path, any_model: bool) -> "NeuronMask":
+    "Return a saved mask; without its card, so that no model is refused, if the user insists."
+    from llmfact_nb.masks import NeuronMask
+
+    saved = NeuronMask.load(file)
+    return NeuronMask.from_flat(saved.flat, saved.widths, saved.site, saved.depths) if any_model else saved
 
 # %% ../nbs/12_command.ipynb #67242947
 def intervention_on(
@@ -497,7 +511,7 @@ FINETUNE = NEURONS | {
 # %% ../nbs/12_command.ipynb #371974fc
 @command(**FINETUNE)
 def finetune(
-    model, network, key, file, run, out, merge, device, accept_licence, dry_run, save_every, **given
+    model, network, key, file, any_model, run, out, merge, device, accept_licence, dry_run, save_every, **given
 ) -> Answer:
     """Train only the chosen neurons on a text.
 
@@ -516,7 +530,7 @@ def finetune(
     from llmfact_nb.command.training import TuneSettings, check_tuning, tune, tuning_cost
 
     check_asked(device, texts=given["texts"], model=model)
-    name, masks, of_run = _neurons_to_train(given["mode"], run, network, key, file)
+    name, masks, of_run = _neurons_to_train(given["mode"], run, network, key, file, any_model)
     with typed():
         settings = TuneSettings(model or of_run or "smollm2-135m", **only_typed(given))
     chosen = None if masks is None else {name: masks}
@@ -531,11 +545,10 @@ def finetune(
 
 # %% ../nbs/12_command.ipynb #9e688c77
 def _neurons_to_train(
-    mode: str, run: Path, network, key: bool, file: Path | None
+    mode: str, run: Path, network, key: bool, file: Path | None, any_model: bool
 ) -> "tuple[str, NeuronMask | None, str | None]":
     "Return (name, mask, the run's model): the key neurons if none are named; a mask file needs no run."
     from llmfact_nb.command.run import has_networks, read_found
-    from llmfact_nb.masks import NeuronMask
 
     if mode == "full":
         if network or key or file:
@@ -545,7 +558,7 @@ def _neurons_to_train(
     key = key or not (network or file)
     one_choice(network, key, file)
     if file is not None:
-        return file.stem, NeuronMask.load(file), read_found(run)[0].model if has_networks(run) else None
+        return file.stem, loaded_mask(file, any_model), read_found(run)[0].model if has_networks(run) else None
     settings, found = read_found(run)
     return *chosen_neurons(found, network, key), settings.model
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from .base.arguments import ArgumentError, check_choice, check_number
 from .base.files import digest
+from .base.identity import refuse_other_model
 from .masks import Masks, NeuronMask, disjoint, n_shared, named_masks, union
 from .sites import NeuronSite, check_own_weights, linear_shape, neuron_sites, refuse_compiled
 
@@ -596,10 +597,13 @@ def get_neuron_model(
     model: nn.Module,  # a Hugging Face model with plain weights; patched in place
     config: NeuronTuningConfig,  # what shall train
     verbose: bool = True,  # print what trains
+    any_model: bool = False,  # also take masks that were made from another model
 ) -> nn.Module:
     "Return the same model, ready for any optimizer or Trainer built afterwards; `merge_and_unload` ends it."
     if not isinstance(config, NeuronTuningConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected NeuronTuningConfig(mode=..., masks=...).")
+    for mask in config.given().values():
+        refuse_other_model(mask.card, model, "masks", any_model)
     model.neuron_tuning = tuning = NeuronTuning(model, config)
     if config.masks is not None and (shared := n_shared(config.given())):
         warnings.warn(f"{shared:,} neurons stand in more than one network; each trains with the first.", stacklevel=2)
@@ -635,12 +639,13 @@ def neuron_training(
     also: Sequence[str] = (),  # likewise
     then: str = "merge",  # at the end of the block: "merge", or "revert" (modes rest and full copy the weights for it)
     verbose: bool = True,  # print what trains
+    any_model: bool = False,  # as for `get_neuron_model`
 ) -> Iterator[NeuronTuning]:
     "Give the NeuronTuning for the length of the block; its `param_groups()` go to an optimizer."
     check_choice("then", then, ("merge", "revert"))
     copied = then == "revert" and (mode != "selected" or also)
     old = {n: p.detach().clone() for n, p in model.named_parameters()} if copied else {}
-    get_neuron_model(model, NeuronTuningConfig(mode, masks, grad_scale, also), verbose)
+    get_neuron_model(model, NeuronTuningConfig(mode, masks, grad_scale, also), verbose, any_model)
     try:
         yield model.neuron_tuning
     finally:

@@ -21,6 +21,7 @@ from torch import nn
 
 from .base.arguments import ArgumentError, check_choice, refuse_masked
 from .base.display import always_shown, bars, card, site_name
+from .base.identity import refuse_other_model
 from .base.tokens import close, evaluation_mode, input_device, own_hooks_aside, probe_tokens, rounding
 from .masks import Layout, NeuronMask
 from llmfact_nb.sites import (
@@ -295,9 +296,10 @@ class _Wrapped:
         | Sequence[str]
         | None = None,  # one of SITES, module names; None: the site of the mask, else "mlp_out"
         legacy_late_binding: bool = False,  # reproduce the published mistake: the last layer's row in every layer
+        any_model: bool = False,  # also take masks and means that were made from another model
     ):
         refuse_unfit(model)
-        self.model, self.legacy_late_binding = model, legacy_late_binding
+        self.model, self.legacy_late_binding, self.any_model = model, legacy_late_binding, any_model
         self.site = site if site is None or isinstance(site, str) else tuple(site)
         if self.site is not None:
             neuron_sites(model, self.site)  # an unknown site is refused now
@@ -327,6 +329,7 @@ class _Wrapped:
         if mask.depths == tuple(range(len(mask.depths))) and len(sites) < len(every):
             remedy = "If it covers only the first layers on purpose, extend it with empty rows for the others."
             raise ArgumentError("mask", f"{len(mask.depths)} layers", f"{len(every)} layers, as the model has", remedy)
+        refuse_other_model(mask.card, self.model, "mask", self.any_model)
         return sites
 
     def fit_means(self, activations) -> "_Wrapped":  # `Activations` of the same model and site
@@ -334,6 +337,7 @@ class _Wrapped:
         if self.site is not None and activations.site != self.site:
             what = f"of site {activations.site!r}"
             raise ArgumentError("activations", what, f"those of site {self.site!r}, as this MaskedModel")
+        refuse_other_model(activations.card, self.model, "activations", self.any_model)
         means, _ = activations.moments()
         if not torch.isfinite(means).all():
             bad = int((~torch.isfinite(means)).sum())
@@ -480,7 +484,7 @@ def baked(model: nn.Module, sites: NeuronSites, mask: NeuronMask, rows: list[tor
             raise ArgumentError("replace", "values", accepted, "Use the context manager `ablate`.")
     result = _plain_copy(model)
     replace = "zero" if rows is None else torch.cat(rows)
-    with warnings.catch_warnings(), MaskedModel(result, sites.site).ablate(mask, replace):
+    with warnings.catch_warnings(), MaskedModel(result, sites.site, any_model=True).ablate(mask, replace):
         expected = _few_logits(result)
     with torch.no_grad():
         for i, s in used:

@@ -6,12 +6,13 @@
 __all__ = ['NeuronMask', 'control', 'apply_mask_and_average', 'apply_mask_any']
 
 # %% ../nbs/04_masks.ipynb #8041424d
+import csv
 import functools
 import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Self, TypeAlias
 
 import numpy as np
@@ -19,7 +20,9 @@ import torch
 
 from .base.arguments import ArgumentError, check_choice, check_whole, refuse_masked
 from .base.display import always_shown, bars, card, site_name
-from .base.files import load_tensors, reading, save_tensors
+from .base.files import load_tensors, reading, save_tensors, write_text
+from .base.hub import Shareable
+from .base.identity import ModelCard, common_card, read_card
 from .sites import SITES, NeuronSites
 
 # %% ../nbs/04_masks.ipynb #fc9132b8
@@ -40,6 +43,7 @@ class Layout:
     depths: tuple[int, ...] = ()  # layer numbers; (): 0, 1, 2, ...
     site: str | tuple[str, ...] | None = None  # one of SITES, module names; None: not known
     heads: tuple[int, ...] = field(default=(), compare=False)  # of each layer; (): the units are no heads'
+    card: ModelCard | None = field(default=None, compare=False, repr=False)  # the model they are of; None: not known
 
     def __post_init__(self):
         widths = tuple(map(operator.index, self.widths))
@@ -57,7 +61,17 @@ class Layout:
     @classmethod
     def of(cls, sites: NeuronSites) -> Self:
         "Return the layout of a model's sites."
-        return cls(sites.widths, sites.depths, sites.site, sites.heads)
+        return cls(sites.widths, sites.depths, sites.site, sites.heads, sites.card)
+
+    @classmethod
+    def read(cls, stored: Mapping, path: str | os.PathLike) -> Self:
+        "Return the layout that a file holds; warns if it has no card. Raises ValueError, naming the file, if damaged."
+        names = {k: stored[k] for k in ("widths", "depths", "site")}
+        return cls(**names, heads=stored.get("heads", ()), card=read_card(stored.get("card"), path))
+
+    def noted(self, **settings) -> Self:
+        "Return the layout with further settings on its card."
+        return self if self.card is None else replace(self, card=self.card.noted(**settings))
 
     @property
     def n_neurons(self) -> int:
@@ -136,6 +150,7 @@ class _Units:
     widths = property(lambda self: self.layout.widths, doc="Units of each layer.")
     depths = property(lambda self: self.layout.depths, doc="Layer number of each block.")
     site = property(lambda self: self.layout.site, doc="The site of the units; None: not known.")
+    card = property(lambda self: self.layout.card, doc="The model the units are of, and how they were chosen.")
 
 # %% ../nbs/04_masks.ipynb #5876e820
 def _layout(widths: Sequence[int] | Layout, site, depths) -> Layout:
@@ -246,7 +261,8 @@ def common_layout(
             raise ValueError(
                 f"These masks do not belong together: {known!r} and {m!r}. Widths, layers and site must agree."
             )
-    return known.layout
+    card = common_card([m.card for m in masks])
+    return known.layout if card is known.card else replace(known.layout, card=card)
 
 # %% ../nbs/04_masks.ipynb #26f0b7d5
 def _ranges(numbers: Sequence[int]) -> str:
@@ -267,8 +283,34 @@ def _mask_facts(mask: _UnitSet) -> list[str]:
     facts += [f"{mask.n:,} of {mask.n_neurons:,} units", f"site {site_name(mask.site)}"]
     return [*facts, f"layers {_ranges(mask.depths)}"]
 
+# %% ../nbs/04_masks.ipynb #6f870c8f
+def _as_csv(mask: _Units) -> str:
+    "The units as a table with the columns layer and unit."
+    rows = [f"{d},{u}" for d, row in zip(mask.depths, mask.layout.split(mask.array)) for u in np.flatnonzero(row)]
+    return "\n".join(["layer,unit", *rows, ""])
+
+# %% ../nbs/04_masks.ipynb #9cafef31
+def _units_in_csv(path: str | os.PathLike, layout: Layout) -> np.ndarray:
+    "(N,) booleans. Raises ValueError, naming the line, where a table does not fit the layout."
+    starts = dict(zip(layout.depths, np.cumsum([0, *layout.widths]).tolist()))
+    width, flat = dict(zip(layout.depths, layout.widths)), np.zeros(layout.n_neurons, dtype=bool)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        table = csv.DictReader(file, skipinitialspace=True)
+        if not {"layer", "unit"} <= set(table.fieldnames or ()):
+            raise ValueError(f"path={str(path)!r} has the columns {table.fieldnames}; expected layer and unit.")
+        for row in table:
+            here = f"path={str(path)!r}, line {table.line_num}"
+            try:
+                layer, unit = int(row["layer"]), int(row["unit"])
+            except (TypeError, ValueError) as e:
+                raise ValueError(f"{here}: layer and unit must be whole numbers, got {list(row.values())}.") from e
+            if layer not in width or not 0 <= unit < width[layer]:
+                raise ValueError(f"{here}: no unit {unit} in layer {layer}; there are layers {_ranges(layout.depths)}.")
+            flat[starts[layer] + unit] = True
+    return flat
+
 # %% ../nbs/04_masks.ipynb #7d42a8b5
-class NeuronMask(_UnitSet):
+class NeuronMask(_UnitSet, Shareable):
     """A set of neurons: one boolean per unit, layers side by side in order of depth. Immutable, hashable, on the CPU.
 
     `a | b`, `a & b`, `a - b`, `a ^ b` and `~a` are set operations; they raise ValueError when the masks have different
@@ -284,7 +326,8 @@ class NeuronMask(_UnitSet):
     def _repr_html_(self):
         what = f"units per layer, {self.depths[0]} to {self.depths[-1]}; at most {max(self.counts):,} in one"
         names = [f"layer {d}, of {w:,}" for d, w in zip(self.depths, self.widths)]
-        return card("NeuronMask", _mask_facts(self), (bars(self.counts, names, what), what))
+        of = [f"model {self.card.name}"] if self.card else []
+        return card("NeuronMask", [*_mask_facts(self), *of], (bars(self.counts, names, what), what))
 
     def save(self, path: str | os.PathLike) -> None:  # file to write, usually *.safetensors
         "Write the mask with its layout to `path`, atomically."
@@ -295,8 +338,34 @@ class NeuronMask(_UnitSet):
         "Return the mask in `path`. Raises FileNotFoundError, or ValueError if the file is damaged or holds no mask."
         tensors, meta = load_tensors(path, "mask", ("flat", "widths", "site", "depths"))
         with reading(path, "mask"):
-            where = Layout(meta["widths"], meta["depths"], meta["site"], meta.get("heads", ()))
-            return cls.from_flat(tensors["flat"], where)
+            return cls.from_flat(tensors["flat"], Layout.read(meta, path))
+
+    shared_kind, shared_file = "mask", "mask.safetensors"
+
+    def shared_facts(self) -> tuple[str, ModelCard | None, str]:
+        "Return what a description says of it: see `base.hub`."
+        names = [f"layer {d}" for d in self.depths]
+        return ", ".join(_mask_facts(self)), self.card, bars(self.counts, names, "units per layer", 120)
+
+    def public(self) -> "NeuronMask":
+        "Return the mask without the names of folders of this machine on its card."
+        return self if self.card is None else NeuronMask(self.bits, replace(self.layout, card=self.card.public()))
+
+    def to_csv(self, path: str | os.PathLike) -> None:  # file to write
+        "Write one line (layer, unit) for each unit of the mask, atomically, for other programs."
+        write_text(path, _as_csv(self))
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | os.PathLike,  # a table with the columns layer and unit
+        widths: Sequence[int] | Layout,  # units of each layer, or the whole layout, as of the activations
+        site: str | Sequence[str] | None = None,  # as for `from_flat`
+        depths: Sequence[int] | None = None,  # likewise
+    ) -> "NeuronMask":
+        "Return the mask of the units in a table. Raises ValueError, naming the line, for a unit that is not there."
+        layout = _layout(widths, site, depths)
+        return cls.from_flat(_units_in_csv(path, layout), layout)
 
     def matched_random(
         self,

@@ -10,7 +10,7 @@ import copy
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -21,6 +21,8 @@ from .base.arguments import ArgumentError, check_choice, check_number
 from .base.display import always_shown, bars, card, dots, site_name
 from .base.files import load_tensors, reading, save_tensors
 from .base.whitening import TooLittleData
+from .base.hub import Shareable
+from .base.identity import ModelCard
 from .ica import ICA, DataError
 from .masks import Layout, NeuronMask, common_layout, union
 
@@ -96,6 +98,11 @@ class _Maps:
         "The site of the neurons."
         return self.layout.site
 
+    @property
+    def card(self) -> ModelCard | None:
+        "The model they were found in, the texts and how; None: not known."
+        return self.layout.card
+
     def fitted(self) -> Self:
         "Return self; ValueError if there are no maps yet."
         if not hasattr(self, "maps_"):
@@ -123,7 +130,8 @@ class _Cut(_Maps):
         "Return one mask per network: the units whose map passes the threshold."
         cut = self.at_alpha(threshold or Threshold(alpha, tail=tail))
         z = {"positive": self.maps_, "both": self.maps_.abs(), "raw": self.maps_ * self.sign_[:, None]}[cut.tail]
-        return [NeuronMask.from_flat(row >= cut.alpha, self.layout) for row in z]
+        rule = {"alpha": cut.alpha, "tail": cut.tail}
+        return [NeuronMask.from_flat(row >= cut.alpha, self.layout.noted(**rule, network=i)) for i, row in enumerate(z)]
 
     def key_neurons(
         self,
@@ -138,7 +146,7 @@ class _Cut(_Maps):
             return union(self.masks(threshold=cut))
         chosen = torch.zeros(self.fitted().layout.n_neurons, dtype=torch.bool)
         chosen[_strongest(self.maps_, cut.fraction)] = True
-        return NeuronMask.from_flat(chosen, self.layout)
+        return NeuronMask.from_flat(chosen, self.layout.noted(fraction=cut.fraction))
 
     def at_alpha(self, threshold: Threshold) -> Threshold:
         "Return the threshold as an alpha and a tail: unchanged, or as its fraction implies for these maps."
@@ -237,7 +245,8 @@ def learned(
     networks.whiten_solver_ = getattr(ica, "whiten_solver_", "group")
     networks.mixing_, networks.maps_, networks.rows_ = ica.maps_, z_scores(ica.maps_), rows
     networks.method_, networks.texts_centred_ = "ica", texts_centred
-    networks.layout, networks.model = layout, model
+    how = {k: getattr(networks.ica, k) for k in ("n_components", "kind", "standardize", "n_init", "random_state")}
+    networks.layout, networks.model = layout.noted(**how, exclude=networks.exclude), model
     return networks
 
 # %% ../nbs/05_networks.ipynb #5dc22879
@@ -341,7 +350,7 @@ def _refuse_foreign(networks: _Found, activations: Activations) -> None:
         )
 
 # %% ../nbs/05_networks.ipynb #10ea984e
-class FunctionalNetworks(_Found):
+class FunctionalNetworks(_Found, Shareable):
     """Independent components of a model's activations, as z-scored maps over neurons.
 
     Fitted attributes: `maps_` (k, N) z-scores, positive tail longer, in the order of non-Gaussianity; `mixing_` (k, N)
@@ -376,6 +385,22 @@ class FunctionalNetworks(_Found):
             raise ValueError("ica is given, and so are arguments that it holds; set them in the ICA.")
         self.ica, self.exclude = own if ica is None else ica, exclude
         self.n_components, self.kind, self.standardize = self.ica.n_components, self.ica.kind, self.ica.standardize
+
+    shared_kind, shared_file = "networks", "networks.safetensors"
+
+    def shared_facts(self) -> tuple[str, ModelCard | None, str]:
+        "Return what a description says of them: see `base.hub`."
+        key, names = self.key_neurons(fraction=0.01), [f"layer {d}" for d in self.depths]
+        said = f"{len(self.maps_)} networks of {self.layout.n_neurons:,} units, {', '.join(_origin(self))}"
+        return f"{said}; the picture shows the top 1 %", self.card, bars(key.counts, names, "units per layer", 120)
+
+    def public(self) -> Self:
+        "Return the networks without the names of folders of this machine."
+        other = copy.copy(self)
+        if self.card is not None:
+            other.layout = replace(self.layout, card=self.card.public())
+            other.model = self.card.public().name
+        return other
 
     def fit(
         self,
@@ -501,7 +526,7 @@ def load_networks(path: str | os.PathLike) -> FunctionalNetworks:
         for names, values in ((_TENSORS, tensors), (_PLAIN, meta["learned"])):
             for name in names:
                 setattr(networks, name, values[name])
-        networks.layout = Layout(**meta["learned"]["layout"])
+        networks.layout = Layout.read(meta["learned"]["layout"], path)
         _check_parts(networks)
         networks.maps_ = z_scores(networks.mixing_)
     return networks

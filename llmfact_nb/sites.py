@@ -7,6 +7,7 @@ __all__ = ['NeuronSite', 'NeuronSites', 'neuron_sites']
 
 # %% ../nbs/01_sites.ipynb #f931e393
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from .base.arguments import ArgumentError
+from .base.identity import ModelCard, model_card
 
 # %% ../nbs/01_sites.ipynb #6f2250e8
 @dataclass(frozen=True)
@@ -37,11 +39,16 @@ class NeuronSites(Sequence):
         self,
         sites: Sequence[NeuronSite],  # in order of depth
         site: str | tuple[str, ...],  # one of SITES, or the module names asked for
+        model: nn.Module | None = None,  # the model they are in
     ):
         self._sites, self.site = tuple(sites), site
+        self._model = None if model is None else weakref.ref(model)
 
     def __getitem__(self, i):
-        return NeuronSites(self._sites[i], self.site) if isinstance(i, slice) else self._sites[i]
+        return self._some(self._sites[i]) if isinstance(i, slice) else self._sites[i]
+
+    def _some(self, sites: Sequence[NeuronSite]) -> "NeuronSites":
+        return NeuronSites(sites, self.site, None if self._model is None else self._model())
 
     def __len__(self):
         return len(self._sites)
@@ -58,7 +65,13 @@ class NeuronSites(Sequence):
         wanted, known = set(layers), set(self.depths)
         if not wanted or wanted - known:
             raise ArgumentError("layers", list(layers), f"at least one of 0 to {max(known)}, the layers of this model")
-        return NeuronSites([s for s in self._sites if s.layer in wanted], self.site)
+        return self._some([s for s in self._sites if s.layer in wanted])
+
+    @property
+    def card(self) -> ModelCard | None:
+        "The model that the sites are in; see `base.identity`."
+        model = None if self._model is None else self._model()
+        return None if model is None else model_card(model, settings={"site": self.site})
 
     def __repr__(self):
         first, last, what = self._sites[0], self._sites[-1], f"{len(self)} layers, {self.n_neurons:,} units"
@@ -266,7 +279,7 @@ def _named_sites(model: nn.Module, names: Sequence[str]) -> NeuronSites:
         some = f"{', '.join(known[:8])} ... ({len(known)} in all)"
         raise ArgumentError("site", missing or [], f"names of the model's modules; its linear maps are {some}")
     sites = [NeuronSite(i, n, m, _output_width(n, m), "output") for i, (n, m) in enumerate(modules)]
-    return NeuronSites(sites, tuple(n for n, _ in modules))
+    return NeuronSites(sites, tuple(n for n, _ in modules), model)
 
 # %% ../nbs/01_sites.ipynb #e9310019
 def _site_in(model: nn.Module, block: nn.Module, name: str, layer: int, site: str) -> NeuronSite:
@@ -293,7 +306,7 @@ def neuron_sites(
     if len({s.module for s in sites}) < len(sites):
         kind, path = _model_type(model), sites[0].name
         raise NotImplementedError(f"model type {kind!r}: some layers share one {path}; this is not supported.")
-    return NeuronSites(sites, site)
+    return NeuronSites(sites, site, model)
 
 # %% ../nbs/01_sites.ipynb #928b1f96
 def _hook(site: NeuronSite, i: int, function: Callable[[int, torch.Tensor], torch.Tensor | None]):

@@ -13,7 +13,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 from ..activations import Activations, capture
 from ..base.arguments import ArgumentError, check_choice, check_whole, refuse_masked
 from ..base.files import digest, load_tensors, remember, save_tensors
+from ..base.identity import common_card
 from ..base.tokens import text_list
 from llmfact_nb.base.whitening import (
     CentredX,
@@ -88,16 +89,17 @@ def _open(shard: Shard) -> Activations:
         return shard.open()
     return shard if isinstance(shard, Activations) else Activations.load(shard)
 
+
+def _layout_of(shard: Shard) -> Layout:
+    if not isinstance(shard, TextShard):
+        return _open(shard).layout
+    return Layout.of(neuron_sites(shard.model, shard.options.get("site", "mlp_out")).at(shard.options.get("layers")))
+
 # %% ../../nbs/across/01_group.ipynb #7fbb470f
 def _about(shard: Shard) -> dict:
     "Whose neurons these are, ready for JSON."
-    if isinstance(shard, TextShard):
-        of = neuron_sites(shard.model, shard.options.get("site", "mlp_out")).at(shard.options.get("layers"))
-        layout = Layout.of(of)
-        name = getattr(getattr(shard.model, "config", None), "_name_or_path", "")
-    else:
-        acts = _open(shard)
-        layout, name = acts.layout, acts.model
+    layout, of = _layout_of(shard), shard.model if isinstance(shard, TextShard) else None
+    name = _open(shard).model if of is None else getattr(getattr(of, "config", None), "_name_or_path", "")
     site = layout.site if isinstance(layout.site, str) else list(layout.site or ())
     return {"model": name, "site": site, "depths": list(layout.depths), "widths": list(layout.widths)}
 
@@ -476,7 +478,9 @@ def _begin(how: GroupICA, data, rows, folder: str | os.PathLike | None, distribu
         identity |= {f"shard {i}": mark for i, (_, _, _, mark) in enumerate(everyone)}
         ranks.together(lambda: remember(where, "group", identity))
     site = about["site"] if isinstance(about["site"], str) else tuple(about["site"])
-    layout = Layout(tuple(about["widths"]), tuple(about["depths"]), site)
+    layout, mine = Layout(tuple(about["widths"]), tuple(about["depths"]), site), [_layout_of(s) for s in shards]
+    if mine:  # of this rank's shards
+        layout = replace(layout, heads=mine[0].heads, card=common_card([m.card for m in mine]))
     return _Progress(how, ranks, _Kept(where), work, layout, about["model"])
 
 # %% ../../nbs/across/01_group.ipynb #9a542d8a

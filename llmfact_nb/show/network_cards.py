@@ -17,6 +17,7 @@ from torch import nn
 from llmfact_nb.activations import Activations
 from llmfact_nb.base.arguments import check_whole
 from llmfact_nb.base.display import always_shown, bars, card, plain_text
+from llmfact_nb.base.identity import refuse_other_model
 from llmfact_nb.base.tokens import evaluation_mode, input_device, padded, token_name
 from llmfact_nb.networks import FunctionalNetworks, Threshold
 from llmfact_nb.show.drawing import FAINT, OKABE_ITO, count, drawable, figure_or_new, styled
@@ -30,6 +31,7 @@ def written_direction(
     networks: FunctionalNetworks,  # fitted
     network: int,  # which of them
     units: torch.Tensor | None = None,  # (N,) bool, the units that count; None: all
+    any_model: bool = False,  # also take networks of another model
 ) -> torch.Tensor:
     """(d,) float32: what a network writes when its time course rises by one standard deviation, summed over layers.
 
@@ -38,6 +40,7 @@ def written_direction(
     sites = neuron_sites(model, networks.site or "mlp_out").at(networks.depths)
     if sites.widths != networks.widths:
         raise ValueError(f"networks have the layers {networks.widths}, the model {sites.widths}: give its own model.")
+    refuse_other_model(networks.card, model, "networks", any_model)
     by_course = networks.time_courses_[:, network].float().std(correction=0)
     rise = networks.mixing_[network].float() * networks.scale_.float() * by_course
     rise = rise if units is None else torch.where(units, rise, 0.0)
@@ -200,6 +203,7 @@ def network_card(
     threshold: Threshold | None = None,  # which units belong to the network; None: z above 3.6, as in the paper
     n: int = 8,  # tokens of each kind that are shown
     push_tokens: int = 256,  # tokens of the text, at most, on which the pushes are measured
+    any_model: bool = False,  # also take networks of another model
 ) -> NetworkCard:
     """Return what is known of one network.
 
@@ -210,7 +214,7 @@ def network_card(
         raise IndexError(f"network={network!r} does not exist; there are {k}, from 0 to {k - 1}.")
     check_whole("n", n, least=1)
     mask, courses = networks.masks(threshold=threshold)[network], networks.transform(activations)[:, network]
-    direction = written_direction(model, networks, network, mask.flat if mask.n else None)
+    direction = written_direction(model, networks, network, mask.flat if mask.n else None, any_model)
     moved = pushed_logits(model, direction, *_text(activations, push_tokens, input_device(model)))
     order = moved[: len(tokenizer)].argsort(descending=True)
     decoded = lambda ids: tuple((token_name(tokenizer, t), float(moved[t])) for t in ids[:n].tolist())

@@ -20,6 +20,7 @@ from llmfact_nb.activations import Activations
 from llmfact_nb.base.arguments import check_whole
 from llmfact_nb.base.display import plain_text, site_name
 from llmfact_nb.base.files import write_text
+from llmfact_nb.base.identity import refuse_other_model
 from llmfact_nb.base.tokens import token_name
 from llmfact_nb.networks import FunctionalNetworks, Threshold, gaussian_union
 from llmfact_nb.show.pages import render, script_data, table, template_file
@@ -218,6 +219,7 @@ def write_network_page(
     threshold: Threshold | None = None,  # which units belong to a network; None: the top 1 %
     max_tokens: int = 2000,  # tokens of text on the page; the strongest are sought among all
     courses: torch.Tensor | None = None,  # (T, k) time courses, where they are not those of `transform`
+    any_model: bool = False,  # also read the networks on activations of another model
 ) -> Path:
     """Write the networks as one self-contained interactive page and return its path.
 
@@ -225,6 +227,8 @@ def write_network_page(
     up to 120,000 outstanding units, and about 4 bytes for each of max_tokens x k values. Raises ValueError if the
     networks are not fitted, or if shapes or numbers do not fit."""
     check_whole("max_tokens", max_tokens, least=1)
+    if activations is not None:
+        refuse_other_model(activations.card, networks.card, "activations", any_model)
     asked = threshold or Threshold(fraction=0.01)
     cut, masks = networks.at_alpha(asked), networks.masks(threshold=asked)
     alpha = float(cut.alpha or 0.0)

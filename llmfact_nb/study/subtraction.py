@@ -18,6 +18,7 @@ from torch import nn
 from ..ablation import POSITIONS, units_of
 from ..base.tokens import own_hook
 from ..base.files import digest
+from ..base.identity import refuse_other_model
 from ..masked_model import backbone, first_tokens
 from ..masks import NeuronMask
 from ..networks import FunctionalNetworks
@@ -117,7 +118,7 @@ class Subtraction:
     @property
     def mask(self) -> NeuronMask:
         "All neurons: a component has a value, if a small one, at each."
-        return NeuronMask.full(self.networks.widths, self.networks.site, self.networks.depths)
+        return NeuronMask.full(self.networks.layout)
 
     @property
     def mark(self) -> str:
@@ -154,5 +155,6 @@ class Subtraction:
         sites = neuron_sites(model, n.site or "mlp_out").at(n.depths)
         if sites.widths != n.widths:
             raise ValueError(f"networks have the layers {n.widths}, the model {sites.widths}; they do not fit.")
+        refuse_other_model(n.card, model, "networks")
         with _two_passes(backbone(model, sites), sites, of, self.positions):
             yield tuple(n.widths)

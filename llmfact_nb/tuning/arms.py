@@ -46,7 +46,7 @@ def gradient_scores(
     like: NeuronMask,  # any mask of the model, for its layers and widths
 ) -> torch.Tensor:
     "Return (N,) the norm of the gradient of each neuron's own weights, for the mean of the batches' losses."
-    parts = neuron_parameters(model, NeuronMask.full(like.widths, like.site, like.depths))
+    parts = neuron_parameters(model, NeuronMask.full(like.layout))
     weights = {part.name: model.get_parameter(part.name) for part in parts}
     sums = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}
     with evaluation_mode(model), _gradients_on([*weights.values()]):
@@ -79,7 +79,7 @@ class CandidateNeurons:
         if arm == "top gradient":
             top = torch.zeros(self.key.n_neurons, dtype=torch.bool)
             top[self.gradient.topk(self.key.n).indices] = True
-            return NeuronMask.from_flat(top, self.key.widths, self.key.site, self.key.depths)
+            return NeuronMask.from_flat(top, self.key.layout)
         return None
 
 # %% ../../nbs/tuning/06_arms.ipynb #7013aa7a
@@ -107,7 +107,7 @@ def mlp_maps(
     like: NeuronMask,  # any mask of the model
 ) -> list[str]:
     "Return the dotted names of the linear maps of all MLPs: gate, up and down, or what the model has."
-    parts = neuron_parameters(model, NeuronMask.full(like.widths, like.site, like.depths))
+    parts = neuron_parameters(model, NeuronMask.full(like.layout))
     return list(dict.fromkeys(p.name.removesuffix(".weight") for p in parts if p.name.endswith(".weight")))
 
 # %% ../../nbs/tuning/06_arms.ipynb #b1c237d1
@@ -147,7 +147,7 @@ def _neurons(
     tuning = get_neuron_model(model, NeuronTuningConfig(mode, mask), verbose=False).neuron_tuning
     before, groups = tuning.frozen_digests(), tuning.param_groups(weight_decay)
     intact = lambda: tuning.frozen_digests() == before if before else None
-    trained = NeuronMask.full(key.widths, key.site, key.depths) if mask is None else ~mask if mode == "rest" else mask
+    trained = NeuronMask.full(key.layout) if mask is None else ~mask if mode == "rest" else mask
     lowest = next(d for d, n in zip(trained.depths, trained.counts) if n) if mode == "selected" else 0
     counts = " ".join(map(str, trained.counts))
     try:

@@ -180,7 +180,7 @@ class _Gates(nn.Module):
         "Return the open neurons, also those that are open for good."
         check_number("threshold", threshold, least=0, below=1)
         p = _opening(self._logits(), "sigmoid", self.temperature)
-        return NeuronMask.from_flat(p > threshold, self.gated.widths, self.gated.site, self.gated.depths)
+        return NeuronMask.from_flat(p > threshold, self.gated.layout)
 
     def forward(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         "Return the activations x (..., width) of a layer (its index among the mask's) behind the gates."

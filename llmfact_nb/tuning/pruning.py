@@ -21,6 +21,7 @@ from torch import nn
 from ..activations import Activations
 from ..base.arguments import ArgumentError, check_choice, check_number, check_whole
 from ..base.files import read_json, reading, write_json
+from ..base.identity import refuse_other_model
 from ..finetune import neuron_parameters, refuse_unplain
 from ..masks import Layout, NeuronMask, common_layout
 from ..networks import rows_to_use
@@ -226,11 +227,13 @@ def prune(
     compensate: Activations | torch.Tensor | None = None,  # of the same neurons, or their means (N,): biases make up
     exclude: str | None = None,  # tokens that do not count for the means: None, "first" or "sinks"
     verbose: bool = True,  # print what was removed
+    any_model: bool = False,  # also take a mask that was made from another model
 ) -> PrunedNeurons:
     """Cut the mask's neurons out of the weights; the record can `restore()` them. Build optimizers afterwards.
 
     With `compensate` the model computes what `MaskedModel.ablate(mask, replace="mean")` computes (arXiv 2508.05239)."""
     _refuse_uncuttable(model, mask)
+    refuse_other_model(mask.card, model, "mask", any_model)
     means = None if compensate is None else _means(mask, compensate, exclude)
     if mask.n == 0:
         warnings.warn("mask selects no neuron: the model stays as it is.", stacklevel=2)
@@ -280,12 +283,13 @@ def pruned_training(
     compensate: Activations | torch.Tensor | None = None,  # as for `prune`
     exclude: str | None = None,  # likewise
     verbose: bool = True,  # print what was removed
+    any_model: bool = False,  # likewise
 ) -> Iterator[PrunedNeurons]:
     "The model is without the mask's neurons for the length of the block; gives the record of it."
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     check_choice("then", then, ("restore", "keep"))
-    record = prune(model, mask, compensate, exclude, verbose)
+    record = prune(model, mask, compensate, exclude, verbose, any_model)
     gone = {id(cut.whole) for cut in record.cuts or ()}
 
     def look(optimizer, args, kwargs):

@@ -181,7 +181,8 @@ class NetworkActivateCallback(_NetworkSchedule):
             raise ArgumentError("masks", None, "masks, because a model in mode 'full' has no networks either")
         self._networks = named_masks(masks)
         self._check_names(list(self._networks))
-        self._masked = MaskedModel(model, site="mlp_hidden" if tuned else None)
+        # the weights may have moved already: after a checkpoint, or in mode "full"
+        self._masked = MaskedModel(model, site="mlp_hidden" if tuned else None, any_model=True)
         if self.activations is not None:
             self._masked.fit_means(self.activations)
 
