@@ -2,13 +2,12 @@
 
 import argparse
 import gc
-import subprocess
-import sys
+import json
 import tempfile
 from pathlib import Path
 
 import torch
-from table import in_turns, publish, within
+from table import forget_peak, in_own_process, in_turns, peak_megabytes, publish, within
 
 from llmfact_nb import activations
 from llmfact_nb.activations import capture
@@ -22,10 +21,12 @@ class Stop(Exception):
 
 
 def batches_of(model, run) -> list[dict]:
-    "What the model is called with while `run()` runs."
+    "What the model is called with while `run()` runs for the second time; the first time `capture` makes a check."
     seen = []
     handle = model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
     try:
+        run()
+        seen.clear()
         run()
     finally:
         handle.remove()
@@ -80,25 +81,8 @@ def compare(args) -> list[dict]:
     return rows
 
 
-def peak_megabytes() -> float:
-    "Largest resident memory since `forget_peak`."
-    return (
-        int(
-            next(
-                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-            ).split()[1]
-        )
-        / 1024
-    )
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def child(target: str, args) -> None:
-    """One capture in a process of its own; prints its tokens, the growth of peak memory, and the size of the matrix in
-    MB."""
+    "One capture in a process of its own; prints its tokens, the growth of peak memory, and the size of the matrix."
     model, tokenizer = load_model()
     texts = load_texts("wiki", "fit", n=args.texts)["text"][:]
     capture(model, tokenizer, texts[:1], "mlp_hidden", max_length=8, progress=False)  # what is loaded on first use
@@ -108,17 +92,15 @@ def child(target: str, args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.safetensors" if target == "disk" else None
         a = capture(model, tokenizer, texts, "mlp_hidden", max_length=args.length, path=path, progress=False)
-        print(a.n_tokens, peak_megabytes() - before, a.n_tokens * a.n_neurons * a.values.itemsize / 2**20)
+        matrix = a.n_tokens * a.n_neurons * a.values.itemsize / 2**20
+        print(json.dumps({"tokens": a.n_tokens, "peak_mb": peak_megabytes() - before, "matrix_mb": matrix}))
 
 
 def memory(args) -> list[dict]:
     rows = []
     for target, texts in (("memory", args.texts), ("disk", args.texts), ("disk", 2 * args.texts)):
-        command = [sys.executable, __file__, "--child", target, "--texts", str(texts), "--length", str(args.length)]
-        tokens, peak, size = map(
-            float, subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-3:]
-        )
-        rows.append(dict(what=f"mlp_hidden to {target}", tokens=int(tokens), peak_mb=peak, matrix_mb=size))
+        settings = ("--child", target, "--texts", str(texts), "--length", str(args.length))
+        rows.append({"what": f"mlp_hidden to {target}", **in_own_process(__file__, *settings)})
         print(rows[-1], flush=True)
     return rows
 

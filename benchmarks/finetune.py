@@ -3,13 +3,11 @@ optimizer state?"""
 
 import argparse
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-from table import in_turns, publish
+from table import in_own_process, in_turns, peak_megabytes, publish
 
 from llmfact_nb.finetune import NeuronTuningConfig, get_neuron_model
 from llmfact_nb.masks import NeuronMask
@@ -65,7 +63,10 @@ class Training:
             mode = "selected" if arm.startswith("selected") else arm
             mask = None if mode == "full" else chosen(model, share, "quarter" in arm)
             get_neuron_model(model, NeuronTuningConfig(mode, mask), verbose=False)
-        self.model, self.ids = model, torch.randint(32_000, (rows, length), generator=torch.Generator().manual_seed(0))
+        self.model, self.ids = (
+            model,
+            torch.randint(32_000, (rows, length), generator=torch.Generator().manual_seed(0)),
+        )
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.01, fused=True)
 
@@ -86,18 +87,6 @@ class Training:
         return sum(t.numel() * t.element_size() for t in [*state, *(p.grad for p in self.trained)])
 
 
-def peak_megabytes() -> float:
-    "Largest resident memory of this process so far."
-    return (
-        int(
-            next(
-                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-            ).split()[1]
-        )
-        / 1024
-    )
-
-
 def child(arguments: dict) -> None:
     "Three steps in a process of their own; prints how far memory grew beyond the loaded libraries."
     import peft  # noqa: F401  what is imported on the way is no part of any arm
@@ -108,23 +97,12 @@ def child(arguments: dict) -> None:
     for _ in range(3):
         training.step()
     peak = peak_megabytes() - before
-    print(
-        "\n"
-        + json.dumps(
-            {
-                "peak_mb": peak,
-                "state_mb": training.state_bytes() / 2**20,
-                "trained": sum(p.numel() for p in training.trained),
-            }
-        )
-    )
+    trained = sum(p.numel() for p in training.trained)
+    print("\n" + json.dumps({"peak_mb": peak, "state_mb": training.state_bytes() / 2**20, "trained": trained}))
 
 
 def memory(**arguments) -> dict:
-    out = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(arguments)], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-    return json.loads(out.splitlines()[-1])
+    return in_own_process(__file__, "--child", json.dumps(arguments))
 
 
 def largest_batch(family: str, limit: float, rows: int, length: int, share: float) -> tuple[int, float]:
@@ -160,7 +138,7 @@ if __name__ == "__main__":
         child(json.loads(args.child))
         sys.exit()
 
-    shape, rows, results, versus = dict(rows=args.rows, length=args.length, share=args.share), [], [], {}
+    shape, rows, results, versus = (dict(rows=args.rows, length=args.length, share=args.share), [], [], {})
     for family in MODELS:
         full = Training(family, "full", **shape)
         arms = {arm: Training(family, arm, **shape) for arm in ARMS}

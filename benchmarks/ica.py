@@ -7,19 +7,17 @@ import json
 import math
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from table import HERE, publish, seconds
+from table import HERE, forget_peak, in_own_process, peak_megabytes, publish, seconds
 
 from llmfact_nb.ica import ICA
 
-HIDDEN, OUT = ("mlp_hidden", 4096, 64), ("mlp_out", 2048, 32)  # site, tokens, components
+HIDDEN, OUT = (("mlp_hidden", 4096, 64), ("mlp_out", 2048, 32))  # site, tokens, components
 SPATIAL = ("mlp_out", 4096, 32)
 
 
@@ -115,29 +113,13 @@ def load(folder: Path, data: tuple) -> np.ndarray:
     return np.load(folder / f"{data[0]}.npy", mmap_mode="r")[: data[1]].copy()
 
 
-def peak_megabytes() -> float:
-    "Largest resident memory since `forget_peak`."
-    return (
-        int(
-            next(
-                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
-            ).split()[1]
-        )
-        / 1024
-    )
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def child(name: str, folder: Path) -> None:
     """One fit in a process of its own; prints seconds, growth of peak memory and steps, and leaves maps and time
     courses in the folder."""
     warnings.simplefilter("ignore")  # whether a peer has converged is seen in its steps
     if name.startswith("growth"):
         _, T, N = name.split()
-        X, k, run = np.load(folder / "growth.npy", mmap_mode="r")[: int(T), : int(N)], 64, ours(max_iter=50)
+        X, k, run = (np.load(folder / "growth.npy", mmap_mode="r")[: int(T), : int(N)], 64, ours(max_iter=50))
     elif name.startswith("exact"):
         data = list(EXACT)[int(name.split()[1])]
         X, k, run = load(folder, data), data[2], EXACT[data]
@@ -156,8 +138,7 @@ def child(name: str, folder: Path) -> None:
 
 
 def measure(name: str, folder: Path) -> dict:
-    command = [sys.executable, __file__, "--child", name, "--data", str(folder)]
-    found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+    found = in_own_process(__file__, "--child", name, "--data", str(folder))
     print(f"{name}: {found['seconds']:.2f} s, {found['extra_mb']:,.0f} MB", flush=True)
     return found
 
@@ -198,7 +179,7 @@ def compare(args, folder: Path) -> tuple[list, dict]:
     for name in names:
         data, _, baseline, bar = TASKS[name]
         best = {key: statistics.median(f[key] for f in found[name]) for key in ("seconds", "cpu_seconds", "extra_mb")}
-        facts, exact = dict(best, runs=found[name]), np.load(result_file(f"exact {list(EXACT).index(data)}", folder))
+        facts, exact = (dict(best, runs=found[name]), np.load(result_file(f"exact {list(EXACT).index(data)}", folder)))
         mine, cells = np.load(result_file(name, folder)), ["", "", "", ""]
         if baseline in found:
             facts["times_faster"] = statistics.median(
@@ -211,7 +192,7 @@ def compare(args, folder: Path) -> tuple[list, dict]:
                 f["extra_mb"] / b["extra_mb"] for b, f in zip(found[baseline], found[name])
             )
             r = matched(mine["maps"], np.load(result_file(baseline, folder))["maps"])
-            facts["r_median"], facts["r_p10"] = float(np.median(r)), float(np.quantile(r, 0.1))
+            facts["r_median"], facts["r_p10"] = (float(np.median(r)), float(np.quantile(r, 0.1)))
             cells = [
                 f"{facts['times_faster']:.1f}x",
                 f"{facts['cpu_times_faster']:.1f}x",
@@ -220,7 +201,7 @@ def compare(args, folder: Path) -> tuple[list, dict]:
             ]
         if data == SPATIAL:
             r = matched(mine["maps"], exact["maps"])
-            facts["exact_r_median"], facts["exact_r_p10"] = float(np.median(r)), float(np.quantile(r, 0.1))
+            facts["exact_r_median"], facts["exact_r_p10"] = (float(np.median(r)), float(np.quantile(r, 0.1)))
             kept = f"maps {facts['exact_r_median']:.4f}, {facts['exact_r_p10']:.3f}"
         else:
             facts["subspace_share"] = (

@@ -1,4 +1,4 @@
-"""How a benchmark's times are taken, and where its numbers go: a table in README.md and a file of results."""
+"""How a benchmark measures time and memory, and where its numbers go: a table in README.md and a file of results."""
 
 import functools
 import json
@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,13 +54,29 @@ def in_turns(plain: Callable, arms: dict[str, Callable], repeats: int) -> dict[s
     return found
 
 
-def within(room, model, arm: Callable, repeats: int = 5) -> float:
+def peak_megabytes() -> float:
+    "Largest resident memory of this process since `forget_peak`, or since its start."
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_own_process(file: str, *arguments: str) -> dict:
+    "What the benchmark `file` prints last, as JSON, when it runs with these arguments in a process of its own."
+    out = subprocess.run([sys.executable, file, *arguments], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def within(chapter, model, arm: Callable, repeats: int = 5) -> float:
     """Median over runs of: all of `arm()`, over the part of the same run that is the model's own forward pass.
 
-    A run is compared with itself, so no change of the machine's speed between two runs can enter. `room` is the
+    A run is compared with itself, so a change of the machine's speed between two runs has no effect. `chapter` is the
     module whose `attach` sets the hooks."""
     hooks, forward, found = [0.0], [0.0], []
-    attach, model_forward = room.attach, model.forward
+    attach, model_forward = chapter.attach, model.forward
 
     def clocked(spent, function):
         @functools.wraps(function)  # also its signature, which `capture` reads
@@ -71,7 +89,7 @@ def within(room, model, arm: Callable, repeats: int = 5) -> float:
 
         return run
 
-    room.attach = lambda sites, function: attach(sites, clocked(hooks, function))
+    chapter.attach = lambda sites, function, *checked: attach(sites, clocked(hooks, function), *checked)
     model.forward = clocked(forward, model_forward)
     try:
         for _ in range(repeats):
@@ -79,7 +97,7 @@ def within(room, model, arm: Callable, repeats: int = 5) -> float:
             wall, _ = seconds(arm)
             found.append(wall / (forward[0] - hooks[0]))
     finally:
-        room.attach = attach
+        chapter.attach = attach
         del model.forward  # the class's own again
     return statistics.median(found)
 

@@ -790,15 +790,16 @@ FACTS = (  # those that are read again, by a run's summary and by `llmfact netwo
 )  # fmt: skip
 
 
-def _token_facts(acts: Activations, used: torch.Tensor) -> dict:
+def _token_facts(acts: Activations, used: torch.Tensor, variance: torch.Tensor) -> dict:
     "Numbers about the tokens, and how few of them and of the neurons hold the variance."
     top, share = max(1, acts.n_neurons // 1000), lambda v: float(v.topk(top).values.sum() / v.sum())
     facts: dict = {"tokens": acts.n_tokens, "tokens used": int(used.sum()), "neurons": acts.n_neurons}
     facts |= {"layers": len(acts.widths), "texts cut": acts.n_cut, "sink tokens": int(acts.sinks.sum())}
     facts["variance share of the sink tokens"] = acts.variance_share(acts.sinks)
     facts["variance share of the excluded tokens"] = 0.0 if used.all() else acts.variance_share(~used)
-    for tokens, rows in (("all tokens", torch.ones_like(used)), ("tokens used", used)):
-        facts[f"variance share of the {top} largest neurons, {tokens}"] = share(acts.moments(rows)[1])
+    of_all = variance if used.all() else acts.moments(torch.ones_like(used))[1]
+    for tokens, of in (("all tokens", of_all), ("tokens used", variance)):
+        facts[f"variance share of the {top} largest neurons, {tokens}"] = share(of)
     return facts
 
 # %% ../nbs/09_ablation.ipynb #8b211a74
@@ -838,8 +839,10 @@ def find_networks(
         "model type": getattr(model.config, "model_type", type(model).__name__),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    facts |= {"texts": len(chosen)} | _token_facts(acts, networks.rows_) | _network_facts(networks, settings)
-    mean, variance = acts.moments()[0], acts.moments(networks.rows_)[1]
+    mean, variance = acts.moments(networks.rows_)
+    facts |= {"texts": len(chosen)} | _token_facts(acts, networks.rows_, variance) | _network_facts(networks, settings)
+    if not torch.equal(networks.rows_, ~acts.sinks):
+        mean = acts.moments()[0]
     return Found(networks, mean, variance, settings.threshold, facts=facts)
 
 # %% ../nbs/09_ablation.ipynb #e4a13ccc

@@ -101,7 +101,7 @@ def row_log_probs(
         options["logits_to_keep"] = torch.tensor(places, device=ids.device)
     logits = model(input_ids=ids, attention_mask=real, **options).logits
     column = {p: i if some else p for i, p in enumerate(places)}
-    read = lambda row, start: logits[row_of[tuple(row[:-1])], [column[p] for p in range(start - 1, len(row) - 1)]]
+    read = lambda row, start: logits[row_of[tuple(row[:-1])], column.get(start - 1, 0) :][: len(row) - start]  # a view
     return [_read_logits(read(row, start), row[start:]) for row, start in rows]
 
 
@@ -112,7 +112,7 @@ def _options(model: nn.Module) -> set[str]:
 def _read_logits(
     logits: torch.Tensor,  # (n, vocabulary) logits of the model at n positions
     targets: Sequence[int],  # (n,) the tokens that came next
-    block: int = 256,  # places at a time
+    block: int = 16,  # positions at a time: few enough for a processor's cache
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Return (n,) float32 log-probabilities of the targets, and (n,) bool: whether the target was the first choice."
     log_probs, first = [], []
