@@ -577,6 +577,8 @@ def _refuse_untunable(model: nn.Module, config: NeuronTuningConfig, names: set[s
 def _summary(tuning: NeuronTuning) -> str:
     "What trains, in two or three lines."
     config, own = tuning.config, tuning.requires_grad
+    if tuning.model is None:
+        return f"mode {config.mode}: the model is gone"
     total = sum(tuning.model.get_parameter(n).numel() for n in own)
     n = tuning.n_trained
     head = f"mode {config.mode}: {n:,} of {total:,} parameters train ({n / total:.2%})"

@@ -285,6 +285,21 @@ def test_a_column_of_another_name(tiny, tmp_path):
     assert listed[0] == listed[1]
 
 
+def test_a_network_without_units_is_said_to_have_none(tiny, tmp_path):
+    "In the table, in what is suggested, and where its number is given."
+    line = f"networks {found_by(tiny)}".replace("--fraction 0.05", "")
+    llmfact(f"{line} --out {tmp_path / 'all'}")
+    largest = read_found(tmp_path / "all")[1].networks.maps_.amax(1).sort().values
+    one = f"--alpha {float(largest[-2:].mean())} --tail positive"  # passed by one network alone
+    printed, notes = llmfact(f"{line} {one} --out {tmp_path / 'one'}")
+    assert printed.count("no unit") == len(largest) - 1 and "empty" not in notes
+    first = int(re.search(r"mask --network (\d+)", printed)[1])
+    llmfact(f"mask --network {first} --out {tmp_path / 'one'}")
+    for line in (f"mask --out {tmp_path / 'one'}", f"finetune --run {tmp_path / 'one'} --out {tmp_path / 't'}"):
+        said = llmfact(f"{line} --network {(first + 1) % len(largest)}", 1)[1]
+        assert f"units: {first}." in said and "--alpha" not in said
+
+
 def test_what_to_do_if_the_ica_does_not_converge(tiny, tmp_path):
     "Is said once, in options of the command, with the number of restarts that was given."
     few = f"networks {found_by(tiny)} --out {tmp_path / 'n'} --max-iter 1"
@@ -587,7 +602,7 @@ def test_an_unknown_home_names_the_way_out(tmp_path):
         ("fetch no-such-thing", 2, "error: 'no-such-thing'"),
         ("fetch wiki smolm2", 2, "error: 'smolm2'|'smollm2-135m'"),
         ("run --k 4081 --dry-run", 2, "--k|4,080"),
-        ("run --column body --model MODEL --texts TEXTS --out OUT", 1, "--column 'body'|title, text"),
+        ("run --column body --model MODEL --texts TEXTS --out OUT", 1, "--column 'body'|'title', 'text'"),
         ("run --shuffle -1", 2, "--shuffle"),
         ("finetune --run RUN --texts TEXTS --column body --out OUT", 1, "--column 'body'"),
         ("finetune --run RUN --texts TEXTS --max-length 100000 --out OUT", 1, "--max-length"),
@@ -780,6 +795,33 @@ def test_the_studies_of_the_paper_are_run_and_drawn(tiny, tmp_path, monkeypatch)
     assert {p: p.read_bytes() for p in (out / "figures").glob("*.png")} == before
     assert "quick: for trying out" in (out / "figures" / "index.html").read_text(), "also without the model"
     assert json.loads(llmfact(f"info {out} --json")[0])["kind"] == "study"
+
+
+def test_a_study_reads_texts_of_ones_own(tiny, monkeypatch):
+    from llmfact_nb.base.texts import load_texts
+    from llmfact_nb.command.paper_study import paper_settings
+
+    others = {"encyclopaedia": ["not read"], "speeches": ["s"], "reviews": ["r"], "code": ["c"]}
+    monkeypatch.setattr("llmfact_nb.study.plan.text_kinds", lambda split, n: others)
+    monkeypatch.setattr("llmfact_nb.base.texts.load_labelled", lambda *_: [("a", 0), ("b", 1)])
+    path = str(tiny / "texts.jsonl")
+    texts = StudyTexts.default(paper_settings(True, texts=path, shuffle=3))
+    assert list(texts.fit) == list(texts.held_out) == ["texts", "speeches", "reviews", "code"]
+    assert texts.fit["texts"] == list(load_texts(path, "fit", shuffle=3)["text"])
+    assert texts.held_out["texts"] == list(load_texts(path, "eval", shuffle=3)["text"])
+
+
+def test_label_words_are_checked_before_anything_is_measured(tiny, tmp_path, monkeypatch):
+    "By a dry run as well."
+    monkeypatch.setattr("llmfact_nb.study.whole.paper_study", lambda *_, **__: pytest.fail("too late"))
+    folder = tmp_path / "same"
+    shutil.copytree(tiny / "model", folder)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"negative"', '"another"'))  # both are unknown words now
+    path.write_text(path.read_text().replace('"positive"', '"others"'))
+    for more in ("", " --dry-run"):
+        said = llmfact(f"study paper --quick --model {folder} --out {tmp_path / 'x'}{more}", 1)[1]
+        assert "label_words" in said and not (tmp_path / "x").exists()
 
 
 def test_a_dry_run_of_the_paper_keeps_its_word(tiny, tmp_path, capsys):

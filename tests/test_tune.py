@@ -2,6 +2,7 @@
 give the same model again."""
 
 import dataclasses
+import gc
 import json
 import os
 import random
@@ -210,6 +211,15 @@ def test_a_finished_training_goes_on_with_more_steps(asked, tmp_path, monkeypatc
     with pytest.raises(ArgumentError) as e:
         tune(few, MASK, folders[0], progress=False)
     assert e.value.argument == "steps"
+
+
+def test_a_tuning_says_what_trains_also_without_its_model(asked, whole):
+    model = load_model(asked.model)[0]
+    tuning = load_neurons(model, whole[1] / "neurons.safetensors", verbose=False).neuron_tuning
+    assert f"{whole[0]['trained parameters']:,}" in repr(tuning) == str(tuning)
+    del model
+    gc.collect()
+    assert "selected" in repr(tuning)
 
 
 def test_a_lost_model_is_made_again(asked, whole, tmp_path):

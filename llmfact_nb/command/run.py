@@ -202,9 +202,8 @@ def search(
     held_out = first_texts(sources.texts("eval"), s.eval_texts)
     model, tokenizer = sources.load()
     perplexity(model, None, EvalSet(tokenizer, held_out[:1], max_length=8), progress=False)
-    for name in ("fit_length", "eval_length"):
-        if (most := longest_input(model, tokenizer, asked := getattr(s, name))) < asked:
-            note(f"texts are cut at {counted(most, 'token')}, the most that the model reads at once", sources.progress)
+    if (most := longest_input(model, tokenizer, asked := max(s.fit_length, s.eval_length))) < asked:
+        note(f"texts are cut at {counted(most, 'token')}, the most that the model reads at once", sources.progress)
     matrix = run_cost(s, True, rate=1e9).activations or 0
     streamed = folder / "parts" / "activations"
     path = streamed if matrix > free_memory() / 2 else None
@@ -306,7 +305,9 @@ def held_out_courses(
     if not path.exists() or read_header(path, "courses").get("networks") != networks:
         acts, tokenizer = read()
         ordinary = ~acts.sinks
-        courses = network_time_courses(acts, found.network_masks(), standardize=True)[ordinary]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of networks without units; the table says which they are
+            courses = network_time_courses(acts, found.network_masks(), standardize=True)[ordinary]
         tensors = {
             "means": courses,
             "fitted": found.networks.transform(acts)[ordinary],
