@@ -195,12 +195,12 @@ def _data(networks, maps, floor: float, own: Mapping, shown: list[dict], texts: 
     slider = {"floor": floor, "ceiling": ceiling, "own": dict(own), "gaussian": gaussian}
     return layers | slider | {"networks": shown, "texts": texts}
 
-# %% ../../nbs/show/09_network_page.ipynb #f9d7fbc3
+# %% ../../nbs/show/09_network_page.ipynb #43c44c79
 def _lead(networks, read: Mapping, masks, own: Mapping) -> str:
     "The first lines of the page: how many networks there are, what they were read on, and how many are empty."
     size = f"{len(masks)} networks over {sum(networks.widths):,} neurons in {len(networks.widths)} layers."
     empty = sum(not mask.n for mask in masks)
-    none = f" {empty} of them have no unit beyond {own['text']}." if empty else ""
+    none = f" {empty} of them {'has' if empty == 1 else 'have'} no unit beyond {own['text']}." if empty else ""
     sure = "Stability says how well restarts agree on the same texts, not that other texts would give the same network."
     return f"{size}{none}{read['says']} {sure}"
 
