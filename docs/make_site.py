@@ -205,8 +205,7 @@ class Site:
         for path in (ROOT / "docs" / "pages").glob("*.md"):
             files[path.name] = self.relink_page(path).encode()
         files["changelog.md"] = (ROOT / "CHANGELOG.md").read_bytes()
-        contributing = self.relink_page(ROOT / ".github" / "CONTRIBUTING.md")
-        files["contributing.md"] = contributing.replace("](../docs/pages/", "](").encode()
+        files["contributing.md"] = self.relink_page(ROOT / ".github" / "CONTRIBUTING.md").encode()
         for path in (ROOT / "nbs" / "images").glob("*.png"):
             files[f"images/{path.name}"] = path.read_bytes()
         return {name: smaller(data) if name.endswith(".png") else data for name, data in files.items()}
@@ -229,13 +228,14 @@ class Site:
         return {**files, "llms.txt": "\n\n".join(lines) + "\n", "llms-full.txt": full}
 
     def relink_page(self, path: Path) -> str:
-        "A hand-written page with the names in it linked."
-        link, fenced = self.link_names(path.stem.lower()), False
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        "A hand-written page, whose links work on GitHub, with the site's links; its first paragraph is the lead."
+        page, source, fenced, lines = path.stem.lower(), path.relative_to(ROOT).as_posix(), False, []
+        link, text = self.link_names(page), path.read_text(encoding="utf-8")
+        text = relinked(text, page, source, self.target, self.pages, self.home, self.repository)
+        for line in text.splitlines():
             fenced ^= line.startswith("```")
             lines.append(line if fenced or line.startswith("#") else link(line))
-        return "\n".join(lines) + "\n"
+        return re.sub(r"\A(# .+\n\n)", r"\1{.lead}\n", "\n".join(lines) + "\n")
 
 
 def duration(minutes: int) -> str:

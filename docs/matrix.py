@@ -26,7 +26,6 @@ HEADINGS = (
 
 OPENING = """# Architectures
 
-{.lead}
 The families of models that were tried, what works with each of them, and which are refused and why.
 
 Every row is a test. A random model of three narrow layers is built from the family's own configuration. The package

@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
 # %% ../nbs/09_ablation.ipynb #e689c50f
 POSITIONS = ("all", "after-first")
-MEAN = ("mean", "after-first")  # the baseline: ordinary tokens, and what a neuron always adds stays
+MEAN = ("mean", "after-first")  # the baseline: the first token is spared, and a neuron's mean contribution stays
 
 
 def condition_name(
-    replace: str,  # what takes a neuron's place: "mean" or "zero"
+    replace: str,  # what replaces a neuron's value: "mean" or "zero"
     positions: str,  # one of POSITIONS
 ) -> str:
     "Return the condition in words."
@@ -54,7 +54,7 @@ def condition_name(
 
 # %% ../nbs/09_ablation.ipynb #c992ec48
 def _check_settings(s: "Settings") -> None:
-    "Raise ArgumentError, naming the setting, for what makes no sense."
+    "Raise ArgumentError, naming the setting, for an invalid value."
     choices: dict = {"site": SITES, "kind": ("temporal", "spatial"), "exclude": (None, "first", "sinks")}
     for name, accepted in (choices | {"documents": DOCUMENTS}).items():
         check_choice(name, getattr(s, name), accepted)
@@ -80,14 +80,14 @@ class Settings:
     "Everything that decides a run's numbers. The defaults are the preset `recommended`."
 
     model: str = "smollm2-135m"  # default | hub id | local folder | .gguf
-    texts: str = "wiki"  # text set: its fit split finds the networks, its eval split judges them
+    texts: str = "wiki"  # text set: networks are found on its fit split and evaluated on its eval split
     site: str = "mlp_hidden"  # one of sites.SITES
     kind: str = "temporal"  # "temporal" or "spatial" ICA
     n_components: int = 32  # k, networks
     standardize: bool = True  # each neuron in units of its standard deviation
     exclude: str | None = "sinks"  # tokens left out of the fit: None, "first", "sinks"
     n_init: int = 10  # restarts of the ICA
-    ica_seed: int = 0  # of the ICA's starts
+    ica_seed: int = 0  # seed of the ICA's starts
     fraction: float | None = 0.01  # key neurons: this share of all units ...
     alpha: float | None = None  # ... or those above this z-score
     tail: str = "positive"  # which tail alpha cuts: "positive", "both", "raw"
@@ -97,7 +97,7 @@ class Settings:
         ("zero", "all"),
     )  # (replace, positions)
     control_seeds: int = 3  # draws of each random control, seeds 0, 1, ...
-    fit_tokens: int = 4096  # tokens the networks are fitted on
+    fit_tokens: int = 4096  # tokens on which the networks are fitted
     fit_length: int = 256  # tokens taken of each text, at most
     eval_texts: int = 12  # held-out texts
     eval_length: int = 128  # tokens scored of each, at most
@@ -136,18 +136,18 @@ OPERATIONS = ("ablate", "keep", "amplify")
 
 @dataclass(frozen=True, eq=False)
 class _Change:
-    "What becomes of a mask's neurons."
+    "The change made to a mask's neurons."
 
-    arm: str  # its name in tables: "key", "random", ...
-    mask: NeuronMask  # the neurons meant
-    seed: int | None = None  # of a control that was drawn
+    arm: str  # name of the intervention in tables: "key", "random", ...
+    mask: NeuronMask  # the neurons of the intervention
+    seed: int | None = None  # seed of a control that was drawn
     operation: str = "ablate"  # "ablate" the mask's neurons, "keep" only them, or "amplify" them
-    replace: str | torch.Tensor = "zero"  # what an ablated neuron becomes: "zero", "mean", or (N,) values
+    replace: str | torch.Tensor = "zero"  # what replaces an ablated neuron: "zero", "mean", or (N,) values
     means: torch.Tensor | None = None  # (N,) each neuron's mean, for replace="mean"
     gain: float = 1.0  # factor, for "amplify"; it acts on the distance from `replace`
     add: torch.Tensor | None = None  # (N,) added after the gain, for "amplify"
     positions: str = "all"  # "all", or "after-first": spare the first real token of each text
-    late_binding: bool = False  # replay the published mistake: the last layer's mask row in every layer
+    late_binding: bool = False  # reproduce the published mistake: the last layer's mask row in every layer
     labels: Mapping[str, Any] = field(default_factory=dict)  # further entries of its row in a table
 
     def __post_init__(self):
@@ -161,7 +161,7 @@ class _Change:
 
 
 def _check_intervention(i: _Change) -> None:
-    "Raise ArgumentError, naming the argument, for what makes no sense."
+    "Raise ArgumentError, naming the argument, for an invalid value."
     check_choice("operation", i.operation, OPERATIONS)
     check_choice("positions", i.positions, POSITIONS)
     if not isinstance(i.replace, torch.Tensor):
@@ -179,7 +179,7 @@ def _check_intervention(i: _Change) -> None:
 # %% ../nbs/09_ablation.ipynb #93c0d9f7
 @dataclass(frozen=True, eq=False)
 class _Formula(_Change):
-    "The same, as one formula."
+    "The change as one formula."
 
     @property
     def scale_and_shift(self) -> tuple[float, torch.Tensor | None]:
@@ -195,7 +195,7 @@ class _Formula(_Change):
         self,
         values: torch.Tensor,  # (T, N) activations
     ) -> torch.Tensor:
-        "Return what becomes of these activations, (T, N), as far as this intervention changes them itself."
+        "Return the activations (T, N) after this intervention, without its effect on later layers."
         scale, shift = self.scale_and_shift
         changed = scale * values + (0 if shift is None else shift.to(values))
         return torch.where(self.touched.flat, changed, values)
@@ -210,7 +210,7 @@ class _Formula(_Change):
 
 @contextmanager
 def _change_neurons(model: nn.Module, i: _Formula) -> Iterator[tuple[int, ...]]:
-    "The model is changed for the length of the block."
+    "Change the model while the block is open."
     masked, (scale, shift) = MaskedModel(model, legacy_late_binding=i.late_binding), i.scale_and_shift
     if i.operation == "amplify":
         block = masked.amplify(i.mask, scale, 0.0 if shift is None else shift, i.positions)
@@ -227,13 +227,13 @@ def units_of(mask: NeuronMask) -> dict:
 # %% ../nbs/09_ablation.ipynb #02717998
 @dataclass(frozen=True, eq=False)
 class Intervention(_Formula):
-    """What is done to a mask's neurons while a model runs.
+    """A change to a mask's neurons while a model runs.
 
-    Raises ArgumentError, naming the argument, for values that make no sense."""
+    Raises ArgumentError, naming the argument, for invalid values."""
 
     @property
     def mark(self) -> str:
-        "A checksum of everything that decides its effect; its name, seed and labels have no part in it."
+        "A checksum of everything that decides its effect, which does not include name, seed and labels."
         scale, shift = self.scale_and_shift
         mask = self.touched
         values = None if shift is None else digest(shift.float()[mask.flat])
@@ -242,7 +242,7 @@ class Intervention(_Formula):
 
     @property
     def described(self) -> dict:
-        "Its entries in a table."
+        "The intervention's entries in a table."
         own = {name: getattr(self, name) for name in ("arm", "seed", "operation", "positions", "late_binding")}
         own["replace"] = self.replace if isinstance(self.replace, str) else "values"
         return own | units_of(self.touched) | dict(self.labels)
@@ -251,11 +251,11 @@ class Intervention(_Formula):
 def injected_norm(
     model: nn.Module,  # a Hugging Face model, unmasked
     intervention,  # an `Intervention`, or anything with `change` and `mask`
-    activations: Activations,  # of the unmasked model at that site, all layers; some hundred tokens are enough
+    activations: Activations,  # those of the unmasked model at that site, all layers; a few hundred tokens suffice
 ) -> float:
     """Return the norm of the intervention's own change to the MLP outputs over the norm of these outputs.
 
-    All layers and all tokens that are no sinks count; nan without such tokens. It is a first-order size: what the
+    All layers and all tokens that are not sinks count; nan without such tokens. It is a first-order size: what the
     change causes in later layers is left out, and so is a norm that follows the MLP (Gemma)."""
     mask = intervention.mask
     here = (activations.widths, activations.depths)
@@ -266,7 +266,7 @@ def injected_norm(
     layers = zip(MaskedModel(model).sites(mask), before.split(mask.widths, 1), after.split(mask.widths, 1))
     with torch.no_grad():
         for s, x, y in layers:
-            if s.where == "input":  # what the layer writes is one linear map further on
+            if s.where == "input":  # one more linear map gives what the layer writes
                 like = next(s.module.parameters())
                 x, y = (s.module(v.to(like)).float().cpu() for v in (x, y))
             injected += float((y - x).double().square().sum())
@@ -279,7 +279,7 @@ WORSE = {"nats": 1, "accuracy": -1, "label nats": 1}  # measure -> the direction
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    "What a model scored on one evaluation set."
+    "The scores of a model on one evaluation set."
 
     sums: dict[str, np.ndarray]  # measure -> (D,) summed over the items of each document
     counts: np.ndarray  # (D,) items of each document: tokens, or 1 for a sentence
@@ -299,8 +299,8 @@ class EvaluationSet:
 
     data: str  # name of the texts, for tables
     measures: tuple[str, ...]  # what `score` gives
-    fingerprint: str = field(repr=False)  # of everything that decides a score, besides the model
-    tokens: int  # that a model has to read for it
+    fingerprint: str = field(repr=False)  # checksum of everything that decides a score, except the model
+    tokens: int  # number of tokens that a model has to read
     score: Callable[[nn.Module], Scores] = field(repr=False)  # scores a model
     levels: dict[str, float] = field(default_factory=dict)  # of labelled texts: "chance" and "majority"
 
@@ -398,7 +398,7 @@ class _KnownScores:
         self,
         key: str,  # as `key` gives it
     ) -> bool:
-        "Tell whether these scores are known."
+        "Return whether these scores are known."
         return key in self.known or self._path(key).is_file()
 
     def kept(
@@ -417,7 +417,7 @@ class _KnownScores:
         interventions: Iterable,  # None stands for the unmasked model
         evaluation_sets: Sequence[EvaluationSet],
     ) -> list[tuple]:
-        "Return (intervention, evaluation set) for all that has to be measured, each once."
+        "Return every (intervention, evaluation set) that has to be measured, once."
         wanted = {self.key(i, e): (i, e) for i in interventions for e in evaluation_sets}
         return [pair for key, pair in wanted.items() if not self.has(key)]
 
@@ -425,7 +425,7 @@ class _KnownScores:
 def _measure_share(
     cache: "ScoreCache", pairs: list[tuple], threads: int, parent: int
 ) -> tuple[list[tuple[str, Scores, int]], Exception | None]:
-    "A share of the work: (key, scores, tokens read) of what was measured, and what went wrong."
+    "Measure a share; return (key, scores, tokens read) of every measurement, and the error if there was one."
     if os.getpid() == parent:  # a backend of threads: two of them must not hook one model
         cache = copy.copy(cache)
         cache._model = copy.deepcopy(cache.model)
@@ -447,7 +447,7 @@ def _measure_in_parallel(cache: "ScoreCache", todo: list[tuple], n_jobs: int, ba
     todo = sorted(todo, key=lambda pair: -pair[1].tokens)
     here, threads = copy.copy(cache), max(1, torch.get_num_threads() // n)
     here.known, here.asked, here._model = {}, {}, cache.model
-    shares = min(8 * n, len(todo))  # small ones, each with a copy of the model: what is finished is kept soon
+    shares = min(8 * n, len(todo))  # small shares, each with a copy of the model, so that results are saved early
     jobs = (joblib.delayed(_measure_share)(here, todo[i::shares], threads, os.getpid()) for i in range(shares))
     several = joblib.Parallel(n_jobs=n, batch_size=1, pre_dispatch="n_jobs", return_as="generator_unordered")
     for done, error in several(jobs):
@@ -476,7 +476,7 @@ class ScoreCache(_KnownScores):
 
     def __init__(
         self,
-        model: nn.Module | Callable[[], nn.Module] | None,  # unmasked; a function is called at the first need
+        model: nn.Module | Callable[[], nn.Module] | None,  # unmasked; a function is called when first needed
         folder: str | os.PathLike | None = None,  # keep scores here and take them from here; None: in memory only
         identity: Mapping | None = None,  # what decides the scores of this model; None: `model_fingerprint`
         progress: bool | Overall = True,  # show a progress bar
@@ -487,7 +487,7 @@ class ScoreCache(_KnownScores):
 
     @property
     def model(self) -> nn.Module:
-        "The model, loaded if need be. Raises KeyError if the cache has none."
+        "The model, loaded when needed. Raises KeyError if the cache has none."
         if self._model is None:
             raise KeyError(f"the scores asked for are not in {str(self.folder)!r}, and no model was given to measure.")
         if not isinstance(self._model, nn.Module):
@@ -495,9 +495,9 @@ class ScoreCache(_KnownScores):
         return self._model
 
     def _refuse_masked(self) -> None:
-        "A model inside an open block scores otherwise than it is known to."
+        "Raise ValueError if the model is inside an open block, where its scores would be wrong."
         if isinstance(self._model, nn.Module) and is_masked(self._model):
-            raise ValueError("model is inside an open block of masks. Leave the block: interventions open their own.")
+            raise ValueError("model is inside an open block of masks. Leave it: interventions open blocks themselves.")
 
     def scores(self, intervention, evaluation_set: EvaluationSet) -> Scores:
         """Return the scores of one intervention on one evaluation set; they are measured if they are not known.
@@ -529,10 +529,10 @@ COLUMNS: dict[str, str] = {
     "study": "which study: damage, preservation, ...",
     "setting": 'what differs from the baseline; "baseline" if nothing does',
     "arm": "what was done: key, random, keep key, subtract, ...; unmasked: nothing",
-    "seed": "of a control that was drawn",
+    "seed": "seed of a control that was drawn",
     "network": "number of the single network that was changed",
     "k": "number of networks that were looked for",
-    "fraction": "of all units that were selected",
+    "fraction": "share of all units that were selected",
     "gain": "factor of an amplification",
     "add_sd": "what was added, in standard deviations of each neuron",
     "found_on": "texts on which the networks were found",
@@ -540,8 +540,8 @@ COLUMNS: dict[str, str] = {
     "replace": "zero, mean or values: what replaces a neuron, or the point from which it is amplified",
     "positions": "all tokens, or all after the first one",
     "late_binding": "whether every layer got the last layer's mask row, as in the published code",
-    "units": "that were really changed",
-    "share": "of all units that were really changed",
+    "units": "number of units that were really changed",
+    "share": "share of all units that were really changed",
     "variance_ratio": "of a control: geometric mean variance of its units over that of its selection; 1 is perfect",
     "overlap": "of a control: share of its units that are in its selection",
     "injected": "norm of the change to the MLP outputs, as a share of their norm",
@@ -553,13 +553,13 @@ COLUMNS: dict[str, str] = {
     "ci_low": "95 % interval of the damage, bootstrap over documents",
     "ci_high": "",
     "recovered": "share of the gap between all off (0) and unmasked (1) that is left",
-    "recovered_low": "95 % interval of it",
+    "recovered_low": "95 % interval of the recovered share",
     "recovered_high": "",
-    "documents": "that were scored",
+    "documents": "number of documents that were scored",
     "items": "tokens or sentences that were scored",
     "chance": "of labelled texts: one over the number of labels",
-    "majority": "of labelled texts: always saying the most frequent label",
-    "above_vocabulary": "worse than uniform guessing: no measure of damage any more",
+    "majority": "of labelled texts: score of always giving the most frequent label",
+    "above_vocabulary": "worse than uniform guessing, so the value no longer measures damage",
     "counts": "units changed in each layer",
     "note": "why a row has no numbers",
     "part": "the key under which the score cache holds the scores by document",
@@ -596,7 +596,7 @@ def _all_off_like(intervention, interventions: Sequence):
 
 # %% ../nbs/09_ablation.ipynb #671323cd
 def _numbers(cache: ScoreCache, intervention, e: EvaluationSet, measure: str, floor) -> dict:
-    "The measured entries of a row."
+    "Return the measured entries of a row."
     scores, base, sign = cache.scores(intervention, e), cache.scores(None, e), WORSE[measure]
     sums = [scores.sums[measure], base.sums[measure]]
     damage = document_estimate(lambda a, b: sign * (a - b) + 0.0, sums, base.counts)
@@ -614,7 +614,7 @@ def measure(
     cache: ScoreCache,
     interventions: Sequence,  # `Intervention` or `Subtraction`
     evaluation_sets: Sequence[EvaluationSet],
-    study: str = "ablation",  # its name in the table
+    study: str = "ablation",  # name of the study in the table
     sample: Activations | None = None,  # of the unmasked model, if the column `injected` is wanted
     n_jobs: int = 1,  # processes
 ) -> "pd.DataFrame":
@@ -639,15 +639,15 @@ def first_texts(
     "Return the first `n` texts; all of them, with a warning, if there are fewer."
     chosen = text_list(texts)[:n]
     if len(chosen) < n:
-        warnings.warn(f"there are only {len(chosen)} held-out texts; {n} were asked for.", stacklevel=2)
+        warnings.warn(f"there are only {len(chosen)} held-out texts; {n} were requested.", stacklevel=2)
     return chosen
 
 # %% ../nbs/09_ablation.ipynb #463193c6
 def enough_texts(
     tokenizer,  # of the model
     texts: Sequence[str],  # list of texts, or a Dataset with a column "text"
-    n_tokens: int,  # wanted in all
-    max_length: int,  # taken of each text at most
+    n_tokens: int,  # tokens wanted in all
+    max_length: int,  # tokens taken of each text, at most
 ) -> list[str]:
     "Return the first texts that together give `n_tokens`; all of them, with a warning, if they do not suffice."
     chosen, n = [], 0
@@ -667,7 +667,7 @@ class _FoundMasks:
     "Networks, and what their masks and controls need."
 
     networks: FunctionalNetworks  # fitted
-    mean: torch.Tensor  # (N,) of each neuron over the tokens that are no sinks
+    mean: torch.Tensor  # (N,) of each neuron over the tokens that are not sinks
     variance: torch.Tensor  # (N,) of each neuron over the tokens used for the fit
     threshold: Threshold  # which neurons are key, and which units a network has
     scores: dict[str, torch.Tensor] = field(default_factory=dict)  # further scores (N,), by selection
@@ -683,7 +683,7 @@ class _FoundMasks:
         return key
 
     def network_masks(self) -> list[NeuronMask]:
-        "Return each network's units; their union are the key neurons."
+        "Return each network's units; the key neurons are their union."
         return self.networks.masks(threshold=self.threshold)
 
     def mask(
@@ -696,7 +696,7 @@ class _FoundMasks:
     def control(
         self,
         name: str,  # one of CONTROLS
-        mask: NeuronMask,  # the selection it is a control for
+        mask: NeuronMask,  # the selection that needs a control
         seed: int = 0,  # of the controls that are drawn
     ) -> NeuronMask:
         "Return a control with as many units as `mask` in every layer. Raises ValueError for an unknown name."
@@ -716,11 +716,11 @@ SELECTIONS = ("key", "PCA", "rotation", "gradient x activation", "Wanda score")
 
 
 class _FoundSelections(_FoundMasks):
-    "The same, with scores to select by."
+    "Networks with scores by which neurons can be selected."
 
     @property
     def selections(self) -> tuple[str, ...]:
-        "The selections that can be made."
+        "The names that `select` accepts."
         return tuple(s for s in SELECTIONS if s in self.scores or s in ("key", "PCA", "rotation"))
 
     def score(
@@ -728,7 +728,7 @@ class _FoundSelections(_FoundMasks):
         name: str,  # one of `selections`
         seed: int = 0,  # of "rotation"
     ) -> torch.Tensor:
-        "Return (N,) the score behind a selection. Raises ValueError for one that is not there."
+        "Return (N,) the score behind a selection. Raises ValueError for an unknown one."
         if name not in self.selections:
             raise ArgumentError("selection", name, " or ".join(map(repr, self.selections)))
         if name in self.scores:
@@ -760,7 +760,7 @@ def _load_found(folder: Path) -> "Found":
         threshold, n = Threshold(**facts["threshold"]), networks.layout.n_neurons
         found = Found(networks, tensors["mean"], tensors["variance"], threshold, scores, dict(facts["facts"]))
         if not (found.mean.isfinite().all() and found.variance.isfinite().all()):
-            raise ValueError("a mean or a variance is no finite number")
+            raise ValueError("a mean or a variance is not a finite number")
         if any(t.shape != (n,) or not t.is_floating_point() for t in (found.mean, found.variance, *scores.values())):
             raise ValueError(f"mean, variance and scores are not one number for each of {n} neurons")
     return found
@@ -780,18 +780,18 @@ class Found(_FoundSelections):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Found":
-        "Return what `save` wrote. Raises as `files.load_tensors` does."
+        "Return what `save` wrote. Raises what `files.load_tensors` raises."
         return _load_found(Path(path))
 
 # %% ../nbs/09_ablation.ipynb #7cf8442c
-FACTS = (  # those that are read again, by a run's summary and by `llmfact networks`
+FACTS = (  # the facts that a run's summary and `llmfact networks` read
     "texts", "tokens", "tokens used", "neurons", "sink tokens", "variance share of the sink tokens", "converged",
     "steps", "null alpha", "null tail", "observed union", "expected union of Gaussian maps",
 )  # fmt: skip
 
 
 def _token_facts(acts: Activations, used: torch.Tensor, variance: torch.Tensor) -> dict:
-    "Numbers about the tokens, and how few of them and of the neurons hold the variance."
+    "Return numbers about the tokens, and how few tokens and neurons hold most of the variance."
     top, share = max(1, acts.n_neurons // 1000), lambda v: float(v.topk(top).values.sum() / v.sum())
     facts: dict = {"tokens": acts.n_tokens, "tokens used": int(used.sum()), "neurons": acts.n_neurons}
     facts |= {"layers": len(acts.widths), "texts cut": acts.n_cut, "sink tokens": int(acts.sinks.sum())}
@@ -804,7 +804,7 @@ def _token_facts(acts: Activations, used: torch.Tensor, variance: torch.Tensor) 
 
 # %% ../nbs/09_ablation.ipynb #8b211a74
 def _network_facts(networks: FunctionalNetworks, settings: Settings) -> dict:
-    "Numbers about the fit and its key neurons, beside what Gaussian maps would give."
+    "Return numbers about the fit and its key neurons, and what Gaussian maps would give."
     key, n = networks.key_neurons(threshold=settings.threshold), networks.layout.n_neurons
     null: dict[str, Any] = {"alpha": settings.alpha or 1.96, "tail": settings.tail if settings.alpha else "both"}
     facts = {"whitening": networks.whiten_solver_, "converged": bool(networks.converged_)}
@@ -826,7 +826,7 @@ def find_networks(
     progress: bool = True,  # show a progress bar
     path: str | os.PathLike | None = None,  # stream the activations to this file; None: hold them in memory
 ) -> Found:
-    "Capture the activations, fit the networks, and note what they rest on."
+    "Capture the activations, fit the networks, and record facts about tokens, neurons and fit."
     chosen = enough_texts(tokenizer, texts, settings.fit_tokens, longest_input(model, tokenizer, settings.fit_length))
     length, site = settings.fit_length, settings.site
     acts = capture(model, tokenizer, chosen, site, max_length=length, path=path, progress=progress)
@@ -876,11 +876,11 @@ def arm_of(
     arm: str,  # "key", another selection, a control, "all off", or one of these with "keep " before it
     condition: tuple[str, str],  # (replace, positions)
     seed: int | None = None,  # of a control
-    selection: NeuronMask | None = None,  # what "key" or "network" means and controls are matched to; None: key neurons
+    selection: NeuronMask | None = None,  # the neurons to which controls are matched; None: key neurons
     late_binding: bool = False,
-    labels: Mapping = {},  # entries of its row
+    labels: Mapping = {},  # entries of the arm's row
 ) -> Intervention:
-    "Return what the arm does to the model of these networks."
+    "Return the arm as an intervention on the model of these networks."
     name, key = arm.removeprefix("keep "), found.key if selection is None else selection
     if name in CONTROLS:
         mask = found.control(name, key, seed or 0)
@@ -923,7 +923,7 @@ def _check_names(arms: Sequence[Intervention]) -> None:
         if marks.setdefault(repr(sorted(said.items())), arm.mark) != arm.mark:
             name = f"{arm.arm!r}, seed {arm.seed}, {arm.replace if isinstance(arm.replace, str) else 'values'}"
             raise ArgumentError(
-                "arms", name, "arms that differ in name, seed, condition or labels", "It is there twice."
+                "arms", name, "arms that differ in name, seed, condition or labels", "This name occurs twice."
             )
 
 
@@ -931,7 +931,7 @@ def ablation_study(
     model: nn.Module | Callable[[], nn.Module] | ScoreCache,  # a causal language model, or a cache of its scores
     texts: EvalSet | Sequence[EvaluationSet],  # held-out
     arms: Sequence[Intervention],  # what to do to it, see `key_arms`
-    folder: str | os.PathLike | None = None,  # keep scores here, and go on from here
+    folder: str | os.PathLike | None = None,  # keep scores here, and resume from here
     n_jobs: int = 1,  # processes
     progress: bool = True,  # show a progress bar
 ) -> "pd.DataFrame":

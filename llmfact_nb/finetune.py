@@ -29,7 +29,7 @@ class NeuronParameters:
 
     layer: int  # layer number
     name: str  # the parameter's dotted name in the model
-    axis: int  # along which the neurons lie
+    axis: int  # the axis along which the neurons are counted
     index: torch.Tensor  # (n,) int64, places of the neurons along that axis
     side: str  # "in" (up, gate, fc) or "out" (down)
 
@@ -40,14 +40,14 @@ class NeuronParameters:
 
 # %% ../nbs/10_finetune.ipynb #58ff433d
 def _up_projections(model: nn.Module, site: NeuronSite) -> list[tuple[str, nn.Module, int]]:
-    "The (name, map, output width) of the linear maps that make the site's activations."
+    "Return (name, map, output width) of the linear maps that compute the site's activations."
     parent = site.name.rpartition(".")[0]
     beside = [(f"{parent}.{n}", m, linear_shape(m)) for n, m in model.get_submodule(parent).named_children()]
     ups = [(n, m, s[1]) for n, m, s in beside if m is not site.module and s and s[1] in (site.width, 2 * site.width)]
     if not ups or any(hasattr(m, "base_layer") for m in (site.module, *(m for _, m, _ in ups))):
         raise NotImplementedError(
-            f"{parent} shows no plain up projection beside {site.name}; merge the adapter first, or use a model whose "
-            "up and down projections lie in one module."
+            f"{parent} has no plain up projection next to {site.name}; merge the adapter first, or use a model whose "
+            "up and down projections are in one module."
         )
     return ups
 
@@ -61,7 +61,7 @@ def neuron_parameters(
     found = []
     for s, chosen in zip(neuron_sites(model, "mlp_hidden").at(mask.depths), mask.layers):
         if len(chosen) != s.width:
-            raise ValueError(f"mask has {len(chosen)} units in layer {s.layer}, the model {s.width}.")
+            raise ValueError(f"mask has {len(chosen)} units in layer {s.layer}, the model has {s.width}.")
         units = chosen.nonzero()[:, 0]
         for name, up, width in _up_projections(model, s):
             rows = torch.cat([units + first for first in range(0, width, s.width)])  # gate and up may be one matrix
@@ -73,7 +73,7 @@ def neuron_parameters(
 
 
 def _transposed(linear: nn.Module) -> bool:
-    "GPT-2 stores its weights as (inputs, outputs)."
+    "Return whether the weight is stored as (inputs, outputs), as in GPT-2."
     return type(linear).__name__ == "Conv1D"
 
 
@@ -91,7 +91,7 @@ MODES = ("selected", "rest", "full")
 # %% ../nbs/10_finetune.ipynb #981b64a6
 @dataclass(frozen=True)
 class NeuronTuningConfig:
-    "What `get_neuron_model` shall make trainable."
+    "What `get_neuron_model` should make trainable."
 
     mode: str = "selected"  # "selected": only the masks' neurons; "rest": all but them; "full": everything
     masks: Masks | None = None  # of site mlp_hidden: one, a list, or a dict by name in the order of the schedule
@@ -116,24 +116,24 @@ class NeuronTuningConfig:
         return {} if self.masks is None else named_masks(self.masks)
 
     def networks(self) -> dict[str, NeuronMask]:
-        "Return the masks by name with no neuron in two of them: it stays in the first."
+        "Return the masks by name, with each neuron only in the first mask that has it."
         return disjoint(self.given())
 
 # %% ../nbs/10_finetune.ipynb #3fa6e303
 def _rows(weight: torch.Tensor, axis: int, index: torch.Tensor) -> torch.Tensor:
-    "One row per neuron (n, width), whichever way round the weight is stored."
+    "Return one row per neuron (n, width), in whichever orientation the weight is stored."
     picked = weight.detach().index_select(axis, index)
     return picked.T if axis else picked
 
 
 def _fine(values: torch.Tensor) -> nn.Parameter:
-    "A copy in float32 at least: in a coarser dtype small steps would be lost."
+    "Return a copy in float32 or finer: in a coarser dtype small steps would be lost."
     dtype = torch.promote_types(values.dtype, torch.float32)
     return nn.Parameter(values.to(dtype, copy=True).contiguous())
 
 # %% ../nbs/10_finetune.ipynb #82752470
 class _NoGradient(torch.autograd.Function):
-    "A tensor as it is, with a gradient of zero, also where the gradient that arrives is infinite."
+    "Pass a tensor on unchanged, with a gradient of zero, even if the incoming gradient is infinite."
 
     @staticmethod
     def forward(ctx, t):
@@ -145,13 +145,13 @@ class _NoGradient(torch.autograd.Function):
 
 # %% ../nbs/10_finetune.ipynb #86742117
 def _moved(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    "The tensor where the model goes, but never in a coarser dtype."
+    "Return the tensor on the device of the model, but never in a coarser dtype."
     coarser = old.is_floating_point() and torch.finfo(new.dtype).bits < torch.finfo(old.dtype).bits
     return old.to(new.device) if coarser else new
 
 
 def _refuse_other_neurons(slices, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-    "Before values are loaded: those of other neurons are an error, and are not loaded."
+    "Report an error for values of other neurons before any values are loaded."
     saved = state_dict.get(f"{prefix}index")
     if saved is not None and not torch.equal(saved.cpu(), slices.index.cpu()):
         errors.append(f"{prefix}index: these are slices of other neurons; tune the same masks, in the same order.")
@@ -170,7 +170,7 @@ class NeuronSlices(nn.Module):
         super().__init__()
         first = next(iter(parts.values()))
         self.axis, self.side, self.biased = first[0].axis, first[0].side, len(first) > 1
-        self.silent: frozenset[int] = frozenset()  # numbers of the networks that do not learn now
+        self.silent: frozenset[int] = frozenset()  # numbers of the networks that are not trained now
         self.runs = 0  # in this forward pass of the model
         device = owner.weight.device
         for number, (of, *_) in parts.items():
@@ -186,13 +186,13 @@ class NeuronSlices(nn.Module):
         return super()._apply(lambda t: _moved(t, fn(t)), recurse)
 
     def joined(self, kind: str) -> torch.Tensor:
-        "All networks' slices, one after the other."
+        "Return the slices of all networks, concatenated."
         of = [(int(number) in self.silent, m[kind]) for number, m in self.named_children()]
         parts = [_NoGradient.apply(p) if silent else p for silent, p in of]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def change(self, owner: nn.Module, kind: str) -> torch.Tensor:
-        "What the slices have become, minus what they were."
+        "Return the slices' values minus their values at the start."
         old = _rows(owner.weight, self.axis, self.index) if kind == "weight" else owner.bias.detach()[self.index]
         return self.joined(kind) - old
 
@@ -249,7 +249,7 @@ def _give_slices(owner: nn.Module, parts: dict[int, list[NeuronParameters]]) -> 
 
 # %% ../nbs/10_finetune.ipynb #7ec1596b
 class _FrozenSlice:
-    "The chosen part of one parameter: its gradient is cleared (or scaled), its value put back after each step."
+    "The chosen part of one parameter: its gradient is cleared (or scaled), and its value restored after each step."
 
     def __init__(self, model: nn.Module, part: NeuronParameters, scale: float | None):
         self.name, self.axis, self.index, self.scale = part.name, part.axis, part.index, scale
@@ -257,7 +257,7 @@ class _FrozenSlice:
         self.kept = None if scale else part.of(model)
         self.handle = p.register_hook(self.scaled) if scale else p.register_post_accumulate_grad_hook(self.clear)
 
-    def _follow(self):  # the model may have gone to another device since
+    def _follow(self):  # the model may have been moved to another device
         if self.index.device != self.parameter.device:
             self.index = self.index.to(self.parameter.device)
             self.kept = None if self.kept is None else self.kept.to(self.parameter.device)
@@ -283,7 +283,7 @@ class _FrozenSlice:
 # %% ../nbs/10_finetune.ipynb #a756165a
 def refuse_unplain(
     model: nn.Module,  # any model
-    names: Sequence[str],  # of the parameters that are about to be changed
+    names: Sequence[str],  # names of the parameters that are about to be changed
 ) -> None:
     "Raise ValueError, naming the module, unless each one is an ordinary tensor that only one module uses."
     refuse_compiled(model)
@@ -294,11 +294,11 @@ def refuse_unplain(
     check_own_weights(model, maps)
     for path, owner in maps.items():
         if "forward" in vars(owner):
-            raise ValueError(f"{path} has a forward of its own (a device map?). Load the model without device_map.")
+            raise ValueError(f"{path} has its own forward (from a device map?). Load the model without device_map.")
 
 # %% ../nbs/10_finetune.ipynb #4d99a0ca
 def _also_names(model: nn.Module, names: Sequence[str], sliced: set[str]) -> frozenset[str]:
-    "The parameters of that name, or of modules of that name."
+    "Return the parameters with these names, or in modules with these names."
     inside = lambda n: any(n == name or n.startswith(f"{name}.") for name in names)
     known = dict(model.named_parameters(remove_duplicate=False))
     for name in names:
@@ -316,7 +316,7 @@ def _also_names(model: nn.Module, names: Sequence[str], sliced: set[str]) -> fro
 
 # %% ../nbs/10_finetune.ipynb #3f3eae9b
 class _Full:
-    "What a mode does to a model. Here: everything trains."
+    "What a mode does to a model. In mode full, everything is trained."
 
     def __init__(self, tuning: "NeuronTuning", model: nn.Module, parts: Sequence[Sequence[NeuronParameters]]):
         self.tuning = weakref.proxy(tuning)
@@ -333,7 +333,7 @@ class _Full:
         return {}
 
     def write(self) -> tuple[int, int]:
-        "Put what was learned into the weights; as `_write` counts."
+        "Write what was learned into the weights; return the counts of `_write`."
         return 0, 0
 
     def close(self) -> None:
@@ -357,7 +357,7 @@ class _Rest(_Full):
         if self.scale and adam and not self.told:
             self.told = True
             warnings.warn(
-                f"grad_scale={self.scale} changes next to nothing under {type(optimizer).__name__}, which divides each "
+                f"grad_scale={self.scale} has almost no effect under {type(optimizer).__name__}, which divides each "
                 "gradient by its size. Use SGD, or mode='selected' with a lower learning rate.", stacklevel=6,
             )  # fmt: skip
 
@@ -429,7 +429,7 @@ class _Selected(_Full):
             id(tuning.model.get_parameter(n)) in held for n in tuning.requires_grad if n not in tuning.also
         ):
             raise RuntimeError(
-                "this optimizer holds none of the neurons that shall train: it was built before get_neuron_model. "
+                "this optimizer holds none of the neurons to be trained: it was built before get_neuron_model. "
                 "Build it afterwards."
             )
         silent = [p for n in tuning.networks if n not in tuning.active for p in tuning.parameters_of(n)]
@@ -459,7 +459,7 @@ class _Selected(_Full):
 
 # %% ../nbs/10_finetune.ipynb #61c3488c
 def _watch_steps(tuning: "NeuronTuning") -> list:
-    "Tell the mode before and after each step of any optimizer; return the hooks' handles."
+    "Call the mode before and after each step of any optimizer; return the hooks' handles."
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
     me = weakref.ref(tuning)
@@ -491,9 +491,9 @@ class NeuronTuning:
         parts = [neuron_parameters(model, m) for m in ([union(masks)] if config.mode == "rest" else masks)]
         names = {p.name for of in parts for p in of if len(p.index)}
         _refuse_untunable(model, config, names)
-        self.also = _also_names(model, config.also, names)  # parameters that train whole, beside the slices
+        self.also = _also_names(model, config.also, names)  # parameters trained as a whole, besides the slices
         for p in model.parameters():
-            p.grad = None  # the first optimizer would step on a gradient from before
+            p.grad = None  # the first optimizer would use an old gradient
         self.mode = {"selected": _Selected, "rest": _Rest, "full": _Full}[config.mode](self, model, parts)
         self._handles = _watch_steps(self)
         for h in self._handles:
@@ -501,7 +501,7 @@ class NeuronTuning:
 
     @property
     def model(self) -> nn.Module:
-        "The model this belongs to."
+        "The model that is being tuned."
         return self._model()
 
     def slices(self) -> dict[str, tuple[nn.Module, NeuronSlices]]:
@@ -510,7 +510,7 @@ class NeuronTuning:
         return {name: (owner, owner.neurons) for name, owner in maps.items()}
 
     def set_active(self, names: Sequence[str]) -> None:
-        "Let these networks learn from now on, and the others stay as they are (mode selected)."
+        "Train these networks from now on, and leave the others unchanged (mode selected)."
         unknown = [n for n in names if n not in self.networks]
         if unknown or self.config.mode != "selected":
             raise ArgumentError("names", list(names), f"with mode='selected' some of {list(self.networks)}")
@@ -545,7 +545,7 @@ class NeuronTuning:
         raise TypeError("a copy of a model in neuron tuning would not be protected. merge_and_unload(model) first.")
 
     def close(self) -> None:
-        "Put frozen values back, take hooks and slices away, and give every parameter its old `requires_grad`."
+        "Restore frozen values, remove hooks and slices, and give every parameter its old `requires_grad`."
         self.mode.close()
         for h in self._handles:
             h.remove()
@@ -555,7 +555,7 @@ class NeuronTuning:
 
 # %% ../nbs/10_finetune.ipynb #d0410ac4
 def param_groups(
-    parameters: Sequence[nn.Parameter],  # what shall train
+    parameters: Sequence[nn.Parameter],  # the parameters to be trained
     weight_decay: float = 0.0,  # for matrices; biases and norms get none, as in the Trainer
     **options,  # further optimizer options of both groups, e.g. lr
 ) -> list[dict]:
@@ -565,7 +565,7 @@ def param_groups(
 
 # %% ../nbs/10_finetune.ipynb #fbb02a09
 def _refuse_untunable(model: nn.Module, config: NeuronTuningConfig, names: set[str]) -> None:
-    "Raise ValueError if the model cannot be tuned so."
+    "Raise ValueError if the model cannot be tuned with this configuration."
     if hasattr(model, "neuron_tuning"):
         raise ValueError("model is already in neuron tuning; merge_and_unload(model) first.")
     refuse_unplain(model, sorted(names))
@@ -575,7 +575,7 @@ def _refuse_untunable(model: nn.Module, config: NeuronTuningConfig, names: set[s
 
 # %% ../nbs/10_finetune.ipynb #7edecc56
 def _summary(tuning: NeuronTuning) -> str:
-    "What trains, in two or three lines."
+    "Return two or three lines that say what is trained."
     config, own = tuning.config, tuning.requires_grad
     if tuning.model is None:
         return f"mode {config.mode}: the model is gone"
@@ -597,29 +597,29 @@ def _summary(tuning: NeuronTuning) -> str:
 # %% ../nbs/10_finetune.ipynb #fea33d5d
 def get_neuron_model(
     model: nn.Module,  # a Hugging Face model with plain weights; patched in place
-    config: NeuronTuningConfig,  # what shall train
+    config: NeuronTuningConfig,  # what is to be trained
     verbose: bool = True,  # print what trains
     any_model: bool = False,  # also take masks that were made from another model
 ) -> nn.Module:
-    "Return the same model, ready for any optimizer or Trainer built afterwards; `merge_and_unload` ends it."
+    "Return the same model, ready for any optimizer or Trainer built afterwards; end with `merge_and_unload`."
     if not isinstance(config, NeuronTuningConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected NeuronTuningConfig(mode=..., masks=...).")
     for mask in config.given().values():
         refuse_other_model(mask.card, model, "masks", any_model)
     model.neuron_tuning = tuning = NeuronTuning(model, config)
     if config.masks is not None and (shared := n_shared(config.given())):
-        warnings.warn(f"{shared:,} neurons stand in more than one network; each trains with the first.", stacklevel=2)
+        warnings.warn(f"{shared:,} neurons are in more than one network; each trains with the first.", stacklevel=2)
     if empty := [n for n, m in tuning.networks.items() if m.n == 0]:
-        warnings.warn(f"networks without a neuron of their own, which train nothing: {', '.join(empty)}.", stacklevel=2)
+        warnings.warn(f"networks without neurons left to them, training nothing: {', '.join(empty)}.", stacklevel=2)
     if verbose:
         print(tuning)
     return model
 
 # %% ../nbs/10_finetune.ipynb #dcbc07f1
 def merge_and_unload(
-    model: nn.Module,  # what `get_neuron_model` gave
+    model: nn.Module,  # the model that `get_neuron_model` returned
 ) -> nn.Module:
-    "Write trained slices into the weights, take every hook away, and return the model, plain again."
+    "Write trained slices into the weights, remove every hook, and return the plain model."
     if not hasattr(model, "neuron_tuning"):
         raise ValueError("model is not in neuron tuning; call get_neuron_model(model, config) first.")
     changed, lost = model.neuron_tuning.mode.write()
@@ -643,7 +643,9 @@ def neuron_training(
     verbose: bool = True,  # print what trains
     any_model: bool = False,  # as for `get_neuron_model`
 ) -> Iterator[NeuronTuning]:
-    "Give the NeuronTuning for the length of the block; its `param_groups()` go to an optimizer."
+    """Give the NeuronTuning while the block is open; pass its `param_groups()` to an optimizer.
+
+    With `then="merge"` what was learned is kept also when an exception ends the block."""
     check_choice("then", then, ("merge", "revert"))
     copied = then == "revert" and (mode != "selected" or also)
     old = {n: p.detach().clone() for n, p in model.named_parameters()} if copied else {}
