@@ -106,13 +106,13 @@ def test_presets_are_those_of_the_design():
 OTHER = dict(
     model="gpt2", texts="sotu", site="mlp_out", kind="spatial", n_components=31, standardize=False, exclude=None,
     n_init=9, ica_seed=1, fraction=0.02, tail="both", conditions=(("zero", "all"),), control_seeds=2, fit_tokens=4097,
-    fit_length=255, eval_texts=13, eval_length=129,
+    fit_length=255, eval_texts=13, eval_length=129, documents="lines", max_iter=201, column="body", shuffle=1,
 )  # fmt: skip
 
 
 def claimed(folder, **more):
     "A folder that holds a run with the default settings."
-    with claim(folder, "run", run_identity(Sources(Settings(), **more))) as there:
+    with claim(folder, "run", run_identity(Sources(Settings(), **more), folder)) as there:
         (there / "settings.json").write_text("{}")
     return folder
 
@@ -120,10 +120,10 @@ def claimed(folder, **more):
 def test_every_setting_is_compared(tmp_path):
     assert set(OTHER) | {"alpha"} == set(asdict(Settings()))
     folder = claimed(tmp_path / "run")
-    assert check_claim(folder, "run", run_identity(Sources(Settings())))
+    assert check_claim(folder, "run", run_identity(Sources(Settings()), folder))
     for name, value in OTHER.items():
         with pytest.raises(ClaimError) as e:
-            check_claim(folder, "run", run_identity(Sources(replace(Settings(), **{name: value}))))
+            check_claim(folder, "run", run_identity(Sources(replace(Settings(), **{name: value})), folder))
         assert list(e.value.differences) == [name]
 
 
@@ -138,8 +138,9 @@ def test_every_setting_is_compared(tmp_path):
     ids=str,
 )
 def test_another_device_or_revision_is_refused(there, now, tmp_path):
+    folder = claimed(tmp_path / "run", **there)
     with pytest.raises(ClaimError) as e:
-        check_claim(claimed(tmp_path / "run", **there), "run", run_identity(Sources(Settings(), **now)))
+        check_claim(folder, "run", run_identity(Sources(Settings(), **now), folder))
     assert set(e.value.differences) == {*there, *now}
 
 
