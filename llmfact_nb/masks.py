@@ -326,7 +326,7 @@ class NeuronMask(_UnitSet, Shareable):
     def _repr_html_(self):
         what = f"units per layer, {self.depths[0]} to {self.depths[-1]}; at most {max(self.counts):,} in one"
         names = [f"layer {d}, of {w:,}" for d, w in zip(self.depths, self.widths)]
-        of = [f"model {self.card.name}"] if self.card else []
+        of = [f"{self.n / self.n_neurons:.2%} of the units", *([f"model {self.card.name}"] if self.card else [])]
         return card("NeuronMask", [*_mask_facts(self), *of], (bars(self.counts, names, what), what))
 
     def save(self, path: str | os.PathLike) -> None:  # file to write, usually *.safetensors

@@ -61,7 +61,8 @@ def test_a_mask_shows_its_counts():
         [[True, False, False], [True, True, False], [False] * 4], site=("a", "b", EVIL), depths=(2, 3, 9)
     )
     tree = parsed(mask._repr_html_())
-    assert "3 of 10 units (30.00%)" in said(tree) and "site 3 modules" in said(tree) and "layers 2-3, 9" in said(tree)
+    assert "3 of 10 units" in said(tree) and "30.00%" in said(tree)
+    assert "site 3 modules" in said(tree) and "layers 2-3, 9" in said(tree)
     assert [e.text for e in tree.iter("title")] == ["layer 2, of 3: 1", "layer 3, of 3: 2", "layer 9, of 4: 0"]
     low, high, none = heights(tree)
     assert none == 0 and high == pytest.approx(2 * low, abs=0.11)

@@ -26,7 +26,7 @@ def _controls(results: "pd.DataFrame | None") -> str:
         return "These neurons were not compared with controls. `ablation_study` does it; give its table as `results=`."
     rows = ["| arm | condition | units | measure | damage | 95 % interval |", "|---|---|---|---|---|---|"]
     for r in results[results.arm != "unmasked"].itertuples():
-        seed = "" if r.seed != r.seed or r.seed is None or str(r.seed) == "<NA>" else f", seed {r.seed}"
+        seed = "" if str(r.seed) in ("nan", "None", "<NA>") else f", seed {int(r.seed)}"
         numbers = f"{r.damage:.3f} | {r.ci_low:.3f} to {r.ci_high:.3f}"
         rows.append(f"| {r.arm}{seed} | {r.setting} | {r.units} | {r.measure} | {numbers} |")
     return "\n".join(rows)

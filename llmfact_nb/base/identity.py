@@ -74,14 +74,19 @@ def _row_sums(t: torch.Tensor) -> torch.Tensor:
     return whole if whole.dim() < 2 or kind is None else whole.sum(-1)
 
 # %% ../../nbs/base/10_identity.ipynb #45f9fd3d
-def _backbone_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    "By name, without a head; slices in training and gates are no part of the model."
+def _body(model: nn.Module) -> nn.Module:
+    "The model without a head."
     inner = unwrapped(model)
-    named = getattr(inner, "base_model", inner).named_parameters()
+    return getattr(inner, "base_model", inner)
+
+
+def _own_parameters(body: nn.Module) -> dict[str, nn.Parameter]:
+    "By name; slices in training and gates are no part of the model."
+    named = body.named_parameters()
     return {name: p for name, p in named if not {"neurons", "neuron_gate"} & set(name.split("."))}
 
 # %% ../../nbs/base/10_identity.ipynb #d44cbda6
-_CHECKSUMS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (its state, checksum)
+_CHECKSUMS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # backbone -> (its state, checksum)
 
 
 def _state(p: torch.Tensor) -> tuple:
@@ -92,14 +97,15 @@ def _state(p: torch.Tensor) -> tuple:
 
 def weights_checksum(model: nn.Module) -> str:
     "Return a checksum of the backbone's parameters; '' where they are offloaded and cannot be read."
-    parameters = _backbone_parameters(model)
+    body = _body(model)
+    parameters = _own_parameters(body)
     if any(p.device.type == "meta" for p in parameters.values()):
         return ""
     state = [(name, _state(p)) for name, p in parameters.items()]
-    known = _CHECKSUMS.get(model)
+    known = _CHECKSUMS.get(body)
     if known is None or known[0] != state:
         sums = [(name, str(p.dtype), tuple(p.shape), digest(_row_sums(p))) for name, p in parameters.items()]
-        known = _CHECKSUMS[model] = (state, _mark(sums))
+        known = _CHECKSUMS[body] = (state, _mark(sums))
     return known[1]
 
 # %% ../../nbs/base/10_identity.ipynb #7913b82f
