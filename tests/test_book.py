@@ -37,6 +37,13 @@ def test_the_words_are_those_of_the_field(book):
     assert not book.replaced
 
 
+def test_links_to_the_glossary_find_its_headings():
+    headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / "pages" / "glossary.md").read_text(encoding="utf-8"), re.M)
+    anchors = {re.sub(r"[^\w -]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+    for path in [*(ROOT / "nbs").rglob("*.ipynb"), *(ROOT / "docs" / "pages").glob("*.md")]:
+        assert set(re.findall(r"glossary\.md#([\w-]+)", path.read_text(encoding="utf-8"))) <= anchors, path
+
+
 PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
 
 
