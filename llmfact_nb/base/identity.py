@@ -29,10 +29,16 @@ def _mark(value) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
+_MARKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> {state: fingerprint}
+
+
 def tokenizer_mark(tokenizer) -> str:
-    "Return a fingerprint of the vocabulary and the special tokens."
-    vocabulary, special = tokenizer.get_vocab().items(), tokenizer.special_tokens_map.items()
-    return _mark((type(tokenizer).__name__, sorted(vocabulary), sorted(map(repr, special))))
+    "Return a fingerprint of the vocabulary and the special tokens; it is kept until the tokenizer changes."
+    special = sorted(map(repr, tokenizer.special_tokens_map.items()))
+    seen, key = _MARKS.setdefault(tokenizer, {}), (id(getattr(tokenizer, "_tokenizer", None)), len(tokenizer), *special)
+    if key not in seen:  # sorting 50,000 entries at each capture would take a hundredth of its time
+        seen[key] = _mark((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), special))
+    return seen[key]
 
 # %% ../../nbs/base/10_identity.ipynb #2ab3979e
 def _adapters(model: nn.Module) -> list[tuple]:
