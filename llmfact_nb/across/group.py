@@ -40,9 +40,9 @@ from ..sites import neuron_sites
 
 # %% ../../nbs/across/01_group.ipynb #d4c7ca60
 def leading_rows(
-    data: CentredX,  # (T, N), centred and scaled as its maker said
+    data: CentredX,  # (T, N), already centred and scaled
     r: int,  # rows to keep
-    seed: int = 0,  # of the first guess, where both sides are long
+    seed: int = 0,  # seed of the first guess, used where both sides are long
 ) -> torch.Tensor:
     "Return (at most r, N): singular values times neuron directions, longest first; fewer than r if the rank is lower."
     solver = choose_solver(data.T, data.N, r)[0]
@@ -54,7 +54,7 @@ def leading_rows(
 # %% ../../nbs/across/01_group.ipynb #063a7a79
 @dataclass(frozen=True, eq=False)
 class TextShard:
-    "Some texts of a model, captured whenever a pass asks for them and never kept."
+    "Some texts of a model, captured whenever a pass needs them and never kept."
 
     model: nn.Module
     tokenizer: object
@@ -73,10 +73,10 @@ def text_shards(
     n_texts: int = 32,  # texts per shard; their activations are in memory together
     **options,  # further arguments of `capture`: site, layers, max_length, batch_size ...
 ) -> list[TextShard]:
-    "Return the texts in shards for `GroupICA.fit`, which captures and reduces them in flight."
+    "Return the texts in shards for `GroupICA.fit`, which captures and reduces them without storing activations."
     check_whole("n_texts", n_texts, least=1)
     for name in options.keys() & {"path", "progress"}:
-        raise ArgumentError(name, options[name], "nothing: a text shard is captured in memory and forgotten")
+        raise ArgumentError(name, options[name], "nothing: a text shard is captured in memory and not kept")
     texts = text_list(texts)
     return [TextShard(model, tokenizer, tuple(texts[a : a + n_texts]), options) for a in range(0, len(texts), n_texts)]
 
@@ -97,7 +97,7 @@ def _layout_of(shard: Shard) -> Layout:
 
 # %% ../../nbs/across/01_group.ipynb #7fbb470f
 def _about(shard: Shard) -> dict:
-    "Whose neurons these are, ready for JSON."
+    "Return the model, site and layers of a shard, in a form that JSON can store."
     layout, of = _layout_of(shard), shard.model if isinstance(shard, TextShard) else None
     name = _open(shard).model if of is None else getattr(getattr(of, "config", None), "_name_or_path", "")
     site = layout.site if isinstance(layout.site, str) else list(layout.site or ())
@@ -117,7 +117,7 @@ def _mark(shard: Shard, rows: torch.Tensor | None) -> str:
 
 # %% ../../nbs/across/01_group.ipynb #afa4146f
 def _weights(shards: Sequence[Shard]) -> list[str]:
-    "Checksums of the models' weights; parts that are offloaded are passed over."
+    "Checksums of the models' weights; offloaded parts are skipped."
     models = {id(s.model): s.model for s in shards if isinstance(s, TextShard)}
     return [digest(*(p for p in m.parameters() if p.device.type != "meta")) for m in models.values()]
 
@@ -127,7 +127,7 @@ def _n_texts(shard: Shard) -> int:
 
 
 def _used(acts: Activations, exclude: str | None, rows: torch.Tensor | None, name: str) -> torch.Tensor:
-    "(T,) bool: the tokens that take part."
+    "Return (T,) bool, the tokens that are used."
     used = {None: torch.ones_like(acts.sinks), "first": acts.positions != 0, "sinks": ~acts.sinks}[exclude]
     if rows is None:
         return used
@@ -159,13 +159,13 @@ class _Ranks:
             return
         if not (dist.is_available() and dist.is_initialized()):
             remedy = "Start with torchrun and call torch.distributed.init_process_group('gloo') ('nccl' between GPUs)."
-            raise ArgumentError("distributed", True, "False where there is no process group", remedy)
+            raise ArgumentError("distributed", True, "False if there is no process group", remedy)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if dist.get_backend() == "nccl":
             self.device = torch.device("cuda", torch.cuda.current_device())
 
     def gather(self, t: torch.Tensor) -> torch.Tensor:
-        "The tensors of all ranks one after the other along the first side, which may differ in length."
+        "Return the tensors of all ranks, concatenated along the first axis, where they may differ in length."
         if self.size == 1:
             return t
         lengths = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
@@ -180,7 +180,7 @@ class _Ranks:
         return torch.cat(out)
 
     def total(self, t: torch.Tensor) -> torch.Tensor:
-        "The sum over ranks."
+        "Return the sum over ranks."
         if self.size == 1:
             return t
         t = t.to(self.device, copy=True)
@@ -188,11 +188,11 @@ class _Ranks:
         return t.cpu()
 
     def of_first(self, t: torch.Tensor | None, width: int, dtype: torch.dtype) -> torch.Tensor:
-        "The (rows, width) tensor of rank 0, on every rank."
+        "Return the (rows, width) tensor of rank 0 on every rank."
         return self.gather(t if self.rank == 0 else torch.empty(0, width, dtype=dtype))
 
     def messages(self, content) -> list:
-        "What each rank says, as JSON."
+        "Return the message of each rank, sent as JSON."
         text = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
         ends = self.gather(torch.tensor([len(text)])).cumsum(0).tolist()
         everything = bytes(self.gather(text).tolist())
@@ -217,7 +217,7 @@ class _Ranks:
 def my_share(
     shards: Sequence[Shard],  # the same list on every rank
 ) -> list[Shard]:
-    "Return this rank's part of the shards, neighbours together; all where there is no process group."
+    "Return this rank's part of the shards, consecutive ones together; all if there is no process group."
     import torch.distributed as dist
 
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
@@ -230,11 +230,11 @@ def memory_bound(
     n_parts: int,  # texts or shards that are reduced
     n_reduced: int,  # rows kept of each
     n_components: int,  # k
-    in_folder: bool = False,  # reduced rows lie in a folder while they are not needed
+    in_folder: bool = False,  # reduced rows are in a folder while they are not needed
     max_rows: int | None = None,  # limit of the stack
     itemsize: int = 4,  # bytes of a float
 ) -> dict[str, int]:
-    "Bytes by what holds them, in one process, beside the activations of one text shard."
+    "Return bytes by purpose, in one process, not counting the activations of one text shard."
     row, block = n_neurons * itemsize, max(256 * n_neurons * itemsize, 2**26)
     rows, q = n_parts * (n_reduced + 1), columns_for(n_components)
     stack = rows if max_rows is None else min(rows, max_rows + n_reduced + 1)
@@ -262,7 +262,7 @@ def _checked(g: "GroupICA") -> None:
             check_whole(name, getattr(g, name), least=least)
     for name, own in (("standardize", g.standardize == "text"), ("unit_rows", g.unit_rows)):
         if own and not g.center_texts:
-            raise ArgumentError(name, getattr(g, name), "it only with center_texts=True")
+            raise ArgumentError(name, getattr(g, name), "this setting only with center_texts=True")
     as_dtype(g.dtype)
 
 # %% ../../nbs/across/01_group.ipynb #26e07da4
@@ -291,18 +291,18 @@ class GroupICA:
     device: str | torch.device | None = None
     maps_: torch.Tensor = field(init=False)  # (k, N)
     time_courses_: torch.Tensor = field(init=False)  # (T used, k)
-    text_index_: torch.Tensor = field(init=False)  # (T used,) number of the part each token is of
+    text_index_: torch.Tensor = field(init=False)  # (T used,) number of the part that each token belongs to
     unmixing_: torch.Tensor = field(init=False)  # (N, k) from centred, scaled tokens to time courses
     rotation_: torch.Tensor = field(init=False)  # (k, k)
     sign_: torch.Tensor = field(init=False)  # (k,) 1 or -1
     stability_: torch.Tensor = field(init=False)  # (k,), nan without restarts
     negentropy_: torch.Tensor = field(init=False)  # (k,)
     explained_variance_ratio_: torch.Tensor = field(init=False)  # (k,)
-    mean_: torch.Tensor = field(init=False)  # (N,) of the tokens used
+    mean_: torch.Tensor = field(init=False)  # (N,) mean of the tokens used
     scale_: torch.Tensor = field(init=False)  # (N,) ones unless standardised over all tokens
     convergence_: torch.Tensor = field(init=False)  # (iterations, 4), as `ICA` has it
     converged_: bool = field(init=False)
-    n_iter_: int = field(init=False)  # of the longest start
+    n_iter_: int = field(init=False)  # iterations of the slowest start
     n_parts_: int = field(init=False)
     n_rows_: int = field(init=False)  # length of the stack
     memory_bound_: int = field(init=False)  # bytes
@@ -328,7 +328,7 @@ class GroupICA:
         self,
         data: Activations | Sequence[Shard],  # one capture of many texts, or a list of shards
         rows: torch.Tensor | Sequence[torch.Tensor] | None = None,  # bool (T,), tokens to use; one for each shard
-        folder: str | os.PathLike | None = None,  # keep finished steps here; the same call goes on from them
+        folder: str | os.PathLike | None = None,  # keep finished steps here; the same call resumes from them
         distributed: bool = False,  # each process of torch.distributed gives its own shards, see `my_share`
     ) -> "GroupICA":
         "Find the components that the texts share; return self. With `distributed`, if one rank raises, all do."
@@ -346,7 +346,7 @@ class GroupICA:
         return learned(plain, self, rows, self.layout, self.model, texts_centred=self.center_texts)
 
     def settings(self) -> dict:
-        "The constructor's arguments but the device, ready for JSON."
+        "The constructor's arguments except the device, in a form that JSON can store."
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "device"}
         n_reduced = self.n_reduced or 2 * self.n_components
         return found | {"n_reduced": n_reduced, "dtype": str(as_dtype(self.dtype)).removeprefix("torch.")}
@@ -362,7 +362,7 @@ class _Kept:
         self.folder, self.memory = folder, dict[str, dict[str, torch.Tensor]]()
 
     def get(self, name: str, basis: str = "") -> dict | None:
-        "The tensors of that name, or None; projections on another basis are out of date."
+        "Return the tensors of that name, or None; projections on another basis are out of date."
         if self.folder is None:
             return self.memory.get(name)
         path = self.folder / f"{name}.safetensors"
@@ -386,7 +386,7 @@ class _Work:
     shard: Shard
     rows: torch.Tensor | None  # bool, the tokens to use
     name: str
-    number: int  # over all ranks
+    number: int  # its number over all ranks
 
 # %% ../../nbs/across/01_group.ipynb #99b8842d
 @dataclass(frozen=True, eq=False)
@@ -413,16 +413,16 @@ class _Progress:
         return self.how.random_state or 0
 
     def centred(self, X: torch.Tensor, index=None, standardize=False, walk=None, **given) -> CentredX:
-        "The rows of a part, in the arithmetic of this fit."
+        "Return the rows of a part, in the arithmetic of this fit."
         return CentredX(X, index, standardize, walk, dtype=self.dtype, device=self.how.device, **given)
 
     def reduced(self, w: _Work) -> dict[str, torch.Tensor]:
-        "What is kept of a shard; it is reduced now, if it is not there."
+        "Return the reduced rows of a shard; reduce it now if that has not been done."
         return self.kept.get(f"reduced-{w.number:05d}") or _reduce(self, w)
 
 # %% ../../nbs/across/01_group.ipynb #47419a36
 def _as_shards(data, rows) -> tuple[list[Shard], list[torch.Tensor | None]]:
-    "Lists of shards and of their masks."
+    "Return lists of shards and of their masks."
     single = isinstance(data, Activations)
     if isinstance(data, str) or not (single or isinstance(data, Sequence)):
         raise TypeError(f"data is a {type(data).__name__}; accepted: Activations, or a list of shards.")
@@ -437,7 +437,7 @@ def _as_shards(data, rows) -> tuple[list[Shard], list[torch.Tensor | None]]:
 
 # %% ../../nbs/across/01_group.ipynb #0150a388
 def _compared(said: list[dict], how: GroupICA) -> list[tuple]:
-    "(name, texts, about, mark) of all shards of all ranks. Raises ValueError if they are no group."
+    "(name, texts, about, mark) of all shards of all ranks. Raises ValueError if they do not form a group."
     for i, m in enumerate(said):
         if changed := differences(said[0]["settings"], m["settings"], "{} is {!r} there and {!r} here"):
             raise ValueError(f"rank {i} has other settings than rank 0: {changed}. Give all ranks the same.")
@@ -485,7 +485,7 @@ def _begin(how: GroupICA, data, rows, folder: str | os.PathLike | None, distribu
 
 # %% ../../nbs/across/01_group.ipynb #9a542d8a
 def _reduce(fit: _Progress, w: _Work) -> dict[str, torch.Tensor]:
-    "Reduce the parts of one shard, and keep what is left of them."
+    "Reduce the parts of one shard, and keep the result."
     acts, by_all, per = _open(w.shard), fit.how.standardize is True, fit.how.per
     used = _used(acts, fit.how.exclude, w.rows, w.name)
     none = torch.zeros(0, acts.n_neurons, dtype=fit.dtype)
@@ -503,7 +503,7 @@ def _reduce(fit: _Progress, w: _Work) -> dict[str, torch.Tensor]:
         counts.append(data.T)
     lost = (1 if per == "shard" else len(acts.text_ids.unique())) - len(counts)
     if lost:
-        warnings.warn(f"{w.name}: {lost} {per}s have no token left to use and do not take part.", stacklevel=8)
+        warnings.warn(f"{w.name}: {lost} {per}s have no token left to use and are left out.", stacklevel=8)
     tensors = {"rows": torch.cat(rows), "means": torch.cat(means), "squares": squares}
     tensors["counts"] = torch.tensor(counts, dtype=torch.long)
     return fit.kept.put(f"reduced-{w.number:05d}", tensors)
@@ -511,7 +511,7 @@ def _reduce(fit: _Progress, w: _Work) -> dict[str, torch.Tensor]:
 # %% ../../nbs/across/01_group.ipynb #91c4fbe2
 @dataclass(frozen=True, eq=False)
 class _Moments:
-    "Of all tokens used, on all ranks."
+    "Moments of all tokens used, on all ranks."
 
     counts: torch.Tensor  # (parts,) tokens
     mean: torch.Tensor  # (N,) float64
@@ -552,12 +552,12 @@ def _moments(fit: _Progress) -> _Moments:
 
 # %% ../../nbs/across/01_group.ipynb #a463aa4b
 def _shorter(fit: _Progress, rows: torch.Tensor, r: int) -> torch.Tensor:
-    "The r leading rows of a stack as it is: its rows have no mean of their own."
+    "Return the r leading rows of a stack, without centring it."
     return leading_rows(fit.centred(rows, mean=torch.zeros(rows.shape[1])), r, fit.seed).cpu()
 
 # %% ../../nbs/across/01_group.ipynb #0b7b2074
 def _stack(fit: _Progress, group: _Moments) -> torch.Tensor:
-    "This rank's rows, centred and scaled for the group."
+    "Return this rank's rows, centred and scaled for the group."
     stack, most = [torch.zeros(0, fit.layout.n_neurons, dtype=fit.dtype)], fit.how.max_rows
     for w in fit.work:
         t = fit.reduced(w)
@@ -574,7 +574,7 @@ def _stack(fit: _Progress, group: _Moments) -> torch.Tensor:
 
 # %% ../../nbs/across/01_group.ipynb #8a1e00bc
 def _gathered(fit: _Progress, rows: torch.Tensor) -> torch.Tensor:
-    "The stacks of all ranks, one after the other; with max_rows never more than two of that length."
+    "Return the stacks of all ranks, concatenated; with max_rows never more than two of that length."
     most = fit.how.max_rows
     if most is None:
         return fit.ranks.gather(rows)
@@ -587,7 +587,7 @@ def _gathered(fit: _Progress, rows: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/across/01_group.ipynb #6645560a
 def _leading(fit: _Progress, group: _Moments, rows: torch.Tensor) -> torch.Tensor:
-    "Leading directions of the stack (q, N): orthonormal if temporal, with their lengths if spatial."
+    "Return the stack's leading directions (q, N): orthonormal if temporal, with their lengths if spatial."
     k, spatial = fit.how.n_components, fit.how.kind == "spatial"
     if spatial:
         rows = rows - rows.mean(1, keepdim=True)
@@ -599,7 +599,7 @@ def _leading(fit: _Progress, group: _Moments, rows: torch.Tensor) -> torch.Tenso
 
 # %% ../../nbs/across/01_group.ipynb #1afb4296
 def _directions(fit: _Progress, group: _Moments) -> tuple[torch.Tensor, int]:
-    "(leading directions of the stack, its number of rows), from the folder if they are there."
+    "Return (leading directions of the stack, its number of rows), from the folder if they are kept there."
     ranks, first = fit.ranks, fit.ranks.rank == 0
     found = ranks.together(lambda: fit.kept.get("directions") if first else None)
     if not any(ranks.messages(found is not None)):
@@ -611,7 +611,7 @@ def _directions(fit: _Progress, group: _Moments) -> tuple[torch.Tensor, int]:
 
 # %% ../../nbs/across/01_group.ipynb #25d50419
 def _by_token(how: GroupICA, X: torch.Tensor, index, mean: torch.Tensor, scale: torch.Tensor) -> CentredX:
-    "The rows of a part, walked token by token, as they are projected; a z-scored text measures itself again."
+    "Return the rows of a part, read token by token for the projection; a text that is z-scored gets its scale anew."
     given = {} if how.standardize == "text" else {"mean": mean, "scale": scale}
     return CentredX(X, index, not given, "tokens", dtype=as_dtype(how.dtype), device=how.device, **given)
 
@@ -632,7 +632,7 @@ def _project_shard(fit: _Progress, w: _Work, group: _Moments, basis: torch.Tenso
 
 # %% ../../nbs/across/01_group.ipynb #c3f72ce3
 def _project(fit: _Progress, group: _Moments, basis: torch.Tensor, back: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    "All tokens on the rows of `basis` (q, N): (T, q); with `back` also their products with every neuron, (q, N)."
+    "Project all tokens on the rows of `basis` (q, N): (T, q); with `back` also products with every neuron, (q, N)."
     P, mark = [torch.zeros(0, len(basis), dtype=fit.dtype)], digest(basis)
     C = torch.zeros(len(basis) if back else 0, fit.layout.n_neurons, dtype=torch.float64)
 
@@ -665,7 +665,7 @@ def _temporal(fit: _Progress, group: _Moments, directions: torch.Tensor) -> tupl
 
 # %% ../../nbs/across/01_group.ipynb #93a72262
 def _spatial(fit: _Progress, group: _Moments, directions: torch.Tensor) -> tuple:
-    "The same for the spatial kind; its variance is what is left without each token's mean over neurons, as in `ICA`."
+    "Return the same for the spatial kind; its variance excludes each token's mean over neurons, as in `ICA`."
     ica, N = _unmix(fit, directions.T), fit.layout.n_neurons
     maps = ica.time_courses_.T.contiguous()
     mean_of_token = torch.full((1, N), 1 / math.sqrt(N), dtype=maps.dtype)
@@ -706,10 +706,10 @@ def _fitted(how: GroupICA) -> GroupICA:
 
 # %% ../../nbs/across/01_group.ipynb #2159a639
 def _courses(how: GroupICA, activations: Activations) -> torch.Tensor:
-    "The time courses of all tokens of these activations."
+    "Return the time courses of all tokens of these activations."
     if activations.layout != how.layout:
         seen = f"site {activations.site!r} and {activations.n_neurons:,} neurons"
-        raise ValueError(f"activations have {seen}; fitted were {how.layout.site!r} and {how.layout.n_neurons:,}.")
+        raise ValueError(f"activations have {seen}; the fit had {how.layout.site!r} and {how.layout.n_neurons:,}.")
     out, everything = [], torch.ones(activations.n_tokens, dtype=torch.bool)
     for X, index in _parts(activations, everything, how.per == "shard" or not how.center_texts):
         mean = X.mean(0, dtype=as_dtype(how.dtype)) if how.center_texts else how.mean_
@@ -720,7 +720,7 @@ def _courses(how: GroupICA, activations: Activations) -> torch.Tensor:
 # %% ../../nbs/across/01_group.ipynb #bb6fbcef
 @dataclass(frozen=True, eq=False)
 class DualRegression:
-    "Group maps as each text has them."
+    "The group's maps and time courses, fitted to each text."
 
     time_courses: torch.Tensor  # (T, k) of the tokens used, text after text
     text_index: torch.Tensor  # (T,) place of each token's text in `texts`

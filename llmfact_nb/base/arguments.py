@@ -41,7 +41,7 @@ def _short(value: Any) -> str:
 # %% ../../nbs/base/01_arguments.ipynb #31e95b31
 def nearly(
     name: str,  # as it was given
-    known: Sequence[str],  # what it could have been meant to be
+    known: Sequence[str],  # names that could be meant
     least: float = 0.6,  # how close it must be, from 0 to 1 (difflib's ratio)
 ) -> str:
     "Return ' Did you mean ...?' if a known name is close, or begins with all but the last letter; else ''."

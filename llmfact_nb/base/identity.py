@@ -34,6 +34,8 @@ _MARKS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> 
 
 def tokenizer_mark(tokenizer) -> str:
     "Return a fingerprint of the vocabulary and the special tokens; it is kept until the tokenizer changes."
+    if not hasattr(tokenizer, "get_vocab"):
+        return _mark(type(tokenizer).__name__)  # any function that gives token ids may be one
     special = sorted(map(repr, tokenizer.special_tokens_map.items()))
     seen, key = _MARKS.setdefault(tokenizer, {}), (id(getattr(tokenizer, "_tokenizer", None)), len(tokenizer), *special)
     if key not in seen:  # sorting 50,000 entries at each capture would take a hundredth of its time
@@ -42,7 +44,7 @@ def tokenizer_mark(tokenizer) -> str:
 
 # %% ../../nbs/base/10_identity.ipynb #2ab3979e
 def _adapters(model: nn.Module) -> list[tuple]:
-    "Which adapters of PEFT act in each layer that has some, and which of them are merged into its weights."
+    "Return the PEFT adapters active in each layer that has some, and those that are merged into its weights."
     found = []
     for name, m in model.named_modules():
         if isinstance(off := getattr(m, "disable_adapters", None), bool):  # of a whole model, it is a method

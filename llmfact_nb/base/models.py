@@ -41,9 +41,9 @@ def _convert_gguf(
             "GB are free. Make room, or set LLMFACT_CACHE to a larger disk."
         )
     config = quantised.config
-    if hasattr(config, "quantization_config"):  # with it the copy would count as quantised, too
+    if hasattr(config, "quantization_config"):  # otherwise the copy would also count as quantised
         del config.quantization_config
-    with torch.device("meta"):  # the shell needs no memory of its own: it takes over the loaded tensors
+    with torch.device("meta"):  # the empty model needs no memory: it gets the loaded tensors
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(quantised.state_dict(), assign=True)
     plain.tie_weights()
@@ -66,7 +66,7 @@ def seal(
 def is_whole(
     folder: Path,  # a folder that `seal` may have been called on
 ) -> bool:
-    "Tell whether every file stands as it did when the folder was sealed."
+    "Return whether every file is as it was when the folder was sealed."
 
     def same(path: Path, of: dict) -> bool:
         if not path.is_file() or path.stat().st_size != of["size"]:
@@ -136,7 +136,7 @@ def hub_commit(
     repo_type: str,  # "model" or "dataset"
     revision: str | None = None,  # branch, tag or commit
 ) -> tuple[str | None, str]:
-    "Return (commit, ''), or (None, reason) if the hub cannot be asked. Raises ValueError if it has no such thing."
+    "Return (commit, ''), or (None, reason) if the hub cannot be asked. Raises ValueError if it has no such name."
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -148,7 +148,7 @@ def hub_commit(
             f"name={name!r}{at}: the hub has no such {repo_type} for you. Check the spelling; for a private or gated "
             "one, log in with `hf auth login`."
         ) from e
-    except Exception as e:  # the hub's client has changed its transport before, and its exceptions with it
+    except Exception as e:  # the hub's client raises different exceptions in different versions
         return None, f"{type(e).__name__}: {e}"
 
 # %% ../../nbs/base/06_models.ipynb #b581ea95
@@ -168,7 +168,7 @@ def _locate_model(
     if text in RESOURCES:
         resource = RESOURCES[text]
         if resource.kind != "model":
-            raise ValueError(f"name={text!r} is no model ({resource.kind}). {_choices()}")
+            raise ValueError(f"name={text!r} is not a model ({resource.kind}). {_choices()}")
         return str(_converted(resource.sha256, text, lambda: fetch(text, accept_licence))), {}
     if path.suffix.lower() == ".gguf" and path.is_file():
         return str(_converted(sha256_of(path), path.stem, lambda: path)), {}
@@ -194,7 +194,7 @@ def _earlier_download(name: str, revision: str | None, reason: str) -> str:
         folder = snapshot_download(name, revision=revision, local_files_only=True)
     except LocalEntryNotFoundError as e:
         raise OSError(
-            f"name={name!r} is no embedded model and no path here, the hub cannot be reached ({reason}), and nothing "
+            f"name={name!r} is neither embedded nor a path here, the hub cannot be reached ({reason}), and nothing "
             f"of that name was downloaded before. {_choices()}"
         ) from e
     print(f"the hub cannot be reached ({reason}); taking {name} from an earlier download", file=sys.stderr)
@@ -203,7 +203,7 @@ def _earlier_download(name: str, revision: str | None, reason: str) -> str:
 # %% ../../nbs/base/06_models.ipynb #1b794c36
 def _refuse_made_up(
     model: torch.nn.Module,  # as `from_pretrained` gives it
-    info: dict,  # its account of the loading
+    info: dict,  # its report on the loading
     new_head: bool = False,  # weights outside the base model may be missing
     resized: bool = False,  # the new head may replace one of another shape
 ) -> None:
@@ -236,7 +236,7 @@ def _first(names: list[str]) -> str:
 
 
 def _has_a_place(model: torch.nn.Module, name: str) -> bool:
-    "Does a weight that the model lacks belong to one of its modules, or to a further layer? A head does not."
+    "Return whether a weight that the model lacks belongs to one of its modules, or to a further layer (not a head)."
     prefix, module, parts = f"{model.base_model_prefix}.", model, name.split(".")[:-1]
     if name.startswith(prefix) and not hasattr(model, model.base_model_prefix):
         parts = parts[1:]
@@ -290,7 +290,7 @@ _TASKS = {
 def check_device(
     device: str | torch.device | None,  # as given to `load_model`
 ) -> None:
-    "Raise ArgumentError if this machine has no such device: before minutes are spent on loading."
+    "Raise ArgumentError if this machine has no such device, before a long load begins."
     try:
         if device is not None:
             torch.empty(0, device=device)

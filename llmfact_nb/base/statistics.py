@@ -84,7 +84,7 @@ def mean_estimate(
     return document_estimate(lambda mean: mean, [sums], counts, draws, seed)
 
 # %% ../../nbs/base/08_statistics.ipynb #e01d0ba1
-_Z = 1.959964  # 95 % of a normal distribution lie within so many standard deviations
+_Z = 1.959964  # 95 % of a normal distribution lies within so many standard deviations
 
 
 def wilson(
@@ -161,8 +161,8 @@ def _enough(n: int) -> None:
 
 # %% ../../nbs/base/08_statistics.ipynb #3aeb3db3
 def control_p_value(
-    value: float,  # of the selection in question
-    controls: Sequence[float],  # the same of each control draw
+    value: float,  # value of the selection in question
+    controls: Sequence[float],  # the same quantity for each control draw
 ) -> float:
     "Return the one-sided p-value of `value`. Raises ValueError with fewer than 19 controls, or nan among them."
     _enough(len(controls))
@@ -203,7 +203,7 @@ def max_statistic(
     values: Sequence[float] | np.ndarray,  # (m,) one per network
     controls: np.ndarray,  # (m, s) control draws of each network; draw j of all networks belongs together
 ) -> np.ndarray:
-    "Return (m,) p-values, corrected for looking at m networks. Raises ValueError with fewer than 19 draws."
+    "Return (m,) p-values, corrected for testing m networks. Raises ValueError with fewer than 19 draws."
     values, controls = np.asarray(values, dtype=float), np.asarray(controls, dtype=float)
     if controls.ndim != 2 or len(controls) != len(values) or not len(values):
         raise ValueError(f"values have shape {values.shape} and controls {controls.shape}; expected (m,), (m, draws).")

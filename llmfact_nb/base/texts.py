@@ -60,7 +60,7 @@ _ASIDE = re.compile(
     r"\s*(file|image|category|media|[a-z]{2,3}|be-x-old)\s*:", re.I
 )  # pictures, categories, other languages
 _RANGE = [["to"], ["and"], ["by"], ["x"], ["-"], ["–"]]  # as in {{convert|3|to|5|km}}
-_SHOWN = {  # the few templates whose words belong to the sentence; all others vanish
+_SHOWN = {  # the few templates whose words belong to the sentence; all others are removed
     **dict.fromkeys(
         "nowrap small smaller quote angbr nihongo vanchor sc flag val keypress".split(), lambda words: words[0]
     ),
@@ -87,7 +87,7 @@ def _replace_all(
     replacement: str | Callable[[re.Match], str],  # shorter than what it replaces, so that this ends
     text: str,
 ) -> str:
-    "Replace until the pattern is found no more."
+    "Replace until the pattern no longer occurs."
     found = 1
     while found:
         text, found = pattern.subn(replacement, text)
@@ -116,7 +116,7 @@ _BODY = 99  # deeper than any heading
 
 
 def _tidy(line: str) -> str:
-    "Return it with single spaces, and without what removed words leave behind: empty brackets, doubled commas."
+    "Return the line with single spaces, without the empty brackets and doubled commas that removed words leave."
     for pattern, shown in ((r"\s+", " "), (r"\([,;:\s]+", "("), (r"[,;:\s]+\)", ")"), (r" ?\(\)", "")):
         line = re.sub(pattern, shown, line)
     return re.sub(r",(\s*,)+", ",", re.sub(r" +([,.;:])(?!\d)", r"\1", line)).strip()
@@ -156,7 +156,7 @@ def clean_wiki(
     return "\n\n".join(words for _, words in reversed(kept))
 
 # %% ../../nbs/base/07_texts.ipynb #e1a8a2d9
-_CLEANING = 1  # to be raised when `clean_wiki` changes, so that prose in a user's cache is made again
+_CLEANING = 1  # raise this when `clean_wiki` changes, so that cached prose is made again
 
 
 def _read_wiki(path: Path) -> list[tuple[str, str]]:
@@ -181,7 +181,7 @@ def _read_sotu(path: Path) -> list[tuple[str, str]]:
 
 @functools.lru_cache(maxsize=4)
 def _documents(name: str, path: Path) -> list[tuple[str, str]]:
-    "Return the documents of an embedded collection, read once a process."
+    "Return the documents of an embedded collection, read once per process."
     return {"wiki": _read_wiki, "sotu": _read_sotu}[name](path)
 
 # %% ../../nbs/base/07_texts.ipynb #9b15c703
@@ -200,7 +200,7 @@ def _ending(path: Path) -> tuple[str, str | None]:
 
 
 def _read_text(path: Path) -> str:
-    "Return what a file holds. Raises ValueError, naming it, if it is no UTF-8, or cannot be unpacked."
+    "Return what a file holds. Raises ValueError, naming it, if it is not UTF-8, or cannot be unpacked."
     packed = _ending(path)[1]
     data = path.read_bytes()
     if packed:
@@ -255,7 +255,7 @@ def _parts(path: Path, text: str, documents: str) -> list[str]:
     if len(parts) == 1 and parts[0].strip().count("\n") >= 20:
         lines = parts[0].strip().count("\n") + 1
         says = f"{path} has {lines:,} lines and no empty line between them: it is read as one document."
-        warnings.warn(f"{says} documents='lines' (--documents lines) reads a document a line.", stacklevel=5)
+        warnings.warn(f"{says} documents='lines' (--documents lines) reads one document per line.", stacklevel=5)
     return parts
 
 # %% ../../nbs/base/07_texts.ipynb #391a50a7
@@ -295,12 +295,12 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where} is no JSON ({e}).") from e
+        raise ValueError(f"{where} is not JSON ({e}).") from e
 
 
 def _object(row: Any, where: str) -> dict:
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is no JSON object, but {row!r:.40}.")
+        raise ValueError(f"{where} is not a JSON object, but {row!r:.40}.")
     return row
 
 
@@ -333,7 +333,7 @@ def _open_source(
     revision: str | None = None,  # branch, tag or commit of a hub data set
     documents: str = "blocks",  # what is a document of a .txt file
 ) -> tuple[Iterable[dict], dict]:
-    "Return (rows, features); features are known for hub data sets only. Raises as `load_texts` does."
+    "Return (rows, features); features are known for hub data sets only. Raises like `load_texts`."
     text, path = str(name), Path(os.path.expanduser(name))
     choices = f"Give an embedded name ({names_of(kind)}), a path ({_READABLE}) or a hub id."
     if text in RESOURCES:
@@ -356,7 +356,7 @@ def _open_source(
         data = load_dataset(text, config, split=hub_split, revision=commit or revision, streaming=commit is not None)
     except OSError as e:
         raise OSError(
-            f"name={text!r} is no embedded name and no path here, and could not be loaded from the hub: {e}. {choices}"
+            f"name={text!r} is neither embedded nor a path here, and could not be loaded from the hub: {e}. {choices}"
         ) from e
     return data, data.features or {}
 
@@ -406,7 +406,7 @@ def _cell(
     column: str,  # the wanted column
     name: str | os.PathLike,  # the source, for the message
 ) -> str:
-    "Return the text that stands there. Raises ValueError if there is none, or none that can be written."
+    "Return the text in that column. Raises ValueError if there is none, or it is not valid text."
     value = row.get(column)
     if not isinstance(value, str):
         accepted = f"a column of {name} with text in every row; there are {', '.join(map(repr, row))}"
@@ -444,7 +444,7 @@ def load_texts(
     split: str = "fit",  # "fit" or "eval": four fifths and one fifth of the documents
     n: int | None = None,  # the first so many documents; None: all
     *,
-    column: str = "text",  # where the text stands in files with columns and hub data sets
+    column: str = "text",  # the column of the text in files with columns and hub data sets
     shuffle: int | None = None,  # seed of a random order; None: their own
     documents: str = "blocks",  # of a .txt file: "blocks" between empty lines, "lines", or the "file" as one
     config: str | None = None,  # configuration of a hub data set
@@ -454,7 +454,7 @@ def load_texts(
     """Return documents, a row each, held in memory: in their order, those of a folder spread over it, or shuffled.
 
     Raises ValueError for an unknown name, split or column and for files that cannot be read, FileNotFoundError for a
-    missing path, OSError if the hub is out of reach, and as `fetch` does. Warns if there are fewer than `n`."""
+    missing path, OSError if the hub is out of reach, and like `fetch`. Warns if there are fewer than `n`."""
     from datasets import Dataset
 
     _check(split, n, shuffle)
@@ -493,7 +493,7 @@ def _read_rotten_tomatoes(path: Path) -> Iterator[tuple[str, str, str]]:
 def _label_rows(
     rows: Iterable[dict],
     columns: tuple[str, str],  # of text and label
-    class_names: list[str] | None,  # what whole-number labels stand for, where that is known
+    class_names: list[str] | None,  # the meaning of whole-number labels, if it is known
     name: str | os.PathLike,  # the source, for messages
 ) -> Iterator[tuple[str, str, str]]:
     "Yield (title, text, class name)."
@@ -518,7 +518,7 @@ def load_labelled(
     n: int | None = None,  # the first so many rows; None: all
     *,
     column: str = "text",  # where the text stands
-    label_column: str = "label",  # where the class stands: a name or a number
+    label_column: str = "label",  # the column of the class: a name or a number
     config: str | None = None,  # configuration of a hub data set
     hub_split: str = "train",  # which part of a hub data set is divided into fit and eval
     revision: str | None = None,  # branch, tag or commit of a hub data set
@@ -558,7 +558,7 @@ def load_cloze(
     name: str | os.PathLike = "capitals",  # "capitals", a file with columns "prompt" and "answer", or a hub data set
     n: int | None = None,  # the first so many rows; None: all
 ):  # datasets.Dataset with columns "prompt" and "answer"
-    """Return sentences and how they go on; an answer begins with the space that separates it from the prompt.
+    """Return sentences and their continuations; an answer begins with the space that separates it from the prompt.
 
     Raises and warns as `load_texts` does."""
     from datasets import Dataset

@@ -57,7 +57,7 @@ def _ask_the_hub(name: str, kind: str, accepted: str) -> None:
     try:
         commit, reason = hub_commit(name, repository)
     except ValueError as e:  # it answers that there is no such thing
-        raise ArgumentError(kind, name, accepted, "The hub knows nothing of that name.") from e
+        raise ArgumentError(kind, name, accepted, "The hub has nothing of that name.") from e
     if kind == "texts" and HF_HUB_OFFLINE:
         return  # a copy of a data set that was loaded earlier is not where downloads are; loading it will tell
     if commit is None and downloaded(name, repository) is None:
@@ -97,7 +97,7 @@ def configuration(
 
 
 def _within_reach(name: str) -> bool:
-    "Does the hub answer that it has this model? It is asked once; from_pretrained would knock for half a minute."
+    "Return whether the hub has this model. It is asked once; from_pretrained would try for half a minute."
     try:
         return hub_commit(name, "model")[0] is not None
     except ValueError:  # it answers that there is no such thing
@@ -189,7 +189,7 @@ _LARGE = 2**26  # bytes of a file whose checksum is remembered
 
 
 def _remembered_checksum(file: Path) -> str:
-    "The checksum of the whole file; while size and times stay, it is read from the cache."
+    "Return the checksum of the whole file, from the cache while its size and times are unchanged."
     stat, name = file.stat(), str(file.resolve())
     now = {"file": name, "size": stat.st_size, "times": [stat.st_mtime_ns, stat.st_ctime_ns]}
     kept = cache_folder() / "checksums" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:24]}.json"
@@ -218,7 +218,7 @@ def content_mark(
 
 # %% ../../nbs/command/02_checks.ipynb #760a3fe4
 def named_content(name: str) -> str:
-    "Return a name or path with the mark of its content, as the folder of a run remembers it."
+    "Return a name or path with the mark of its content, as the folder of a run records it."
     mark = content_mark(name)
     return from_home(str(name)) + (f" (content {mark})" if mark else "")
 

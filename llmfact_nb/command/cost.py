@@ -102,7 +102,7 @@ def _bytes_on_the_hub(name: str, kind: str) -> int | None:
     wanted = (".safetensors", ".json", ".model", ".txt")
     try:
         files = HfApi().repo_info(name, repo_type=kind, files_metadata=True, timeout=10).siblings
-    except Exception:  # each transport of the hub's client has exceptions of its own; "not known" is shown
+    except Exception:  # the hub's client has many exceptions; "not known" is shown
         return None
     return sum(f.size or 0 for f in files if kind == "dataset" or f.rfilename.endswith(wanted))
 
@@ -126,7 +126,7 @@ def flops_per_second(
     "Return the arithmetic, in floating-point operations a second, of products like those in the model's MLP."
     x, w = torch.ones(tokens, size.hidden, device=device), torch.ones(size.hidden, size.mlp, device=device)
     wait = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
-    x @ w  # the first one pays for the start
+    x @ w  # the first product includes the start-up time
     wait()
     n, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -141,7 +141,7 @@ def pace(
     device: str | None = None,  # where the model will run
     rate: float | None = None,  # floating-point operations a second, if it is known
 ) -> tuple[float, str]:
-    "Return the arithmetic a second that a model of that size gets done, and where the number comes from."
+    "Return the arithmetic per second that a model of that size reaches, and the source of the number."
     if rate is not None:
         return rate, f"at {rate / 1e9:,.3g} GFLOP/s, as given"
     rate = flops_per_second(size, device) / 2
@@ -191,7 +191,7 @@ class Needs(NamedTuple):
     "What a command needs of a model of known size."
 
     flops: float  # all arithmetic
-    memory: int  # bytes beside libraries and weights
+    memory: int  # bytes in addition to libraries and weights
     disk: int  # bytes written
     activations: int = 0  # bytes of the activation matrix, part of the memory
     seconds: float = 15.0  # to load, to draw and to write
@@ -207,7 +207,7 @@ def estimate(
     tokens: int,  # read by the model, each pass counted
     passes: str,  # what these tokens are
     needs: Callable[[ModelSize], Needs],
-    assumed: Sequence[str] = (),  # beside what is said of the arithmetic
+    assumed: Sequence[str] = (),  # further assumptions, besides those on arithmetic
     site: str = "mlp_hidden",
     device: str | None = None,  # where the model would run
     rate: float | None = None,  # floating-point operations a second; None: measured now
@@ -268,7 +268,7 @@ def run_cost(
 def free_disk(
     folder: str | os.PathLike,  # it need not exist yet
 ) -> int:
-    "Return the free bytes of the disk on which the folder will lie."
+    "Return the free bytes of the disk for the folder."
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent

@@ -65,7 +65,7 @@ def _kinds(s: StudySettings) -> list[str]:
 
 
 def _tokens_of(s: StudySettings) -> dict[str, int]:
-    "Tokens of each evaluation set, at most."
+    "Return the number of tokens of each evaluation set, at most."
     short = _DOCUMENTS * s.short_length
     sets = {"full": s.eval_tokens + _DOCUMENTS, "short": short} | {f"on {kind}": short for kind in _kinds(s)}
     return sets | {"answers": s.sentences * _SENTENCE, "answers, short": s.short_sentences * _SENTENCE}
@@ -76,7 +76,7 @@ def paper_cost(
     device: str | None = None,  # where the model would run
     rate: float | None = None,  # floating-point operations a second; None: measured now
 ) -> Cost:
-    "Return what all studies of the paper cost on a model, from nothing."
+    "Return what all studies of the paper cost on a model, with an empty folder."
     s, of = settings, _tokens_of(settings)
     passes = [(n, of[name]) for study in study_passes(s, _kinds(s)).values() for name, n in study.items()]
     sets = [w for w in wanted_networks(s, _kinds(s)).values() if isinstance(w, Wanted)]
@@ -84,7 +84,7 @@ def paper_cost(
     fitted = sum(w.settings.fit_tokens * (4 if w.scores else 1) for w in sets)
     words = f"{fitted:,} to find {len(sets)} sets of networks, the rest for {arms:,} measurements"
     assumed = (
-        "from nothing; what the folder holds already is not done again",
+        "for an empty folder; finished parts in the folder are not repeated",
         f"{_DOCUMENTS} held-out documents of each kind, {_SENTENCE} tokens a sentence; recurrence adds a few minutes",
     )
     needs = lambda size: _paper_needs(size, sets, fitted + read, arms)

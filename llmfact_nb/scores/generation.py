@@ -59,7 +59,7 @@ class GumbelNoise:
 
 # %% ../../nbs/scores/01_generation.ipynb #1b3376b7
 def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
-    "Ids of the tokens that end a text, by the checkpoint and by the tokenizer."
+    "Return the ids of the tokens that end a text, according to the checkpoint and the tokenizer."
     config = getattr(unwrapped(model), "generation_config", None)
     given = [getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
     return sorted({int(t) for g in given if g is not None for t in (g if isinstance(g, (list, tuple)) else [g])})
@@ -67,7 +67,7 @@ def _end_tokens(model: nn.Module, tokenizer) -> list[int]:
 # %% ../../nbs/scores/01_generation.ipynb #b6640df0
 @contextmanager
 def _own_settings_aside(model: nn.Module, pad: int, end: list[int]) -> Iterator[None]:
-    "Evaluation mode, and generation settings of the checkpoint out of the way, during the block."
+    "Use evaluation mode and disable the checkpoint's generation settings during the block."
     from transformers import GenerationConfig
 
     inner = unwrapped(model)
@@ -101,7 +101,7 @@ def _first_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> torch.Tens
 def generates_alike(
     model: nn.Module,  # a causal language model
 ) -> bool:
-    "Tell whether the model continues unequal prompts in one batch as it continues each alone."
+    "Return whether the model continues unequal prompts in one batch as it continues each alone."
 
     def look() -> bool:
         long, short = probe_tokens(model, 5), probe_tokens(model, 2)
@@ -116,8 +116,8 @@ class Continuation:
     "What a model wrote after one prompt."
 
     text: str  # decoded, without special tokens
-    tokens: tuple[int, ...]  # token ids, without the one that ended it
-    ended: bool  # did the model end it, before the length did?
+    tokens: tuple[int, ...]  # token ids, without the end token
+    ended: bool  # whether the model ended the text before the limit
     too_long: bool = False  # the prompt did not fit; nothing was written
 
 # %% ../../nbs/scores/01_generation.ipynb #0e03e068
@@ -145,10 +145,10 @@ def generate_texts(
     tokenizer,  # its tokenizer
     prompts: Sequence[str],  # what is to be continued: a list, or a Dataset with a column "prompt"
     max_new_tokens: int = 40,  # tokens that each text may have
-    temperature: float = 0.0,  # 0: always the likeliest token; above: tokens are drawn at that temperature
+    temperature: float = 0.0,  # 0: always the most likely token; above: tokens are drawn at that temperature
     seed: int = 0,  # of the draws
     chat: bool | str = False,  # give the prompts as a user's messages; "auto": where there is a chat template
-    batch_size: int | str = "auto",  # prompts at once; the result does not depend on it, but for rounding
+    batch_size: int | str = "auto",  # prompts at once; affects the result only by rounding
     progress: bool = True,  # show a progress bar
 ) -> list[Continuation]:
     """Return what the model writes after each prompt, in their order.

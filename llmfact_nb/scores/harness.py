@@ -38,7 +38,7 @@ def _harness_model(
     max_length: int,  # tokens of a request
     tokens: int,  # padded tokens of a batch
 ):  # lm_eval.models.huggingface.HFLM
-    "Return the model for the harness, with batches for its longest request, counting in `n_cut` what it cuts."
+    "Return the model for the harness, with batches for its longest request, counting cut requests in `n_cut`."
     from lm_eval.models.huggingface import HFLM
 
     class CountingModel(HFLM):
@@ -50,7 +50,7 @@ def _harness_model(
 
         def _loglikelihood_tokens(self, requests, *args, **kwargs):
             requests = list(requests)
-            self._fit_batch([len(context) + len(answer) - 1 for _, context, answer in requests])  # the last is not fed
+            self._fit_batch([len(context) + len(answer) - 1 for _, context, answer in requests])  # last: not read
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
         def generate_until(self, requests, *args, **kwargs):
@@ -64,7 +64,7 @@ def _harness_model(
 # %% ../../nbs/scores/04_harness.ipynb #e15a4c53
 @contextmanager
 def _random_states_kept() -> Iterator[None]:
-    "The random states of Python, numpy and torch after the block are those before it."
+    "Restore the random states of Python, numpy and torch after the block."
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -139,9 +139,9 @@ def evaluate_with_lm_eval(
     tokenizer,  # its tokenizer
     tasks: str | dict | Sequence[str | dict],  # names of tasks, or their configurations as dicts
     mask: NeuronMask | None = None,  # neurons to ablate during the evaluation; None: the model as it is
-    replace: str | torch.Tensor = "zero",  # what they become: "zero", or (N,) values
+    replace: str | torch.Tensor = "zero",  # what replaces their values: "zero", or (N,) values
     positions: str = "all",  # "all" or "after-first"
-    include_path: str | os.PathLike | None = None,  # folder with task files of your own
+    include_path: str | os.PathLike | None = None,  # folder with your own task files
     max_length: int | None = None,  # tokens of a request; None: the model's positions, at most 2,048
     tokens: int = 4096,  # padded tokens of a batch
     seed: int = 1234,  # of few-shot examples

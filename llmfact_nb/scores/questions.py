@@ -142,7 +142,7 @@ def qa_scores(
 def capital_questions(
     n: int | None = None,  # questions; None: all 249
     others: int = 2,  # sentences about other countries in each context
-    seed: int = 0,  # which, and in what order
+    seed: int = 0,  # decides which questions, and their order
 ):  # datasets.Dataset with columns "context", "question", "answers"
     "Return questions about capitals with a context that holds the answer among others."
     from datasets import Dataset
@@ -164,9 +164,9 @@ def capital_questions(
 # %% ../../nbs/scores/02_questions.ipynb #50cddeb7
 def first_line(
     text: str,  # what the model wrote
-    ended: bool,  # did it end the text itself?
+    ended: bool,  # whether the model ended the text
 ) -> str | None:
-    "Return the first line with something in it; None if it has no letter or digit, or was cut off."
+    "Return the first line that is not empty; None if it has no letter or digit, or was cut off."
     lines = text.lstrip().split("\n")
     complete = ended or len(lines) > 1
     return lines[0].strip() if complete and re.search(r"[^\W_]", lines[0]) else None
@@ -232,7 +232,7 @@ def question_accuracy(
     """Return exact match and F1 of the answers that the model writes (greedily), with parse rate and levels.
 
     Questions that do not fit the model are left out, with a warning, and counted. Raises ValueError on a template
-    without {question} and on no questions, TypeError on answers that are no strings."""
+    without {question} and on no questions, TypeError on answers that are not strings."""
     if "{question}" not in template:
         raise ArgumentError("template", template, "a text with {question}, and with or without {context}")
     contexts, questions, answers = columns_of(data, ["context", "question", "answers"])

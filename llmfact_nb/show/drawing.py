@@ -44,13 +44,13 @@ _SAME_LOOK = {"network": "key", "random 15 %": "random"}
 
 
 def looks(arm: str) -> tuple[str, str, str]:
-    "Colour, marker and line style of an arm; those of its selection where it keeps one that has no look of its own."
+    "Return colour, marker and line style of an arm; those of its selection for an arm that keeps one."
     arm = _SAME_LOOK.get(arm, arm)
     return ARM_LOOKS.get(arm) or ARM_LOOKS.get(arm.removeprefix("keep "), (FAINT, "*", "-"))
 
 # %% ../../nbs/show/01_drawing.ipynb #e8f9a47f
 def in_order(arms) -> list[str]:
-    "The arms, each once, selections before controls."
+    "Return the arms, each once, selections before controls."
     order = list(ARM_LOOKS)
     known = lambda arm: arm if arm in order else arm.removeprefix("keep ")
     return sorted(dict.fromkeys(arms), key=lambda arm: order.index(known(arm)) if known(arm) in order else len(order))
@@ -70,7 +70,7 @@ def _settings() -> dict:
 # %% ../../nbs/show/01_drawing.ipynb #6a269a09
 @contextmanager
 def style() -> Iterator[None]:
-    "Draw in the package's style inside this block; afterwards the user's own settings are back."
+    "Draw in the package's style inside this block; afterwards restore the user's own settings."
     import matplotlib as mpl
     import matplotlib.style
 
@@ -110,21 +110,21 @@ def styled(draw: Callable) -> Callable:
 
 # %% ../../nbs/show/01_drawing.ipynb #fedd0639
 def axes_or_new(ax, size: tuple[float, float]):
-    "The caller's axes, or new ones of `size` inches."
+    "Return the caller's axes, or new ones of `size` inches."
     import matplotlib.pyplot as plt
 
     return ax if ax is not None else plt.subplots(figsize=size, layout="constrained")[1]
 
 
 def figure_or_new(fig, size: tuple[float, float]):
-    "The caller's figure, or a new one of `size` inches."
+    "Return the caller's figure, or a new one of `size` inches."
     import matplotlib.pyplot as plt
 
     return fig if fig is not None else plt.figure(figsize=size, layout="constrained")
 
 # %% ../../nbs/show/01_drawing.ipynb #0aa48bd1
 def array(values, name: str, ndim: int) -> np.ndarray:
-    "`values` (tensor, array, frame, lists) as a numpy array of rank `ndim`, or a ValueError that names the argument."
+    "Return `values` (tensor, array, frame, lists) as an array of rank `ndim`; ValueError, naming the argument, else."
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.float() if values.is_floating_point() else values
@@ -135,7 +135,7 @@ def array(values, name: str, ndim: int) -> np.ndarray:
 
 # %% ../../nbs/show/01_drawing.ipynb #a152bd7f
 def drawable(text, longest: int = 60) -> str:
-    "`text` on one line, with marks for what the font lacks, cut to `longest` characters."
+    "Return `text` on one line, with marks for characters that the font lacks, cut to `longest` characters."
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont("DejaVu Sans"))
@@ -150,12 +150,12 @@ def number(v: float) -> str:
 
 
 def count(n: float, what: str) -> str:
-    "So many of them: '1 unit', '461 units'."
+    "Return a number with its noun: '1 unit', '461 units'."
     return f"{n:,.0f} {what}{'' if n == 1 else 's'}"
 
 
 def span(values, what: str) -> str:
-    "How many, or from how many to how many."
+    "Return a number, or a range of numbers, with its noun."
     low, high = np.nanmin(values), np.nanmax(values)
     return count(low, what) if low == high else f"{low:,.0f}–{high:,.0f} {what}s"
 
@@ -191,7 +191,7 @@ def table_of(rows, name: str, needs: Sequence[str]):
 
 # %% ../../nbs/show/01_drawing.ipynb #8196dad7
 def rows_with(frame, name: str, **where):
-    "The rows with these entries; ValueError if there are none."
+    "Return the rows with these entries; ValueError if there are none."
     part = frame
     for column, value in where.items():
         part = part[part[column].isin(value) if isinstance(value, tuple) else part[column] == value]
@@ -202,7 +202,7 @@ def rows_with(frame, name: str, **where):
 
 # %% ../../nbs/show/01_drawing.ipynb #87b425a0
 def finite(frame, column: str, name: str) -> tuple:
-    "The rows with a finite number there, and a sentence on those without; ValueError if none is left."
+    "Return the rows with a finite number there, and a sentence on the others; ValueError if none is left."
     good = np.isfinite(frame[column])
     if not good.any():
         raise ValueError(f"{name} holds no finite number in {column!r} ({len(frame)} rows); nothing can be drawn.")
@@ -221,14 +221,14 @@ def on_one_set(frame, name: str, measure: str):
 
 
 def measured_on(part) -> str:
-    "The evaluation set of these rows, and its size."
+    "Return the evaluation set of these rows, and its size, in words."
     row = part.iloc[0]
     items, documents = count(row["items"], _ITEMS.get(row["measure"], "item")), count(row["documents"], "document")
     return f"{drawable(row['data'], 40)}: {items} in {documents}"
 
 # %% ../../nbs/show/01_drawing.ipynb #7ba24405
 def with_ends(part):
-    "With columns y, low, high: the damage, or an accuracy, each with the interval of its difference."
+    "Add columns y, low, high: the damage, or an accuracy, each with the interval of its difference."
     if "measure" in part and (part["measure"] == "accuracy").all():
         ends = {"low": part["unmasked"] - part["ci_high"], "high": part["unmasked"] - part["ci_low"]}
         return part.assign(y=part["value"], **ends)
@@ -254,7 +254,7 @@ def arm_label(part, arm: str) -> str:
 
 # %% ../../nbs/show/01_drawing.ipynb #7e5a1107
 def beside(ax, text: str, at, shift, coords, va: str = "center", size: float = 7, **more) -> None:
-    "Small print at a place, shifted by so many points, also outside the axes."
+    "Write small print at a place, shifted by so many points, also outside the axes."
     ax.annotate(
         text, at, xytext=shift, xycoords=coords, textcoords="offset points", ha="left", va=va, fontsize=size,
         annotation_clip=False, parse_math=False, **({"color": FAINT} | more),
@@ -262,7 +262,7 @@ def beside(ax, text: str, at, shift, coords, va: str = "center", size: float = 7
 
 
 def heading(ax, title: str, *notes: str, width: int = 100) -> None:
-    "A title, and below it in small print what it stands on."
+    "Set a title, and below it in small print the data behind it."
     note = "\n".join(textwrap.wrap("; ".join(filter(None, notes)), width))
     ax.set_title(title, pad=5 + 9.6 * (note.count("\n") + bool(note)))
     if note:
@@ -270,7 +270,7 @@ def heading(ax, title: str, *notes: str, width: int = 100) -> None:
 
 # %% ../../nbs/show/01_drawing.ipynb #a24a8e41
 def damage_axis(ax, values, axis: str = "y") -> None:
-    "Limits that hold all values and 0; logarithmic beyond 0.1 where the range demands it."
+    "Set limits that include all values and 0; logarithmic beyond 0.1 if the range needs it."
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
     low, high = min(values.min(), 0.0), max(values.max(), 0.01)
@@ -315,7 +315,7 @@ ABOVE = "crossed out: perplexity above the vocabulary size, worse than uniform g
 
 
 def dots(ax, x, y, colour: str, marker: str = "o", size: float = 4.5, **more) -> None:
-    "Marks without a line."
+    "Draw marks without a line."
     more = {"zorder": 4, "markeredgewidth": 1.1 if marker in "x|" else 0.5} | more
     ax.plot(x, y, linestyle="none", marker=marker, markersize=size, color=colour, **more)
 
@@ -340,7 +340,7 @@ def draws_row(ax, row: float, part, arm: str) -> None:
 
 
 def rows_axis(ax, labels: Sequence[str], zero: bool = True) -> None:
-    "Rows with names, the first on top, and a line at 0."
+    "Label the rows with names, the first on top, and draw a line at 0."
     ax.set_yticks(range(len(labels)), labels, parse_math=False, linespacing=1.0)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.tick_params(axis="y", length=0)
@@ -382,7 +382,7 @@ def curve(ax, part, x: str, look, label=None, limits=(-np.inf, np.inf), shift: f
 
 # %% ../../nbs/show/01_drawing.ipynb #aac0d83a
 def off_scale(part, limits) -> str:
-    "A sentence on what lies beyond the limits."
+    "Return a sentence on the values beyond the limits."
     y = part["y"][np.isfinite(part["y"])]
     beyond = y[(y < limits[0]) | (y > limits[1])]
     if beyond.empty:

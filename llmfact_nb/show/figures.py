@@ -25,7 +25,7 @@ _STEPS = (  # name, what it is, what leads to the next
     ("texts", "one document\nper row", "capture"),
     ("activations", "tokens × neurons,\nlayers side by side", "whiten,\nrotate"),
     ("ICA", "time courses\n× networks", "z-score"),
-    ("maps", "a z-score per\nneuron, k maps", "cut at z"),
+    ("maps", "a z-score per\nneuron, k maps", "threshold z"),
     ("masks", "key neurons,\nlayer by layer", "hook"),
     ("masked model", "ablate, keep\nor amplify", ""),
 )
@@ -88,7 +88,7 @@ def _layer_image(ax, z: np.ndarray, widths: Sequence[int], cells: int = 256):
 
 # %% ../../nbs/show/02_figures.ipynb #aca1f76c
 def _layer_dots(ax, chosen: np.ndarray, z: np.ndarray, widths: Sequence[int]) -> None:
-    "One dot per selected unit."
+    "Draw one dot per selected unit."
     layer = np.repeat(np.arange(len(widths)), widths)[chosen]
     unit = np.concatenate([np.arange(w) for w in widths])[chosen]
     size = 7.0 if chosen.sum() <= 1000 else 2.0 if chosen.sum() <= 5000 else 0.5
@@ -132,7 +132,7 @@ def _label_maps(fig, axes, image, widths, depths, cut: str) -> None:
 def plot_maps(
     maps,  # z-scores (k, N), layers side by side in order of depth
     widths: Sequence[int],  # units per layer, sum N; layers may differ
-    masks=None,  # NeuronMasks or booleans (k, N): what was selected in each map, drawn beside it
+    masks=None,  # NeuronMasks or booleans (k, N): the units selected in each map, drawn next to it
     networks: Sequence[int] = (0, 1, 2, 3),  # which maps to show; those beyond k are left out
     threshold: float | None = None,  # z at which the masks were cut, for the caption
     depths: Sequence[int] | None = None,  # layer number of each row; None counts from 0
@@ -194,7 +194,7 @@ _POSITIONS = {"all": "at all tokens", "after-first": "after the first token"}
 
 
 def with_condition(frame):
-    "With a column `condition` in words; empty for the unmasked model, which belongs to all."
+    "Add a column `condition` in words; empty for the unmasked model, which belongs to all conditions."
     if "condition" in frame:
         return frame
     words = lambda of: f"{of['replace']}, {_POSITIONS.get(of['positions'], of['positions'])}" if of["replace"] else ""
@@ -227,7 +227,7 @@ def plot_damage(
 
 # %% ../../nbs/show/02_figures.ipynb #2df521d7
 def _traces(ax, values: np.ndarray, networks: Sequence[int], words: Sequence[str]) -> None:
-    "One trace per network, scaled to its peak; the peak at the right."
+    "Draw one trace per network, scaled to its peak; write the peak at the right."
     small = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 7.5, "color": FAINT}
     for row, j in enumerate(networks):
         trace = values[:, j].astype(float)
@@ -241,7 +241,7 @@ def _traces(ax, values: np.ndarray, networks: Sequence[int], words: Sequence[str
 
 
 def _text_bands(ax, text_ids: np.ndarray) -> None:
-    "A band for each text, every second one grey, named where there is room."
+    "Draw a band for each text, every second one grey, with its name if there is room."
     starts = np.flatnonzero(np.r_[True, text_ids[1:] != text_ids[:-1]])
     for i, (start, end) in enumerate(zip(starts, np.r_[starts[1:], len(text_ids)])):
         if i % 2:
@@ -311,7 +311,7 @@ def plot_connectivity(
 @styled
 def plot_stability(
     stability,  # (k,) one index per component, 1 is reproducible
-    n_init: int | None = None,  # number of restarts behind the index, for the title
+    n_init: int | None = None,  # number of restarts used for the index, for the title
     ax=None,  # axes to draw on
 ):
     "Draw the stability of every component over restarts and return the Axes. Raises ValueError if it is unknown."

@@ -27,7 +27,7 @@ from llmfact_nb.show.pages import render, script_data, table, template_file
 
 # %% ../../nbs/show/09_network_page.ipynb #f6f257a5
 def token_pieces(tokenizer, token_ids: torch.Tensor, text_ids: torch.Tensor | None = None) -> list[str]:
-    "The piece of text each token stands for; joined they give the text. Without a tokenizer '#17' for token 17."
+    "Return each token's piece of text; joined, the pieces give the text. Without a tokenizer '#17' for token 17."
     ids = token_ids.tolist()
     texts = [0] * len(ids) if text_ids is None else text_ids.tolist()
     if tokenizer is None:
@@ -53,7 +53,7 @@ def whole_words(text: str, longest: int, end: bool = False) -> str:
 
 
 def context(pieces: Sequence[str], texts: Sequence[int], t: int) -> tuple[str, str]:
-    "About ten tokens before token t and six after it, of the same text, in whole words."
+    "Return about ten tokens before token t and six after it, of the same text, in whole words."
     inside = lambda i: 0 <= i < len(pieces) and texts[i] == texts[t]
     words = lambda start, stop: "".join(pieces[i] for i in range(start, stop) if inside(i))
     before, after = words(t - 10, t), words(t + 1, t + 7)
@@ -65,7 +65,7 @@ def context(pieces: Sequence[str], texts: Sequence[int], t: int) -> tuple[str, s
 
 # %% ../../nbs/show/09_network_page.ipynb #5642365e
 def _steps(z: torch.Tensor, units: torch.Tensor, alpha: float) -> dict:
-    "What the page holds of one map; a unit just below alpha stays below it."
+    "Return the page's data of one map; a unit just below alpha stays below it."
     size = z[units].abs()
     parts = (size.double() * 1000).long()
     parts -= ((size < alpha) & (parts >= math.floor(alpha * 1000))).long()
@@ -79,7 +79,7 @@ _UNITS_KEPT, _LOWEST = 120_000, 1.9  # units in all networks together; standard 
 
 
 def _outstanding(maps: torch.Tensor, alpha: float, kept: int = _UNITS_KEPT) -> tuple[float, list[dict]]:
-    "The floor, and for each map the units beyond it: steps between unit numbers, and z-scores in thousandths."
+    "Return the floor, and each map's units beyond it: steps between unit numbers, and z-scores in thousandths."
     sizes, floor = maps.abs(), min(_LOWEST, math.floor(10 * alpha) / 10)
     while int((sizes >= floor).sum()) > kept:
         floor = round(floor + 0.1, 1)
@@ -87,14 +87,14 @@ def _outstanding(maps: torch.Tensor, alpha: float, kept: int = _UNITS_KEPT) -> t
 
 # %% ../../nbs/show/09_network_page.ipynb #292fd01c
 def _standard(courses: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    "(T, k) with mean 0 and standard deviation 1 over the tokens that are no sinks; a constant course becomes 0."
+    "Return (T, k) with mean 0 and standard deviation 1 over tokens that are not sinks; a constant course becomes 0."
     ordinary = courses[~sinks] if (~sinks).any() else courses
     std, mean = torch.std_mean(ordinary.double(), 0, correction=0)
     return ((courses.double() - mean) / torch.where(std > 0, std, 1)).float()
 
 
 def _strongest(course: torch.Tensor, pieces: Sequence[str], texts: list[int], sinks: torch.Tensor) -> list[dict]:
-    "The twelve ordinary tokens at which a course is largest, then up to three sinks, with the words around them."
+    "Return the twelve ordinary tokens with the largest values, then up to three sinks, with the words around them."
     rows: list[int] = []
     for here, size, at_most in ((~sinks, course, 12), (sinks, course.abs(), 3)):
         where = here.nonzero()[:, 0]
@@ -105,7 +105,7 @@ def _strongest(course: torch.Tensor, pieces: Sequence[str], texts: list[int], si
 
 # %% ../../nbs/show/09_network_page.ipynb #7a447f72
 def _readable(courses: torch.Tensor, pieces: Sequence[str], texts: list[int], sinks, max_tokens: int) -> list[dict]:
-    "The texts that fit on the page: their number, tokens, sinks and courses (one list per network, in tenths)."
+    "Return the texts that fit on the page: number, tokens, sinks and courses (one list per network, in tenths)."
     shown: list[dict] = []
     used = start = 0
     while start < len(texts):
@@ -121,17 +121,17 @@ def _readable(courses: torch.Tensor, pieces: Sequence[str], texts: list[int], si
 
 # %% ../../nbs/show/09_network_page.ipynb #31a87ed1
 def _correlations(rows: torch.Tensor) -> list[list[float]]:
-    "Correlations between the rows, in hundredths of 1; a constant row correlates with nothing."
+    "Return correlations between the rows, in hundredths of 1; those of a constant row are 0."
     r = torch.corrcoef(rows.double()).reshape(len(rows), -1).nan_to_num(0.0)
     return [[round(v, 2) for v in row] for row in r.tolist()]
 
 # %% ../../nbs/show/09_network_page.ipynb #d943dbd0
 def _reading(networks, activations, tokenizer, courses, max_tokens: int) -> dict:
-    "What the page says of texts: courses, strongest tokens, texts to read, and a sentence about them."
+    "Return the page's data on texts: courses, strongest tokens, texts to read, and a sentence about them."
     k = len(networks.maps_)
     if activations is None:
         if courses is not None or tokenizer is not None:
-            raise ValueError("courses and tokenizer are about activations; give activations= too.")
+            raise ValueError("courses and tokenizer belong to activations; give activations= too.")
         return {"strongest": [[] for _ in range(k)], "texts": [], "together": [None] * k, "says": ""}
     courses = torch.as_tensor(networks.transform(activations) if courses is None else courses).detach().cpu().float()
     if tuple(courses.shape) != (activations.n_tokens, k) or not torch.isfinite(courses).all():
@@ -150,7 +150,7 @@ def _reading(networks, activations, tokenizer, courses, max_tokens: int) -> dict
 
 # %% ../../nbs/show/09_network_page.ipynb #cfd57952
 def _all_networks(masks, stability: list, strongest, own: Mapping) -> dict:
-    "The table of all networks."
+    "Return the table of all networks."
     rows = []
     for i, (mask, sure, tokens) in enumerate(zip(masks, stability, strongest)):
         most = [d for n, d in sorted(zip(mask.counts, mask.depths), reverse=True) if n][:3]
@@ -164,7 +164,7 @@ def _all_networks(masks, stability: list, strongest, own: Mapping) -> dict:
 
 # %% ../../nbs/show/09_network_page.ipynb #b6a9911b
 def _facts(networks) -> dict:
-    "How the networks were found, names and values."
+    "Return how the networks were found, as names and values."
     steps = f"{'converged' if networks.converged_ else 'did NOT converge'} in {networks.n_iter_} steps"
     return {
         "model": networks.model or "not recorded",
@@ -180,14 +180,14 @@ def _facts(networks) -> dict:
 
 # %% ../../nbs/show/09_network_page.ipynb #5c26965c
 def _own(asked: Threshold, alpha: float, tail: str) -> dict:
-    "The threshold the page opens with, in digits and in words."
+    "Return the threshold with which the page opens, in digits and in words."
     share = "" if asked.fraction is None else f": the |z| of the top {asked.fraction:.2%} of all units in any network"
     at = {"at": math.floor(alpha * 1000) / 1000, "text": f"{alpha:.3f}", "gaussian": gaussian_union(1, alpha)}
     return at | {"tail": "both" if tail == "both" else "positive", "says": f"the threshold{share}"}
 
 
 def _data(networks, maps, floor: float, own: Mapping, shown: list[dict], texts: list[dict]) -> dict:
-    "What the script reads."
+    "Return the data for the script."
     highest = math.ceil(10 * min(float(maps.abs().max()), 30.0)) / 10
     ceiling = round(max(math.ceil(10 * own["at"]) / 10, floor + 0.1, highest), 1)
     gaussian = [gaussian_union(1, floor + step / 10) for step in range(round((ceiling - floor) * 10) + 1)]

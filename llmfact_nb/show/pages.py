@@ -16,7 +16,7 @@ from llmfact_nb.base.display import plain_text
 
 # %% ../../nbs/show/06_pages.ipynb #958c43e8
 def template_file(name: str):
-    "The text of a hand-kept file beside the templates, to be placed as it is."
+    "Return the text of a hand-written file among the templates, to be inserted unchanged."
     from markupsafe import Markup
 
     return Markup((files("llmfact_nb.show") / "templates" / name).read_text(encoding="utf-8"))
@@ -38,12 +38,12 @@ def _environment():
 
 
 def render(template: str, **values) -> str:
-    "The template with these values, each of them escaped unless it is Markup."
+    "Return the template filled with these values, each of them escaped unless it is Markup."
     return _environment().get_template(template).render(values)
 
 # %% ../../nbs/show/06_pages.ipynb #9198ae1d
 def shown(value) -> str:
-    "One value for people."
+    "Return one value, formatted for reading."
     value = value.item() if hasattr(value, "item") else value  # a numpy number is a number
     if value is None or str(value) in ("<NA>", "nan", "NaT"):
         return "–"
@@ -58,7 +58,7 @@ def shown(value) -> str:
 
 # %% ../../nbs/show/06_pages.ipynb #cd7cc671
 def table(name: str, caption: str, columns: Sequence, groups: Sequence[tuple], numeric: Sequence[int] = ()) -> dict:
-    "A table for the templates: groups of (heading or None, rows of cells)."
+    "Return a table for the templates, from groups of (heading or None, rows of cells)."
     return {"name": name, "caption": caption, "columns": list(columns), "groups": groups, "numeric": list(numeric)}
 
 
@@ -81,7 +81,7 @@ def render_table(frame) -> str:
 
 # %% ../../nbs/show/06_pages.ipynb #4dacf22f
 def script_data(content: dict):
-    "JSON that can stand inside a script element whatever its strings are. Raises ValueError on nan and infinity."
+    "Return JSON that is safe inside a script element, whatever its strings. Raises ValueError on nan and infinity."
     from markupsafe import Markup
 
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)  # ASCII only: no U+2028, no lone surrogate

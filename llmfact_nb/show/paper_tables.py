@@ -87,7 +87,7 @@ def _published_task(at, wide, shares) -> dict:
 
 # %% ../../nbs/show/07_paper_tables.ipynb #720b73db
 def _measured_task(of, frame, share) -> dict:
-    "The row of one evaluation set and measure."
+    "Return the row of one evaluation set and measure."
     here = lambda rows: rows[(rows["data"] == of["data"]) & (rows["measure"] == of["measure"])]
     better, sure = of["measure"] == "accuracy", of.get("majority", np.nan)
     ends = of["unmasked"] + np.array([-of["ci_high"], -of["ci_low"]] if better else [of["ci_low"], of["ci_high"]])
@@ -120,7 +120,7 @@ def _masked_tasks(model: str, tables: Mapping, published: Mapping):
 
 # %% ../../nbs/show/07_paper_tables.ipynb #f127ec65
 def _measured_kept(preservation) -> tuple:
-    "What is left at each k, one row a score; the k that were not measured."
+    "Return the scores at each k, one row per score, and the k that were not measured."
     import pandas as pd
 
     over_k, _, missing = kept_rows(preservation)
@@ -185,7 +185,7 @@ def paper_table(
 
 # %% ../../nbs/show/07_paper_tables.ipynb #8fe69039
 def verdict_frame(verdicts) -> "pd.DataFrame":
-    "The claims as a table for reading."
+    "Return the claims as a table for reading."
     needs = ("id", "claim", "published", "number", "here", "ci_low", "ci_high", "verdict", "why", "rule")
     frame = table_of(verdicts, "verdicts", needs)
     here = [interval(*of) for of in frame[["here", "ci_low", "ci_high"]].to_numpy()]

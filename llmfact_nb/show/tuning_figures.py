@@ -38,14 +38,14 @@ _MEASURES = {
 
 # %% ../../nbs/show/03_tuning_figures.ipynb #fae02aa8
 def _part(frame, name: str, columns: Sequence[str], task: str | None):
-    "The rows of one task."
+    "Return the rows of one task."
     frame = table_of(frame, name, ("task", "arm", *columns))
     tasks = list(dict.fromkeys(frame["task"]))
     return rows_with(frame, name, task=check_choice("task", task or (tasks[0] if len(tasks) == 1 else None), tasks))
 
 
 def _chooses(frame, choice: str, loss: str) -> str:
-    "The choice loss where the frame has one (a task of labels), else the loss."
+    "Return the choice loss if the frame has one (a task of labels), else the loss."
     return choice if choice in frame and frame[choice].notna().any() else loss
 
 # %% ../../nbs/show/03_tuning_figures.ipynb #f417113a
@@ -62,7 +62,7 @@ def _learning_line(ax, part, measure: str) -> None:
 @styled
 def plot_learning(
     curves,  # the table `curves` of a study
-    measure: str | None = None,  # "val_loss", "val_choice_loss", "val_accuracy", "train_loss"; None: what chose
+    measure: str | None = None,  # "val_loss", "val_choice_loss", "val_accuracy", "train_loss"; None: the criterion
     task: str | None = None,  # which task, if the table holds several
     ax=None,  # axes to draw on
 ):
@@ -85,8 +85,8 @@ def plot_learning(
 def plot_outcome(
     intervals,  # the table `intervals` of a study
     runs=None,  # the table `runs`, for a point per seed; None: only their range is drawn
-    measure: str | None = None,  # "test loss", "test choice loss", "test accuracy", "wiki loss"; None: what chose
-    reference: str = "",  # "": as it is; "before", "random" or "full": as a difference to that
+    measure: str | None = None,  # "test loss", "test choice loss", "test accuracy", "wiki loss"; None: the criterion
+    reference: str = "",  # "": as it is; "before", "random" or "full": as the difference from that
     task: str | None = None,  # which task, if the table holds several
     level: float | None = None,  # where to draw a line for comparison, such as the majority's accuracy
     ax=None,  # axes to draw on
@@ -176,7 +176,7 @@ def plot_tuning(
     curves,
     intervals,
     task: str | None = None,  # which task, if the tables hold several
-    measure: str | None = None,  # of the outcome, as for `plot_outcome`
+    measure: str | None = None,  # measure of the outcome, as for `plot_outcome`
 ):
     "Draw learning, outcome, forgetting and cost of one task, and return the Figure."
     fig = figure_or_new(None, (10.5, 9.0))

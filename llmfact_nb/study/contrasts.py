@@ -30,7 +30,7 @@ CONTRAST_COLUMNS = (
 
 # %% ../../nbs/study/04_contrasts.ipynb #bf3fda69
 def _contrast(ours: "pd.Series", theirs: "pd.DataFrame", cache: ScoreCache) -> dict:
-    "One row: an arm against the draws of another."
+    "Return one row that compares an arm with the draws of another."
     sign, scores = WORSE[ours.measure], [cache.kept(part) for part in (ours.part, *theirs.part)]
     sums = [s.sums[ours.measure] for s in scores]
     of = document_estimate(lambda a, *b: sign * (a - np.mean(b, axis=0)), sums, scores[0].counts)
@@ -50,12 +50,12 @@ def contrasts(
     table: "pd.DataFrame",  # of a study
     cache: ScoreCache,  # that measured it
     arms: Sequence[str] = ("key", "network"),  # what is compared
-    against: Sequence[str] | None = None,  # with what; None: all other ablated arms
+    against: Sequence[str] | None = None,  # the arms to compare with; None: all other ablated arms
 ) -> "pd.DataFrame":
     """Return one row per comparison of an arm with the mean of another arm's draws in the same setting.
 
     damage is the arm's; against_damage the mean over draws, against_low and against_high their range; difference the
-    difference of the damages with a bootstrap interval over documents, positive where the arm hurts more; p the rank
+    difference of the damages with a bootstrap interval over documents, positive if the arm damages more; p the rank
     among the draws (missing below 19). Raises KeyError if the cache does not hold the scores."""
     import pandas as pd
 

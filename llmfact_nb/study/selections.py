@@ -20,7 +20,7 @@ from ..sites import NeuronSite, attach, neuron_sites
 
 # %% ../../nbs/study/02_selections.ipynb #b69fd6e0
 def _ordinary_batches(model: nn.Module, texts: EvalSet, tokens: int = 1024) -> Iterator[tuple]:
-    "(token ids, attention mask, which tokens count) of each batch."
+    "Yield (token ids, attention mask, which tokens count) of each batch."
     for batch in length_batches([len(x) for x in texts.ids], "auto", tokens, model):
         ids, real = padded([texts.ids[b] for b in batch], input_device(model))
         counts = real.bool()
@@ -29,12 +29,12 @@ def _ordinary_batches(model: nn.Module, texts: EvalSet, tokens: int = 1024) -> I
 
 
 def _rows(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    "The (tokens, width) float32 rows of the tokens that count."
+    "Return the (tokens, width) float32 rows of the tokens that count."
     return x.reshape(-1, x.shape[-1])[counts.flatten()].float()
 
 # %% ../../nbs/study/02_selections.ipynb #e09040f0
 def _activations_and_gradients(model: nn.Module, sites, ids: torch.Tensor, real: torch.Tensor) -> list[tuple]:
-    "(activations, gradient of the summed loss) at every site, for one batch."
+    "Return (activations, gradient of the summed loss) at every site, for one batch."
     seen = {}
 
     def probe(i, x):
@@ -53,11 +53,11 @@ def gradient_times_activation(
     model: nn.Module,  # a causal language model
     texts: EvalSet,  # texts of the fit split, tokenised
     site: str | Sequence[str] = "mlp_hidden",  # where the neurons are
-    means: torch.Tensor | None = None,  # (N,) what an ablated neuron becomes; None: zero
+    means: torch.Tensor | None = None,  # (N,) replacement of an ablated neuron; None: zero
 ) -> torch.Tensor:
-    """Return (N,) the mean over tokens of |gradient x (activation - means)|: what ablation moves, to first order.
+    """Return (N,) the mean over tokens of |gradient x (activation - means)|: the effect of ablation, to first order.
 
-    The model comes back as it was, without gradients."""
+    The model is restored, without gradients."""
     sites, n = neuron_sites(model, site), 0
     points = (torch.zeros(sites.n_neurons) if means is None else means).split(sites.widths)
     total = torch.zeros(sites.n_neurons, dtype=torch.float64)
@@ -78,7 +78,7 @@ def gradient_times_activation(
 
 # %% ../../nbs/study/02_selections.ipynb #a90391d1
 def _magnitudes(site: NeuronSite) -> torch.Tensor:
-    "|weights| of a linear map, (outputs, inputs)."
+    "Return |weights| of a linear map, (outputs, inputs)."
     kind, weight = type(site.module).__name__, getattr(site.module, "weight", None)
     if weight is None or weight.dim() != 2:
         raise NotImplementedError(f"{site.name} ({kind}) has no plain weight matrix, so it has no Wanda score.")
@@ -92,7 +92,7 @@ def wanda_score(
 ) -> torch.Tensor:
     """Return (N,) the sum, over the weights of each neuron, of |weight| x root mean square of its activation.
 
-    Raises NotImplementedError at sites that are no linear maps."""
+    Raises NotImplementedError at sites that are not linear maps."""
     sites, n = neuron_sites(model, site), 0
     inputs = [NeuronSite(s.layer, s.name, s.module, 0, "input") for s in sites]
     weights = [_magnitudes(s) for s in sites]
@@ -114,11 +114,11 @@ def score_neurons(
     model: nn.Module,  # a causal language model
     tokenizer,  # its tokenizer
     texts: Sequence[str],  # of the fit split
-    n_tokens: int = 2048,  # how many of them to use
+    n_tokens: int = 2048,  # how many tokens to use
     max_length: int = 256,  # tokens of each text, at most
     to_mean: bool = True,  # gradient: ablation to the mean; False: to zero
 ) -> Found:
-    "Return the same networks with gradient times activation and Wanda's score beside them."
+    "Return the same networks with gradient times activation and Wanda's score added."
     length, site = longest_input(model, tokenizer, max_length), found.networks.site or "mlp_out"
     some = EvalSet(tokenizer, enough_texts(tokenizer, texts, n_tokens, length), length)
     scores = {

@@ -32,7 +32,7 @@ def union_study(
     condition: tuple[str, str] = MEAN,  # (replace, positions)
     selections: Sequence[str] | None = None,  # None: all there are
     keep: bool = True,  # also keep the key neurons alone, and ablate all
-    setting: str = "baseline",  # what to call it in the table
+    setting: str = "baseline",  # name of the setting in the table
     sample: Activations | None = None,  # for the column `injected`
     n_jobs: int = 1,  # processes
 ) -> "pd.DataFrame":
@@ -43,7 +43,7 @@ def union_study(
 
 # %% ../../nbs/study/03_studies.ipynb #a7616a4b
 def _arms_at(found: Found, fraction: float, plan: Sequence[tuple], condition: tuple[str, str]) -> list[Intervention]:
-    "The arms of a plan at one size."
+    "Return the arms of a plan at one size."
     check_number("fractions", fraction, above=0, most=1)
     selection = found.select("key", max(1, round(fraction * len(found.mean))))
     labels = {"fraction": fraction, "k": len(found.networks.maps_)}
@@ -88,12 +88,12 @@ def preservation_study(
     fractions: Sequence[float] = (0.01, 0.03, 0.1, 0.3),  # of all units, for equal numbers
     condition: tuple[str, str] = ("zero", "all"),  # (replace, positions); the published one is the default
     late_binding: Sequence[bool] = (False, True),  # right masks, published masks
-    control_seeds: int = 1,  # of "keep random"
+    control_seeds: int = 1,  # draws of "keep random"
     n_jobs: int = 1,  # processes
 ) -> "pd.DataFrame":
     """Keep only the union of k networks, as many random units, and equal numbers of units. Study "preservation".
 
-    Rows without `fraction` are those over k. Raises ValueError if no k has networks."""
+    Rows without `fraction` belong to the curve over k. Raises ValueError if no k has networks."""
     there = {k: found for k, found in at_k.items() if isinstance(found, Found)}
     if not there:
         raise ValueError(f"at_k has networks for no k: {dict(at_k)!r}. Give more fit tokens, or smaller k.")
@@ -141,7 +141,7 @@ def amplification_study(
 
 # %% ../../nbs/study/03_studies.ipynb #a9ef85f8
 def _networks(found: Found, which: Sequence[int] | None) -> dict[int, NeuronMask]:
-    "Number -> units of the networks."
+    "Return number -> units of the networks."
     return {i: mask for i, mask in enumerate(found.network_masks()) if which is None or i in which}
 
 # %% ../../nbs/study/03_studies.ipynb #66b1b7a4
@@ -173,7 +173,7 @@ def subtraction_study(
     sample: Activations | None = None,  # for the column `injected`
     n_jobs: int = 1,  # processes
 ) -> "pd.DataFrame":
-    'Subtract each component, and all at once, beside ablating the neurons. Study "subtraction".'
+    'Subtract each component, and all at once, and compare with ablating the neurons. Study "subtraction".'
     k = len(found.networks.maps_)
     of = lambda components, labels: Subtraction(found.networks, components, positions=condition[1], labels=labels)
     arms: list = []

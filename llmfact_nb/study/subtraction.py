@@ -37,16 +37,16 @@ class _Contribution:
         self.writes = self.write.split(networks.widths, 1)
 
     def courses(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        "A layer's share in the time courses, (..., c) float32 on the CPU."
+        "Return a layer's share in the time courses, (..., c) float32 on the CPU."
         return (x.detach().float().cpu() - self.means[layer]) @ self.reads[layer]
 
     def part(self, layer: int, courses: torch.Tensor) -> torch.Tensor:
-        "What these time courses put into a layer, (..., width)."
+        "Return the contribution of these time courses to a layer, (..., width)."
         return courses @ self.writes[layer]
 
 # %% ../../nbs/study/01_subtraction.ipynb #43f4fc3f
 def _refuse_cache(signature, args, kwargs) -> None:
-    "Without the earlier tokens' undisturbed pass there is nothing to read."
+    "Raise ValueError if the call has a cache, which hides the earlier tokens' undisturbed pass."
     given = signature.bind_partial(*args, **kwargs).arguments
     if (given.get("past_key_values") or given.get("kwargs", {}).get("past_key_values")) is not None:
         raise ValueError("past_key_values: subtraction needs whole texts. Call the model with use_cache=False.")
@@ -54,7 +54,7 @@ def _refuse_cache(signature, args, kwargs) -> None:
 # %% ../../nbs/study/01_subtraction.ipynb #f1d1d24f
 @contextmanager
 def _two_passes(inner: nn.Module, sites, of: _Contribution, positions: str) -> Iterator[None]:
-    "Every call of the inner model is preceded by one that only reads."
+    "Before every call of the inner model, run one that only reads the time courses."
     signature, reading, courses = inspect.signature(inner.forward), False, torch.zeros(1)
 
     @own_hook
@@ -89,7 +89,7 @@ def _two_passes(inner: nn.Module, sites, of: _Contribution, positions: str) -> I
 
 # %% ../../nbs/study/01_subtraction.ipynb #e6a5060c
 def _check_components(s: "Subtraction") -> None:
-    "Raise ValueError, naming the argument, for what cannot be subtracted."
+    "Raise ValueError, naming the argument, if something cannot be subtracted."
     k, chosen = len(s.networks.maps_), s.components
     known = all(isinstance(c, int) and 0 <= c < k for c in chosen)
     if not chosen or len(set(chosen)) < len(chosen) or not known:
@@ -106,7 +106,7 @@ class Subtraction:
 
     networks: FunctionalNetworks  # fitted
     components: tuple[int, ...]  # which of them to subtract
-    arm: str = "subtract"  # its name in tables
+    arm: str = "subtract"  # name of the arm in tables
     positions: str = "all"  # "all", or "after-first": spare the first real token of each text
     seed: int | None = None
     labels: Mapping = field(default_factory=dict)  # further entries of its row in a table
@@ -122,14 +122,14 @@ class Subtraction:
 
     @property
     def mark(self) -> str:
-        "A checksum of everything that decides its effect."
+        "A checksum of everything that decides the effect of the subtraction."
         n = self.networks
         fitted = (digest(n.mixing_, n.scale_, n.mean_), n.site, n.widths, n.depths)
         return hashlib.sha256(repr((*fitted, sorted(self.components), self.positions)).encode()).hexdigest()[:24]
 
     @property
     def described(self) -> dict:
-        "Its entries in a table."
+        "The subtraction's entries in a table."
         own = {"arm": self.arm, "seed": self.seed, "operation": "subtract", "replace": "mean"}
         own |= {"positions": self.positions, "late_binding": False}
         return own | units_of(self.mask) | dict(self.labels)
@@ -147,7 +147,7 @@ class Subtraction:
         self,
         model: nn.Module,  # the Hugging Face model the networks were found in
     ) -> Iterator[tuple[int, ...]]:
-        """The components are gone for the length of the block, in which the model runs twice per call.
+        """Subtract the components while the block is open, in which the model runs twice per call.
 
         Raises ValueError if the model does not fit the networks, or is called with a cache."""
         refuse_compiled(model)

@@ -25,10 +25,10 @@ SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
 
 @dataclass(frozen=True)
 class Verdict:
-    "What a rule says of the tables."
+    "The result of a rule on the tables."
 
     verdict: str  # SUPPORTED, NOT_SUPPORTED or UNDECIDED
-    why: str  # the numbers it rests on
+    why: str  # the numbers behind it
     here: float = math.nan  # the number that is compared
     ci_low: float = math.nan  # its 95 % interval
     ci_high: float = math.nan
@@ -53,7 +53,7 @@ class Claim:
 
 # %% ../../nbs/study/05_verdicts.ipynb #0509d6e5
 class _Missing(Exception):
-    "A rule's table is not there, has no such row, or lacks a number."
+    "A rule's table is missing, has no such row, or lacks a number."
 
 
 CLAIMS: dict[str, Claim] = {}
@@ -76,7 +76,7 @@ def _rule(id: str, claim: str, published: str, number: str):
 
 # %% ../../nbs/study/05_verdicts.ipynb #f206b4f2
 def _rows(tables: Mapping, name: str, **where):
-    "The rows of a table with these entries. Raises _Missing if there are none."
+    "Return the rows of a table with these entries. Raises _Missing if there are none."
     if name not in tables:
         raise _Missing(f"there is no table {name!r}")
     frame = tables[name]
@@ -88,7 +88,7 @@ def _rows(tables: Mapping, name: str, **where):
 
 # %% ../../nbs/study/05_verdicts.ipynb #31a774f5
 def _numbers(table, column: str) -> np.ndarray:
-    "A column as floats, nan where a number is missing or not finite."
+    "Return a column as floats, nan where a number is missing or not finite."
     import pandas as pd
 
     values = pd.to_numeric(table[column].astype(object), errors="coerce").to_numpy(dtype=float, na_value=math.nan)
@@ -96,7 +96,7 @@ def _numbers(table, column: str) -> np.ndarray:
 
 # %% ../../nbs/study/05_verdicts.ipynb #69731d0b
 def _complete(table, name: str, *columns: str) -> list[np.ndarray]:
-    "Columns as floats. Raises _Missing, with the note of the first such row, if one of them lacks a finite number."
+    "Return columns as floats. Raises _Missing, with the first such row's note, if one lacks a finite number."
     found = [_numbers(table, column) for column in columns]
     for column, values in zip(columns, found):
         lacking = np.isnan(values)
@@ -108,7 +108,7 @@ def _complete(table, name: str, *columns: str) -> list[np.ndarray]:
 
 # %% ../../nbs/study/05_verdicts.ipynb #1ab73b07
 def _against(line: float, value: float, low: float, high: float, why: str) -> Verdict:
-    "Supported if the whole interval lies above the line, not supported if it lies below."
+    "Return supported if the whole interval lies above the line, not supported if it lies below."
     if not all(map(math.isfinite, (value, low, high))):
         return Verdict(UNDECIDED, f"{why}; there is no interval", value)
     return Verdict(_decided(low > line, high < line), why, value, low, high)
@@ -130,7 +130,7 @@ def _recurrence(tables: Mapping, nulls: tuple[str, ...]) -> Verdict:
     of = document_estimate(lambda a, b: a - b, [ours.to_numpy(), counts[null].to_numpy()], np.ones(len(ours)))
     r = table.groupby("method").r.mean()
     agree = (r["ICA"] > r[null]) == (of.value > 0)
-    why = f"{ours.mean():.1f} similar pairs a text, {null} {counts[null].mean():.1f}, {len(ours)} texts"
+    why = f"{ours.mean():.1f} similar pairs per text, {null} {counts[null].mean():.1f}, {len(ours)} texts"
     why += f"; one-to-one |r| {r['ICA']:.2f}, {null} {r[null]:.2f}"
     found = _against(0, of.value, of.low, of.high, why)
     if agree or found.verdict == UNDECIDED:
@@ -142,7 +142,7 @@ def _recurrence(tables: Mapping, nulls: tuple[str, ...]) -> Verdict:
     "T1",
     "Group templates recur in single texts above the level of shuffled maps",
     "GPT-2 2,716, Qwen2.5-3B 648, ChatGLM3 19 similar pairs; no null given",
-    "similar pairs (IoU > 0.2) a text, ICA minus shuffled maps",
+    "similar pairs (IoU > 0.2) per text, ICA minus shuffled maps",
 )
 def _t1(tables):
     """supported if the interval over texts lies above 0, not supported if it lies below; undecided if the
@@ -154,7 +154,7 @@ def _t1(tables):
     "T1b",
     "... and above what other directions of the same subspace give",
     "not tested",
-    "similar pairs a text, ICA minus the stronger of PCA and random rotation",
+    "similar pairs per text, ICA minus the stronger of PCA and random rotation",
 )
 def _t1b(tables):
     "as T1, against the null with more similar pairs"
@@ -165,7 +165,7 @@ def _t1b(tables):
     "T2",
     "Matches fall with model size",
     "2,716 (GPT-2), 648 (Qwen2.5-3B), 19 (ChatGLM3-6B)",
-    "rank correlation of parameters and similar pairs a text",
+    "rank correlation of parameters and similar pairs per text",
 )
 def _t2(tables):
     "needs recurrence of at least three models; supported at -1, not supported at 0 and above"
@@ -205,7 +205,7 @@ def _t3(tables):
 
 # %% ../../nbs/study/05_verdicts.ipynb #ee19e6a2
 def _with_units(tables: Mapping, setting: str):
-    "The networks that have units, and how many have none, in words."
+    "Return the networks that have units, and in words how many have none."
     table = _rows(tables, "sizes", setting=setting)
     (units,) = _complete(table, "sizes", "units")
     none = int((units == 0).sum())
@@ -232,7 +232,7 @@ def _t4(tables):
 # %% ../../nbs/study/05_verdicts.ipynb #0609913b
 @_rule(
     "T5",
-    "Active units sit in deep layers",
+    "Active units lie in deep layers",
     "1,159 of 2,849 units in the last two of 28 layers (ChatGLM3, SQuAD)",
     "mean depth of a network's units, 0 the first layer and 1 the last",
 )
@@ -308,12 +308,12 @@ def _t6b(tables):
         found.verdict == NOT_SUPPORTED and (ratio > 1.25 or overlap > 0.5)
     )
     return replace(
-        found, verdict=UNDECIDED if spoilt else found.verdict, why=why + (", which is no match" if spoilt else "")
+        found, verdict=UNDECIDED if spoilt else found.verdict, why=why + (", so the match fails" if spoilt else "")
     )
 
 # %% ../../nbs/study/05_verdicts.ipynb #e7f828d2
 def _draws(controls, networks: np.ndarray) -> np.ndarray:
-    "(networks, draws) damages of the controls; nan where a network lacks a draw that another has."
+    "Return (networks, draws) damages of the controls; nan where a network lacks a draw that another has."
     seed, network, damage = (_numbers(controls, c) for c in ("seed", "network", "damage"))
     seeds = np.unique(seed[np.isfinite(seed)])
     found = np.full((len(networks), len(seeds)), math.nan)
@@ -391,12 +391,12 @@ def _t10(tables):
 
 # %% ../../nbs/study/05_verdicts.ipynb #069983c9
 def _noted(table) -> np.ndarray:
-    "Which rows have a note instead of numbers."
+    "Return which rows have a note instead of numbers."
     return table.note.fillna("").ne("").to_numpy(dtype=bool) if "note" in table else np.zeros(len(table), dtype=bool)
 
 # %% ../../nbs/study/05_verdicts.ipynb #e78c1122
 def _random_instead(table, k: float, late: bool) -> np.ndarray:
-    "What as many random units recover at this k."
+    "Return the share that as many random units recover at this k."
     table = table[(table.arm == "keep random") & (table.measure == "nats") & (table.late_binding == late)]
     at = _numbers(table, "k")
     return _numbers(table[np.isnan(_numbers(table, "fraction")) & ((at == k) | np.isnan(at))], "recovered")
@@ -448,11 +448,11 @@ def _t9_late(tables):
     return _keeping(tables, True)
 
 # %% ../../nbs/study/05_verdicts.ipynb #4376919c
-_WORTH = {"nats": 0.01, "accuracy": 0.05}  # the least improvement that deserves the name
+_WORTH = {"nats": 0.01, "accuracy": 0.05}  # the smallest improvement that counts
 
 
 def _in_words(measure: str, damage: float) -> str:
-    "A damage that nobody can misread."
+    "Return damage as a phrase without ambiguous signs."
     verb = "falls" if (damage > 0) == (measure == "accuracy") else "rises"
     if measure == "accuracy":
         return f"accuracy {verb} by {100 * abs(damage):.1f} points"
@@ -460,7 +460,7 @@ def _in_words(measure: str, damage: float) -> str:
 
 # %% ../../nbs/study/05_verdicts.ipynb #4363e073
 def _one_sided(damage, low, high):
-    "p-values of a damage below 0, from its interval; 1 where it is missing."
+    "Return p-values of a damage below 0, from its interval; 1 where the interval is missing."
     z = damage / np.maximum((high - low) / 3.92, 1e-12)
     return np.array([1.0 if math.isnan(x) else 0.5 * math.erfc(-x / math.sqrt(2)) for x in z])
 

@@ -85,7 +85,7 @@ def read_study(
 
 # %% ../../nbs/study/07_whole.ipynb #21da67e3
 def _union(cache, base: Found, sets, s: StudySettings, sample, n_jobs: int) -> "pd.DataFrame":
-    "All arms on the long texts, many draws of the random controls on the short ones."
+    "Measure all arms on the long texts, and many draws of the random controls on the short ones."
     import pandas as pd
 
     long, draws = [sets["full"], sets["answers"]], dict.fromkeys(DRAWN, s.draws)
@@ -114,7 +114,7 @@ def _cross_task(cache, found, sets, s: StudySettings, kinds, n_jobs: int) -> "pd
 
 # %% ../../nbs/study/07_whole.ipynb #4046e413
 def _factors(cache, found, sets, s: StudySettings, n_jobs: int) -> "pd.DataFrame":
-    "Everything that differs from the baseline in one factor."
+    "Measure every setting that differs from the baseline in one factor."
     import pandas as pd
 
     base, (arms, names) = found["baseline"], factor_arms(s)
@@ -138,7 +138,7 @@ def _factors(cache, found, sets, s: StudySettings, n_jobs: int) -> "pd.DataFrame
 
 # %% ../../nbs/study/07_whole.ipynb #30a81743
 def _described(found, s: StudySettings) -> dict[str, "pd.DataFrame"]:
-    "Tables of what was found: sizes, and facts."
+    "Return tables about the networks: sizes, and facts."
     import pandas as pd
 
     there = {name: of for name, of in found.items() if isinstance(of, Found)}
@@ -219,7 +219,7 @@ def _find_all(
 def _recurrence(
     model, tokenizer, texts: StudyTexts, s: StudySettings, folder: Path, progress: bool | Overall, n_jobs: int
 ):
-    "Recurrence of the networks of single texts, found in the published way."
+    "Measure recurrence of the networks of single texts, found in the published way."
     group, single = ({k: of[k][: s.recurrence_texts] for k in of} for of in (texts.fit, texts.held_out))
     p = s.published
     how: dict[str, Any] = {"alpha": p.alpha or 3.6, "max_length": p.fit_length, "seed": p.ica_seed}
@@ -231,7 +231,7 @@ def _recurrence(
 
 # %% ../../nbs/study/07_whole.ipynb #7cec39d7
 def _speeds(model, short: EvaluationSet) -> tuple[float, float]:
-    "(tokens a second, operations a second of a matrix product)"
+    "Return (tokens per second, operations per second of a matrix product)."
     begun = time.perf_counter()
     short.score(model)
     speed, a = short.tokens / (time.perf_counter() - begun), torch.ones(1024, 1024)
@@ -272,7 +272,7 @@ def _work(
 def _tell(work: Overall, sets, s: StudySettings, kinds) -> None:
     "Say what there is to do, and about how long it takes."
     speed = 1 / work.pace["tok"]
-    note(f"speed: {speed:,.0f} tokens a second, {torch.get_num_threads()} threads")
+    note(f"speed: {speed:,.0f} tokens per second, {torch.get_num_threads()} threads")
     note(f"sets of networks to find: about {duration(work.amounts['set'])}")
     for study, of in study_passes(s, kinds).items():
         tokens = sum(n * sets[name].tokens for name, n in of.items())
@@ -302,7 +302,7 @@ def _all_tables(model, tokenizer, folder: Path, s: StudySettings, texts, identit
 def paper_study(
     model: nn.Module,  # a causal language model
     tokenizer,  # its tokenizer
-    folder: str | os.PathLike,  # where everything goes, and where finished parts are found again
+    folder: str | os.PathLike,  # the folder for all results, from which finished parts are read again
     settings: StudySettings | None = None,  # None: the set that fits into an hour
     texts: StudyTexts | None = None,  # None: the embedded ones
     n_jobs: int = 1,  # processes that measure, as in joblib
@@ -311,7 +311,7 @@ def paper_study(
 ) -> dict[str, "pd.DataFrame"]:
     """Find all networks, measure all studies, judge all claims; return the tables by name.
 
-    The same call goes on where it stopped; `read_study(folder)` reads the tables again. Raises ValueError with the
+    The same call resumes where it stopped; `read_study(folder)` reads the tables again. Raises ValueError with the
     difference if the folder belongs to other settings, texts or another model."""
     settings = settings or StudySettings()
     texts, identity = texts or StudyTexts.default(settings), model_fingerprint(model, tokenizer)

@@ -41,7 +41,7 @@ def _gradients_on(weights: Sequence[nn.Parameter]) -> Iterator[None]:
 
 # %% ../../nbs/tuning/06_arms.ipynb #328eec0d
 def gradient_scores(
-    model: nn.Module,  # a causal language model; it comes back as it was
+    model: nn.Module,  # a causal language model; it is restored afterwards
     batches: Sequence[Sequence[tuple[tuple[int, ...], int]]],  # rows of each batch, as for `batch_nats`
     like: NeuronMask,  # any mask of the model, for its layers and widths
 ) -> torch.Tensor:
@@ -64,14 +64,14 @@ def gradient_scores(
 # %% ../../nbs/tuning/06_arms.ipynb #bfeacdb2
 @dataclass(frozen=True, eq=False)
 class CandidateNeurons:
-    "From what the arms choose."
+    "The scores and masks from which the arms choose their neurons."
 
     key: NeuronMask  # the key neurons
     variance: torch.Tensor  # (N,) of each neuron's activation over the fit texts, sink tokens left out
     gradient: torch.Tensor  # (N,) norm of each neuron's gradient at the start
 
     def mask(self, arm: str, seed: int) -> NeuronMask | None:
-        "Return the neurons an arm is about; of 'rest' those that do not train; None for 'full' and 'LoRA'."
+        "Return the neurons of an arm; for 'rest' those that are frozen; None for 'full' and 'LoRA'."
         if arm in ("key", "rest"):
             return self.key
         if arm in ("random", "top variance"):
@@ -88,7 +88,7 @@ def find_candidates(
     tokenizer,  # its tokenizer
     texts: Sequence[str],  # in their order, as many as are needed
     networks: FunctionalNetworks,  # how the networks are found; not fitted yet
-    fraction: float,  # key neurons: this share of all
+    fraction: float,  # key neurons: this share of all neurons
     batches: Sequence[Sequence[tuple[tuple[int, ...], int]]],  # for the gradient, rows as for `batch_nats`
     fit_tokens: int = 4096,  # tokens the networks are fitted on
     fit_length: int = 256,  # tokens taken of each text, at most
@@ -125,7 +125,7 @@ class ArmTraining:
     "An arm in training."
 
     groups: list[dict]  # parameter groups for the optimizer
-    intact: Callable[[], bool | None]  # is everything frozen bit for bit what it was? None: nothing is frozen
+    intact: Callable[[], bool | None]  # whether everything frozen is unchanged bit for bit; None: nothing is frozen
     trained_parameters: int
     neurons: int | None = None  # how many train
     counts: str = ""  # the same in each layer
@@ -142,7 +142,7 @@ class ArmTraining:
 def _neurons(
     model: nn.Module, arm: str, seed: int, neurons: CandidateNeurons, weight_decay: float
 ) -> Iterator[ArmTraining]:
-    "An arm of neurons."
+    "Prepare an arm of neurons."
     key, mask, mode = neurons.key, neurons.mask(arm, seed), arm if arm in ("rest", "full") else "selected"
     tuning = get_neuron_model(model, NeuronTuningConfig(mode, mask), verbose=False).neuron_tuning
     before, groups = tuning.frozen_digests(), tuning.param_groups(weight_decay)
@@ -158,7 +158,7 @@ def _neurons(
 # %% ../../nbs/tuning/06_arms.ipynb #575d7be1
 @contextmanager
 def _lora(model: nn.Module, seed: int, neurons: CandidateNeurons, weight_decay: float) -> Iterator[ArmTraining]:
-    "The arm of low-rank matrices."
+    "Prepare the arm of low-rank matrices."
     from peft import LoraConfig, get_peft_model
 
     base, maps = dict(model.named_parameters()), mlp_maps(model, neurons.key)

@@ -66,15 +66,15 @@ class TuningSettings:
     max_length: int = 0  # tokens of an example; 0: 40 on a task of labels, 32 elsewhere
     sweep_steps: int = 0  # for each learning rate that is tried; 0: half of `steps`
     sweep_seeds: Sequence[int] = (0, 1)  # seeds with which each rate is tried
-    further_rates: int = 2  # rates an arm may try beyond its own, while the best one lies at the edge
+    further_rates: int = 2  # further rates for an arm while the best rate lies at the edge
     eval_every: int = 15  # steps between validations
     patience: int = 3  # validations without a new best after which a run stops; 0: it never stops early
     warmup: int = 5  # steps over which the rate rises to its value
     weight_decay: float = 0.01  # of matrices
     clip: float = 1.0  # largest norm of the gradient
-    n_train: int = 2000  # examples to train on; a run takes them in an order of its own
+    n_train: int = 2000  # examples to train on; each run has its own order
     n_val: int = 0  # examples that choose the rate and the best step; 0: 128 reviews or 32 windows
-    n_test: int = 0  # examples the tables are about; 0: 200 reviews or 72 windows
+    n_test: int = 0  # examples for the tables; 0: 200 reviews or 72 windows
     n_wiki: int = 39  # windows of Wikipedia for the forgetting
     gradient_batches: int = 16  # batches over which "top gradient" averages; they are not trained on
     lrs: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by arm; arms left out take those of RATES
@@ -124,7 +124,7 @@ def orders(
     n: int,  # examples there are
     seed: int,
 ) -> Iterator[int]:
-    "Yield indices below `n` for ever, each once per round, in an order that depends on the seed alone."
+    "Yield indices below `n` endlessly, each once per round, in an order that depends on the seed alone."
     rng = np.random.default_rng([seed, 7])
     while True:
         yield from rng.permutation(n).tolist()
@@ -164,7 +164,7 @@ class _Trainer:
 
 # %% ../../nbs/tuning/08_comparison.ipynb #fb5fced5
 def _point(step: int, train: float | None, scores: Scores, seconds: float) -> dict:
-    "A point of the curve; None for what is not finite, which JSON does not know."
+    "Return a point of the curve; None for values that are not finite, which JSON cannot hold."
     values = {"train_loss": train, "seconds": seconds} | {f"val_{k}": v for k, v in scores.means.items()}
     return {"step": step} | {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
 
@@ -267,7 +267,7 @@ class _Study:
         return {name: asdict(score(self.model, of[name])) for name in sets}
 
     def begin(self, folder: Path) -> None:
-        "Find the neurons of all arms and score the untrained model, or take both from the folder."
+        "Find the neurons of all arms and score the untrained model, or read both from the folder."
         self.folder = folder
         self.found, seconds = _candidates(self)
         if not (folder / "start.json").exists():
@@ -284,7 +284,7 @@ class _Study:
 
 # %% ../../nbs/tuning/08_comparison.ipynb #62429760
 def _candidates(study: _Study) -> tuple[CandidateNeurons, float]:
-    "The neurons of all arms, and the seconds it took to find them; from the folder where they are there."
+    "Return the neurons of all arms and the seconds that the search took; from the folder if they are there."
     path, s, kind = study.folder / "neurons.safetensors", study.settings, "candidate neurons"
     if not path.exists():
         begun, rows = time.perf_counter(), [(e.ids, e.start) for e in study.apart]
@@ -320,7 +320,7 @@ def _run(study: _Study, arm: str, seed: int, lr: float, kind: str, path: Path, *
 
 # %% ../../nbs/tuning/08_comparison.ipynb #d113778d
 def _swept(study: _Study, arm: str) -> tuple[float, str, int]:
-    "Sweep the arm's rates, go on while the best lies at the edge; return it, its edge, and how many were tried."
+    "Sweep the arm's rates, and more while the best is at the edge; return the best, its edge and the number tried."
     s, rates = study.settings, list(study.settings.lrs[arm])
     given = len(rates)
     while True:
@@ -366,16 +366,16 @@ def _do(study: _Study, arms: Sequence[str], seeds: Sequence[int], n_jobs: int, p
 # %% ../../nbs/tuning/08_comparison.ipynb #19aacc20
 def compare_tuning(
     model: "str | tuple[nn.Module, object]" = "smollm2-135m",  # a name for `load_model`, or (model, tokenizer)
-    task: "str | TuningTask" = "reviews",  # "reviews", "speeches", or a task of one's own
+    task: "str | TuningTask" = "reviews",  # "reviews", "speeches", or your own task
     arms: Sequence[str] = ARMS,  # which arms
-    seeds: Sequence[int] = (0, 1, 2),  # of the order of the data, of the random neurons and of LoRA's start
+    seeds: Sequence[int] = (0, 1, 2),  # seeds of the order of the data, of the random neurons and of LoRA's start
     folder: str | os.PathLike | None = None,  # keep finished runs under folder/task and take them from there
     elsewhere: Sequence[Example] | None = None,  # examples of other text, for the forgetting; None: Wikipedia
     n_jobs: int = 1,  # processes that share the arms; each holds a model
     progress: bool = True,  # show progress bars
     **settings,  # of TuningSettings: steps, batch_size, lrs, sweep_seeds, ...
 ) -> TuningResults:
-    "Train every arm with its best learning rate and every seed; return the tables. The model comes back as it was."
+    "Train every arm with its best learning rate and every seed; return the tables. The model is restored."
     from llmfact_nb.base.models import load_model
     from llmfact_nb.base.texts import load_texts
 

@@ -24,7 +24,7 @@ from ..sites import NeuronSites, attach, refuse_compiled
 
 # %% ../../nbs/tuning/02_gates.ipynb #06b0f430
 class _Gated(torch.autograd.Function):
-    "x (..., width) behind gates g (width,), with r (width,) in the place of what they hold back."
+    "Apply gates g (width,) to x (..., width), with r (width,) as the replacement."
 
     @staticmethod
     def forward(ctx, x, g, r):
@@ -53,7 +53,7 @@ def _opening(
     if kind == "sigmoid":
         return p
     hard = (p > 0.5).to(p.dtype)
-    return hard + (p - p.detach())  # in these brackets exactly 0 or 1
+    return hard + (p - p.detach())  # bracketed like this, the sum is exactly 0 or 1
 
 # %% ../../nbs/tuning/02_gates.ipynb #c5d6df94
 def _own(networks: Masks, per: str) -> dict[str, NeuronMask]:
@@ -63,14 +63,14 @@ def _own(networks: Masks, per: str) -> dict[str, NeuronMask]:
     if not union(own.values()).n:
         raise ArgumentError("networks", networks, "masks that select a neuron", "Lower alpha, or use NeuronMask.full.")
     if per == "network" and (shared := n_shared(given)):
-        warnings.warn(f"{shared:,} neurons stand in more than one network; the first one's gate counts.", stacklevel=3)
+        warnings.warn(f"{shared:,} neurons are in more than one network; the first one's gate counts.", stacklevel=3)
     if per == "network" and (empty := [name for name, m in own.items() if m.n == 0]):
-        warnings.warn(f"networks without a neuron of their own: {', '.join(empty)}; idle gates.", stacklevel=3)
+        warnings.warn(f"networks without neurons left to them: {', '.join(empty)}; idle gates.", stacklevel=3)
     return own
 
 # %% ../../nbs/tuning/02_gates.ipynb #ad9853f2
 def _gate_numbers(own: Mapping[str, NeuronMask], per: str, others: str) -> torch.Tensor:
-    "(N,) the number of each neuron's gate; the two numbers after the last gate: always open, always closed."
+    "Return (N,) each neuron's gate number; the two numbers after the last gate mean always open, always closed."
     gated = union(own.values())
     n_gates = len(own) if per == "network" else gated.n
     number = torch.full((gated.n_neurons,), n_gates + (others == "closed"))
@@ -83,7 +83,7 @@ def _gate_numbers(own: Mapping[str, NeuronMask], per: str, others: str) -> torch
 
 # %% ../../nbs/tuning/02_gates.ipynb #6746e501
 def _logits_at(start: float | torch.Tensor, n: int) -> torch.Tensor:
-    "(n,) float32 logits of probabilities, one or n of them."
+    "Return (n,) float32 logits of one probability or of n."
     refuse_masked("start", start)
     p = torch.as_tensor(start, dtype=torch.float32).detach().cpu()
     if p.shape not in ((), (n,)) or not ((p > 0) & (p < 1)).all():
@@ -92,7 +92,7 @@ def _logits_at(start: float | torch.Tensor, n: int) -> torch.Tensor:
 
 
 def _replacement(replace: str | torch.Tensor | np.ndarray, n: int) -> torch.Tensor:
-    "(n,) float32 values that stand behind closed gates."
+    "Return (n,) float32 values that replace the neurons of closed gates."
     if isinstance(replace, str) and replace == "zero":
         return torch.zeros(n)
     refuse_masked("replace", replace)
@@ -108,7 +108,7 @@ def _share(
     model: nn.Module,  # whose loss it is
     given: Mapping,  # the keyword arguments of its forward pass
 ) -> float | torch.Tensor:
-    "Return which part of an optimizer step's tokens lies in this batch; 1 if nobody says how many there are."
+    "Return which part of an optimizer step's tokens lies in this batch; 1 if their number is not given."
     total = given.get("num_items_in_batch")
     if total is None:
         return 1.0
@@ -122,7 +122,7 @@ def _share(
 
 # %% ../../nbs/tuning/02_gates.ipynb #3a693734
 class _Gates(nn.Module):
-    "Gates on the neurons of a site, and what they say; no model is needed yet."
+    "Gates on the neurons of a site and their state; no model is needed yet."
 
     def __init__(
         self,
@@ -131,8 +131,8 @@ class _Gates(nn.Module):
         kind: str = "straight-through",  # 0 or 1 in the forward pass; "sigmoid": between them
         temperature: float = 1.0,  # of the sigmoid, at least 1e-6; may be set at any time, to anneal
         start: float | torch.Tensor = 0.9,  # probability of being open at the start: a number, or (gates,)
-        others: str = "open",  # neurons in no mask: "open" or "closed", for good
-        replace: str | torch.Tensor = "zero",  # behind a closed gate: "zero", or (N,) values such as means
+        others: str = "open",  # neurons in no mask: permanently "open" or "closed"
+        replace: str | torch.Tensor = "zero",  # values for closed gates: "zero", or (N,) values such as means
     ):
         super().__init__()
         self.per = check_choice("per", per, ("neuron", "network"))
@@ -151,7 +151,7 @@ class _Gates(nn.Module):
 
     @property
     def temperature(self) -> float:
-        "Of the sigmoid; lower it in training to drive the gates to 0 and 1."
+        "Temperature of the sigmoid; lower it in training to move the gates to 0 and 1."
         return self._temperature
 
     @temperature.setter
@@ -159,7 +159,7 @@ class _Gates(nn.Module):
         self._temperature = check_number("temperature", value, least=1e-6)
 
     def _logits(self, layer: int | None = None) -> torch.Tensor:
-        "One per neuron, of all layers or one."
+        "Return one logit per neuron, of all layers or one."
         ends = self.bias.new_tensor([math.inf, -math.inf])
         number = self.number if layer is None else self.number.split(self.gated.widths)[layer]
         return torch.cat([self.bias, ends]).index_select(0, number.to(self.bias.device))
@@ -177,7 +177,7 @@ class _Gates(nn.Module):
         self,
         threshold: float = 0.5,  # a gate is open if its probability is above
     ) -> NeuronMask:
-        "Return the open neurons, also those that are open for good."
+        "Return the open neurons, including those that are permanently open."
         check_number("threshold", threshold, least=0, below=1)
         p = _opening(self._logits(), "sigmoid", self.temperature)
         return NeuronMask.from_flat(p > threshold, self.gated.layout)
@@ -220,9 +220,9 @@ class NeuronGate(_Gates):
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator["NeuronGate"]:
-        "The gates are in the model for the length of the block; its parameters are its own all the time."
+        "Put the gates into the model while the block is open; the model's own parameters do not change."
         _put(self, model, for_a_block=True)
-        vars(model)["neuron_gate"] = self  # past nn.Module, which would make it a child
+        vars(model)["neuron_gate"] = self  # bypasses nn.Module, which would make it a child
         try:
             yield self
         finally:
@@ -247,10 +247,10 @@ class NeuronGate(_Gates):
 
 # %% ../../nbs/tuning/02_gates.ipynb #c7cfa92d
 def _put(gate: _Gates, model: nn.Module, for_a_block: bool) -> ExitStack:
-    "Hang the gates at the model's sites; return what takes them away again."
+    "Attach the gates to the model's sites; return the stack that removes them."
     sites = MaskedModel(model).sites(gate.gated)  # refuses what does not fit
     if gate._hooks is not None:
-        raise ValueError("gate is in a model already; detach() it there first.")
+        raise ValueError("gate is in a model already; detach() it first.")
     if any("neuron_gate" in vars(m) or "neuron_gate" in m._modules for m in model.modules()):
         raise ValueError("model has gates already (model.neuron_gate); detach() them first, or make one NeuronGate.")
     refuse_compiled(model)
@@ -261,7 +261,7 @@ def _put(gate: _Gates, model: nn.Module, for_a_block: bool) -> ExitStack:
 
 
 def _hang(gate: _Gates, model: nn.Module, sites: NeuronSites, for_a_block: bool) -> ExitStack:
-    "All hooks, or none."
+    "Attach all hooks, or none if one fails."
     number, always_open = gate.number.cpu().split(gate.gated.widths), len(gate.bias)
     used = [i for i, n in enumerate(number) if (n != always_open).any()]
     with ExitStack() as entering:

@@ -30,18 +30,18 @@ from ..sites import neuron_sites
 # %% ../../nbs/tuning/03_pruning.ipynb #39015660
 @dataclass
 class _Cut:
-    "A parameter without some of its rows or columns, and what makes it whole again."
+    "A parameter without some of its rows or columns, and the data to restore it."
 
     owner: nn.Module  # the linear map
     attribute: str  # "weight" or "bias"
-    axis: int  # along which the neurons lie
+    axis: int  # axis of the neurons
     kept: torch.Tensor  # (n,) int64, places that stay
     removed: torch.Tensor  # (m,) int64, places that go
-    values: torch.Tensor  # what stood there
-    whole: nn.Parameter  # the original object, empty for the time being
+    values: torch.Tensor  # the removed values
+    whole: nn.Parameter  # the original object, empty until it is restored
 
     def undo(self) -> None:
-        "Put the removed values back between what the remaining ones have become."
+        "Put the removed values back between the remaining ones, which may have been trained."
         small = getattr(self.owner, self.attribute).detach()
         shape = list(small.shape)
         shape[self.axis] += len(self.removed)
@@ -65,7 +65,7 @@ def _cut(owner: nn.Module, attribute: str, axis: int, kept: torch.Tensor, remove
 
 
 def _measure(owner: nn.Module) -> None:
-    "Let a linear map say its true widths."
+    "Set the width attributes of a linear map to its true widths."
     if type(owner).__name__ == "Conv1D":
         owner.nx, owner.nf = owner.weight.shape
     else:
@@ -285,7 +285,7 @@ def pruned_training(
     verbose: bool = True,  # print what was removed
     any_model: bool = False,  # likewise
 ) -> Iterator[PrunedNeurons]:
-    "The model is without the mask's neurons for the length of the block; gives the record of it."
+    "Prune the mask's neurons while the block is open; give the record of it."
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     check_choice("then", then, ("restore", "keep"))

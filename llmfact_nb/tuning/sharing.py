@@ -54,7 +54,7 @@ def describe_base(
 
 # %% ../../nbs/tuning/04_sharing.ipynb #2dbea202
 def _difference(saved: Mapping, own: dict) -> str:
-    "The first difference between the base that was saved and the model at hand."
+    "Return the first difference between the saved base and this model."
     for key, what in (("model_type", "model type"), ("widths", "neurons per layer"), ("dtype", "dtype")):
         if saved.get(key) != own[key]:
             return f"{what}: saved {saved.get(key)}, here {own[key]}"
@@ -129,10 +129,10 @@ def save_neurons(
 
 # %% ../../nbs/tuning/04_sharing.ipynb #a3b42c5e
 def _networks(meta: dict, tensors: dict[str, torch.Tensor], base: nn.Module) -> dict[str, NeuronMask]:
-    "The file's networks by name; raises if its description cannot be true of the base."
+    "The file's networks by name; raises if its description does not fit the base."
     widths, depths = meta["widths"], meta["depths"]
     if list(neuron_sites(base, "mlp_hidden").at(depths).widths) != widths:
-        raise ValueError(f"layers {depths} have not {widths} neurons")
+        raise ValueError(f"layers {depths} do not have {widths} neurons")
     return _masks_of(meta, tensors)
 
 
@@ -144,7 +144,7 @@ def _masks_of(meta: dict, tensors: dict[str, torch.Tensor]) -> dict[str, NeuronM
         if not isinstance(name, str) or site not in (None, "mlp_hidden"):
             raise ValueError(f"network {i} has the name {name!r} and the site {site!r}")
         if neurons.dtype != torch.int64 or neurons.dim() != 1 or (neurons < 0).any():
-            raise ValueError(f"networks.{i} is no list of neuron numbers")
+            raise ValueError(f"networks.{i} is not a list of neuron numbers")
         flat = torch.zeros(sum(widths), dtype=torch.bool)
         flat[neurons] = True
         masks[name] = NeuronMask.from_flat(flat, Layout(widths, depths, site, card=meta["card"]))
@@ -189,7 +189,7 @@ def load_neurons(
     path: str | os.PathLike,  # a file written by `save_neurons`
     verbose: bool = True,  # print what trains
 ) -> nn.Module:
-    "Return the same model in neuron tuning with the saved slices; training can go on with a fresh optimizer."
+    "Return the same model in neuron tuning with the saved slices; training can continue with a fresh optimizer."
     if not isinstance(base, nn.Module):
         raise TypeError(f"base is a {type(base).__name__}; expected the model itself, such as load_model()[0].")
     if hasattr(base, "neuron_tuning"):
@@ -298,7 +298,7 @@ def _peft_config(model: nn.Module, owners: Mapping, whole: Mapping, with_bias: b
 @torch.no_grad()
 def to_peft_lora(
     model: nn.Module,  # in neuron tuning, mode "selected"; it stays in tuning
-    path: str | os.PathLike,  # folder for adapter_config.json and adapter_model.safetensors; made if need be
+    path: str | os.PathLike,  # folder for adapter_config.json and adapter_model.safetensors; made if missing
 ) -> Path:
     "Write the tuned neurons as a LoRA that `peft.PeftModel.from_pretrained(base, path)` loads; return the folder."
     from safetensors.torch import save_file
@@ -318,6 +318,6 @@ def to_peft_lora(
     _refuse_infinite(tensors)
     with write_atomic(path / "adapter_model.safetensors") as p:
         save_file(tensors, p, metadata={"format": "pt"})
-        (path / "adapter_config.json").unlink(missing_ok=True)  # rather no adapter than a mixed one
+        (path / "adapter_config.json").unlink(missing_ok=True)  # an interrupted call leaves no mixed adapter
     write_json(path / "adapter_config.json", _peft_config(model, owners, whole, with_bias))
     return path
