@@ -118,7 +118,7 @@ def test_too_long_texts_are_counted(tiny_model, tiny_tokenizer):
         (lambda m, t: fit_classifier(m, t, [d for d in DATA if d[1] != 1]), ValueError, None),
         (lambda m, t: fit_classifier(m, t, [("w4", 3)]), ValueError, None),
         (lambda m, t: classifier_accuracy(m, t, [("w4", -1)]), ValueError, None),
-        (lambda m, t: classifier_accuracy(m, t, []), ValueError, None),
+        (lambda m, t: classifier_accuracy(m, t, []), ValueError, "texts"),
         (lambda m, t: classifier_accuracy(m, t, [("w4", 0), ("", 1)]), ValueError, None),
         (lambda m, t: classifier_accuracy(m, t, [("w4", "good")]), TypeError, None),
         (lambda m, t: classifier_accuracy(m.model, t, DATA), TypeError, None),

@@ -243,7 +243,7 @@ def test_the_curve_shows_what_the_rule_looks_at(k):
             drawn[label].get_xdata().tolist() == [4, 8, 16]
             and drawn[label].get_ydata().tolist() == frame[name].tolist()
         )
-    assert drawn["what the rule asks for"].get_ydata()[0] == 0.75
+    assert drawn["share that the rule requires"].get_ydata()[0] == 0.75
     assert [line.get_xdata()[0] for label, line in drawn.items() if "suggested" in label] == ([] if k is None else [8])
     plt.close(fig)
 

@@ -256,6 +256,7 @@ def test_with_late_binding_the_preservation_curve_looks_like_the_published_one(w
         maps[0, -units:] = 10.0
         networks = copy.copy(found.networks)
         networks.maps_, networks.sign_ = maps, torch.ones(k)
+        networks.layout = replace(networks.layout, card=None)  # they are used on another model than they were found in
         at_k[k] = replace(found, networks=networks, threshold=Threshold(3.6))
     table = preservation_study(cache_of(model), at_k, topics, fractions=())
     keep = lambda late: table[(table.arm == "keep key") & (table.late_binding == late)].set_index("k")

@@ -399,8 +399,8 @@ def load_pruned(
         model, found = made.from_pretrained(path, dtype="auto", output_loading_info=True)
         if wrong := {k: sorted(found[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[k]}:
             raise ValueError(f"the weights do not fit {_FILE}: {wrong}")
+        made_for = [s.module for s in _down_maps(model, mask) if s.layer in record["biases made"]]
+        shifts = [_Shift(m, None, m.bias.detach().clone()) for m in made_for]
     model.__class__ = plain
-    made_for = [s.module for s in _down_maps(model, mask) if s.layer in record["biases made"]]
-    shifts = [_Shift(m, None, m.bias.detach().clone()) for m in made_for]
     model.neuron_pruning = PrunedNeurons(model, mask, None, shifts)
     return model
