@@ -128,7 +128,8 @@ def _saved_tables(folder: Path) -> "tuple[dict[str, pd.DataFrame], dict]":
     import pandas as pd
 
     words = {"edge": "", "reference": "", "counts": ""}  # an empty text comes back from csv as nan
-    frames = {k: pd.read_csv(folder / f"{k}.csv").fillna(words)[list(columns)] for k, columns in COLUMNS.items()}
+    read = lambda name: pd.read_csv(folder / f"{name}.csv", dtype=dict.fromkeys(words, str)).fillna(words)
+    frames = {k: read(k)[list(columns)] for k, columns in COLUMNS.items()}
     return frames, {task: dict(of) for task, of in read_json(folder / "facts.json").items()}
 
 # %% ../../nbs/tuning/07_tables.ipynb #418ff170
