@@ -84,7 +84,7 @@ audit: .venv/installed-audit  ## known weaknesses of the installed packages; ask
 	@touch $@
 
 .venv/installed-%: .venv/installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$*]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(subst _,-,$*)]"
 	@touch $@
 
 clean:  ## remove what make made, but not the fetched models and texts in the user's cache

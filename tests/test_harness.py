@@ -18,7 +18,7 @@ from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
 
 installed = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install 'llmfact_nb[lm_eval]'"
+    importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install 'llmfact_nb[lm-eval]'"
 )
 
 

@@ -154,7 +154,7 @@ def evaluate_with_lm_eval(
     import pandas as pd
 
     if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError("evaluate_with_lm_eval needs lm-eval. Install it with: pip install 'llmfact_nb[lm_eval]'.")
+        raise ImportError("evaluate_with_lm_eval needs lm-eval. Install it with: pip install 'llmfact_nb[lm-eval]'.")
     require_causal(model)
     from lm_eval import simple_evaluate
 
