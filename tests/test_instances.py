@@ -1,12 +1,14 @@
 """What is known of one model is not believed of another of its class and configuration, nor of itself once changed."""
 
+import itertools
+
 import families
 import numpy as np
 import pytest
 import torch
 
 from llmfact_nb.activations import capture
-from llmfact_nb.base.tokens import batches_agree, state_mark, token_lists
+from llmfact_nb.base.tokens import batches_agree, once_per_model, state_mark, token_lists
 from llmfact_nb.evaluate import require_causal
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask, control
@@ -84,7 +86,27 @@ def test_the_mark_knows_flags_functions_hooks_and_attention_but_no_mode():
     marks.append(state_mark(model))
     marks.append(state_mark(reads_both_ways(model)))
     marks.append(state_mark(sees_padding(model)))
-    assert len(set(marks)) == len(marks)
+    assert all(a != b for a, b in itertools.combinations(marks, 2))
+
+
+def test_a_function_at_the_address_of_one_that_is_gone_is_another():
+    """Thirty functions one after the other, each set as the model's forward and let go; some of them stand where an
+    earlier one stood in memory."""
+    model = families.build("llama")
+    asked, addresses = 0, set()
+    for _ in range(30):
+        embed, forward = model.get_input_embeddings(), type(model.get_input_embeddings()).forward
+        embed.forward = lambda *args: forward(embed, *args)
+        addresses.add(id(embed.forward))
+
+        def look():
+            nonlocal asked
+            asked += 1
+
+        once_per_model(model, "a question", look)
+        del embed.forward
+    assert len(addresses) < 30, "no address was used twice"
+    assert asked == 30
 
 
 def test_a_capture_does_not_depend_on_models_seen_before():
