@@ -280,19 +280,20 @@ def once_per_model(
 
 def state_mark(
     model: nn.Module,  # any model
-) -> int:
-    "Return a number that changes with the model's parts, their flags, functions and hooks, not its weights or masks."
+) -> tuple:
+    "Return what differs as soon as the model's parts, flags, functions or hooks do; its weights and masks do not count."
     found: list[Any] = []
     configs = {}
     for m in model.modules():
         state = m.__dict__
-        found += (type(m), type(m).forward)
-        found += [(k, v) for k, v in state.items() if type(v) in _FLAGS and k != "training"]
+        found += (weakref.ref(type(m)), weakref.ref(type(m).forward))
+        flags = {k: v for k, v in state.items() if type(v) in _FLAGS and k != "training"}
+        found += [(k, weakref.ref(v) if callable(v) else v) for k, v in flags.items()]  # an address can be used again
         if "config" in state:
             configs[id(state["config"])] = state["config"]
         if state["_forward_hooks"] or state["_forward_pre_hooks"]:
             found += [i for hooks in (m._forward_pre_hooks, m._forward_hooks) for i in hooks if not _is_own(hooks[i])]
-    return hash((*found, *(repr(vars(c)) for c in configs.values() if hasattr(c, "__dict__"))))
+    return (*found, *(repr(vars(c)) for c in configs.values() if hasattr(c, "__dict__")))
 
 
 def own_hook(function: Callable) -> Callable:

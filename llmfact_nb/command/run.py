@@ -380,19 +380,23 @@ def _minus_rows(table: pd.DataFrame, cache: ScoreCache) -> pd.DataFrame:
     return rows
 
 # %% ../../nbs/command/04_run.ipynb #f9436e10
-def scored_texts(sources: Sources, fingerprint: str) -> EvaluationSet:
-    "Return the held-out texts as an evaluation set; they are read when the first arm is scored."
+def scored_texts(
+    sources: Sources,
+    fingerprint: str,  # of the held-out texts
+    now: bool = False,  # read them at once, as other processes need them
+) -> EvaluationSet:
+    "Return the held-out texts as an evaluation set; they are read when the first arm is scored, unless `now`."
     s = sources.settings
-    score = lambda model: loss_on(s.texts, sources.held_out).score(model)
+    score = loss_on(s.texts, sources.held_out).score if now else lambda m: loss_on(s.texts, sources.held_out).score(m)
     return EvaluationSet(s.texts, ("nats",), fingerprint, s.eval_texts * s.eval_length, score)
 
 # %% ../../nbs/command/04_run.ipynb #ea621029
-def _scoring(sources: Sources, folder: Path, measurable: bool) -> tuple[ScoreCache, EvaluationSet]:
+def _scoring(sources: Sources, folder: Path, measurable: bool, several: bool) -> tuple[ScoreCache, EvaluationSet]:
     "Return the run's scores, and the texts on which they were measured."
     loaded = read_json(folder / _LOADED, ("fingerprint", "held-out tokens"))
     model = (lambda: sources.load()[0]) if measurable else None
     cache = ScoreCache(model, folder / "parts" / "scores", loaded["fingerprint"], sources.progress and measurable)
-    return cache, scored_texts(sources, loaded["held-out tokens"])
+    return cache, scored_texts(sources, loaded["held-out tokens"], measurable and several)
 
 # %% ../../nbs/command/04_run.ipynb #6f0ccd9d
 def scores_known(
@@ -412,7 +416,7 @@ def arms_measured(
     n_jobs: int = 1,  # processes that measure
 ) -> tuple[pd.DataFrame, ScoreCache]:
     "Return the table of all arms, with the differences to the key neurons, and the cache that holds the losses."
-    cache, texts = _scoring(sources, folder, measurable)
+    cache, texts = _scoring(sources, folder, measurable, n_jobs != 1)
     table = measure(cache, _arms(found, sources.settings), [texts], "run", n_jobs=n_jobs)
     return _minus_rows(table, cache), cache
 
