@@ -288,7 +288,7 @@ def plot_connectivity(
     order: Sequence[int] | None = None,  # the order of rows and columns, a permutation of 0..k-1
     ax=None,  # axes to draw on
 ):
-    "Draw the correlations of the network time courses and return the Axes. ValueError if C, labels, order do not fit."
+    "Draw the correlations of the networks' time courses; return the Axes. ValueError if C, labels, order do not fit."
     matrix, k = array(C, "C", 2).astype(float), len(C)
     order = list(range(k) if order is None else order)
     names = list(range(k) if labels is None else labels)
