@@ -702,7 +702,8 @@ def _fingerprint_facts(found) -> dict:
 
 # %% ../nbs/12_command.ipynb #2019fbed
 study = group(
-    "study", "Run the studies of the paper, or the study of fine-tuning. Takes hours; the same command resumes."
+    "study",
+    "Run the studies of the paper, further ones, or that of fine-tuning. Takes hours; the same command resumes.",
 )
 PAPER = {
     "model": Option("smollm2-135m", "The model.", "What"),
@@ -750,6 +751,50 @@ def paper(model, jobs, out, device, accept_licence, dry_run, quick, **given) -> 
     files = list(drawn.values())
     lines += ["", *_drawn_lines(files, drawn.missing)]
     return Answer(lines, {"folder": out, "files": files, "missing": drawn.missing})
+
+# %% ../nbs/12_command.ipynb #042c92be
+FURTHER = {
+    "model": Option("smollm2-135m", "The model.", "What"),
+    "quick": Option(False, "Fewer copies, controls and tokens, in minutes. The tables say so.", "What"),
+    "jobs": JOBS,
+    "out": Option(Path("out/further"), "Folder of the studies. The same command again resumes them.", "Where"), **LOAD,
+}  # fmt: skip
+
+
+@command(study, **FURTHER)
+def further(model, quick, jobs, out, device, accept_licence, dry_run) -> Answer:
+    """Run the studies that the paper does not have, on one model.
+
+    Do networks come from training, do neurons named by a task's contrast matter more than others of their variance,
+    and does keeping networks prune better than simpler scores? Writes a table for each, and a verdict for each claim.
+
+    \b
+    llmfact study further --dry-run
+    llmfact study further --quick --out out/small-further
+    llmfact study further --model gemma-3-270m --accept-licence --out out/gemma-further
+    """
+    from llmfact_nb.base.models import load_model
+    from llmfact_nb.command.further_study import check_further, further_cost, further_settings
+    from llmfact_nb.study.further_study import further_study
+
+    check_asked(device, model=model)
+    settings = further_settings(model, quick)
+    check_further(settings, out, accept_licence or dry_run)
+    cost = further_cost(settings, device, None if dry_run else 1e9)
+    if dry_run:
+        return bill(cost, out, model, accept_licence)
+    check_room(cost, out)
+    more: dict[str, Any] = {"accept_licence": True} if accept_licence else {}
+    net, tokenizer = load_model(model, device=device, **more)
+    tables = further_study(net, tokenizer, out, settings, None, jobs, progress(), model)
+    return _further_told(tables["verdicts"], out, quick)
+
+
+def _further_told(verdicts, out: Path, quick: bool) -> Answer:
+    lines = [f"{row.verdict.upper()}: {row.claim}\n    {row.why}" for row in verdicts.itertuples()]
+    lines += ["", *(["quick: for trying out"] if quick else []), f"tables: {out / 'tables'}"]
+    rows = verdicts[["claim", "verdict", "why"]].to_dict("records")
+    return Answer(lines, {"folder": out, "quick": quick, "verdicts": rows})
 
 # %% ../nbs/12_command.ipynb #e8b9d06c
 _LEARN = "Training"

@@ -635,6 +635,7 @@ def test_an_unknown_home_names_the_way_out(tmp_path):
         ("figures --model MODEL --out RUN", 2, "llmfact study paper --model"),
         ("figures --quick", 2, "llmfact study paper --quick"),
         ("study paper --model smolm2-135m --dry-run", 2, "--model|'smolm2-135m'"),
+        ("study further --model smolm2-135m --dry-run", 2, "--model|'smolm2-135m'"),
         ("study papr", 2, "papr"),
         ("study tuning --task review", 2, "--task|'reviews'"),
         ("verify OUT", 1, "OUT"),
@@ -750,7 +751,7 @@ def test_choices_are_those_of_the_library():
 def test_names_in_json_are_snake_case(tiny, whole):
     lines = [run_line(tiny, whole[0]), f"networks --out {whole[0]}", f"mask --out {whole[0]} --key", "info"]
     lines += [f"info {whole[0]}", f"{run_line(tiny, whole[0])} --dry-run", f"verify {whole[0]} --sample 0"]
-    lines += [f"study paper --model {tiny / 'model'} --quick --dry-run"]
+    lines += [f"study {name} --model {tiny / 'model'} --quick --dry-run" for name in ("paper", "further")]
     by_data = {"units_by_layer", "bytes", "fetched"}  # the names in these are layers, files, resources
 
     def names(value) -> set[str]:
@@ -874,7 +875,8 @@ def test_help_teaches_and_is_light():
 import sys
 from llmfact_nb.cli import app
 from typer.testing import CliRunner
-commands = ("run", "networks", "mask", "finetune", "figures", "verify", "fetch", "info", "study paper", "study tuning")
+commands = ("run", "networks", "mask", "finetune", "figures", "verify", "fetch", "info", "study paper", "study further",
+            "study tuning")
 for name in commands:
     text = CliRunner().invoke(app, [*name.split(), "--help"]).output
     assert f"\\n  llmfact {name}" in text and "Exit codes" in text and "--json" in text, name

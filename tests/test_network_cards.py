@@ -5,10 +5,12 @@ import math
 import warnings
 
 import families
+import pandas as pd
 import pytest
 import torch
 
 from llmfact_nb.activations import capture
+from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.show.network_cards import network_card, pushed_logits, written_direction
 from llmfact_nb.networks import FunctionalNetworks, Threshold
 
@@ -61,6 +63,21 @@ def test_a_card_leaves_the_model_alone_and_reads_as_its_parts(world):
     assert card.contexts[0]["token"].strip() == TOKENIZER.decode([int(acts.token_ids[best])]).strip()
     assert f"{mask.n:,} (" in repr(card) and "<table>" in card._repr_html_()
     card.plot().draw_without_rendering()
+
+
+def test_a_card_says_how_often_untrained_models_have_such_a_network(world):
+    _, model, acts, networks = world
+    beside = pd.DataFrame({"network": range(4), "r": [0.9, 0.8, 0.31, 0.6], "permuted": [0.0, 0.1, 0.47, 0.3]})
+    make = lambda untrained: network_card(model, TOKENIZER, networks, 2, acts, n=2, untrained=untrained)
+    plain, card = make(None), make(beside)
+    assert card.untrained == {"r": 0.31, "permuted": 0.47} and not plain.untrained
+    (more,) = set(card.facts) - set(plain.facts)
+    for words in (card.facts[more], repr(card), card._repr_html_()):
+        assert "47%" in words and "0.31" in words
+    for wrong in (beside[:3], beside[::-1], beside.drop(columns="r")):
+        with pytest.raises(ArgumentError) as e:
+            make(wrong)
+        assert e.value.argument == "untrained"
 
 
 def test_a_component_that_is_a_sink_is_called_one(world):

@@ -8,6 +8,7 @@ import json
 import re
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 import torch
 from browser import overflow
@@ -15,6 +16,7 @@ from hostile_text import EVIL
 
 from llmfact_nb.activations import Activations
 from llmfact_nb.across.group import GroupICA
+from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.show.network_page import context, token_pieces, whole_words, write_network_page
 from llmfact_nb.masks import Layout
 from llmfact_nb.networks import FunctionalNetworks, Threshold, gaussian_union, z_scores
@@ -103,6 +105,18 @@ def test_the_page_counts_exactly_the_units_of_the_networks(fitted, tmp_path, thr
     assert [network["stability"] for network in data["networks"]] == [round(float(s), 3) for s in networks.stability_]
     assert data["gaussian"][17] == pytest.approx(gaussian_union(1, 3.6))
     assert own["gaussian"] == pytest.approx(gaussian_union(1, cut.alpha))
+
+
+def test_shares_of_untrained_models_stand_in_the_table_if_they_are_given(fitted, written, tmp_path):
+    networks, acts = fitted
+    beside = pd.DataFrame({"network": range(4), "r": [0.91, 0.82, 0.73, 0.64], "permuted": [0.015, 0.13, 0.57, 0.88]})
+    page = write_network_page(networks, tmp_path / "p.html", acts, Hostile(), untrained=beside)
+    rows = lambda path: re.findall(r"<tr>.*?</tr>", path.read_text(encoding="utf-8"), re.S)
+    added = [new for old, new in zip(rows(written), rows(page)) if old != new]
+    assert len(added) == 5 and all(f"{share:.0%}" in row for share, row in zip(beside.permuted, added[1:]))
+    with pytest.raises(ArgumentError) as e:
+        write_network_page(networks, tmp_path / "p.html", acts, Hostile(), untrained=beside[:2])
+    assert e.value.argument == "untrained"
 
 
 def test_strongest_tokens_are_those_of_the_time_course_and_sinks_stand_apart(fitted, written):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmfact_nb.across import untrained as module
-from llmfact_nb.across.untrained import HOW, UntrainedSettings, untrained, untrained_study
+from llmfact_nb.across.untrained import HOW, UntrainedSettings, as_reproducible, untrained, untrained_study
 from llmfact_nb.base.arguments import ArgumentError
 
 SOME = ["llama", "gpt2", "bert", "gemma2"]
@@ -81,5 +81,15 @@ def test_the_study_finds_planted_networks_again_in_the_trained_model(tmp_path, m
     monkeypatch.setattr(module, "untrained", never)
     again = untrained_study(model, tokenizer, texts, folder=tmp_path, **how)
     assert again.equals(table)
+    each = untrained_study(model, tokenizer, texts, folder=tmp_path, each=True, **how)
+    medians = each.groupby(["model", "seed"], dropna=False, sort=False).r.median()
+    assert medians.tolist() == pytest.approx(table.r.tolist()) and each.network.max() == 7
+    beside = as_reproducible(each[each.model == "trained"].r, each)
+    assert beside.loc[beside.r.idxmax(), "reinitialized"] == 0 and list(beside.network) == list(range(8))
+    assert (as_reproducible([0.0], each).iloc[0][["reinitialized", "permuted"]] == 1).all()
+    for wrong, site in ((table, "mlp_hidden"), (each, "mlp_out")):
+        with pytest.raises(ArgumentError) as e:
+            as_reproducible([0.5], wrong, site)
+        assert e.value.argument == "table"
     with pytest.raises(ArgumentError):
         untrained_study(model, tokenizer, texts[:1], **how)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from torch import nn
 from .reproducibility import split_half
 from ..activations import Activations, capture
 from ..base.arguments import ArgumentError, check_choice, check_whole
-from ..base.display import progress_bar
+from ..base.display import Overall, progress_bar
 from ..base.files import read_json, remember, write_json
 from ..base.identity import model_fingerprint
 from ..base.statistics import stream
@@ -118,8 +118,8 @@ class UntrainedSettings:
     ica_seed: int = 0  # of the starts and the splits
 
 # %% ../../nbs/across/04_untrained.ipynb #3e47c3d8
-def reproducibility_row(activations: Activations, settings: UntrainedSettings) -> dict[str, float]:
-    "Return what the table above lists, for one model at one site."
+def reproducibility_row(activations: Activations, settings: UntrainedSettings) -> dict[str, Any]:
+    "Return what the table above lists, for one model at one site; `each` has the same of every network."
     s = settings
     k, seed = s.n_components, s.ica_seed
     halves = split_half(activations, k, s.n_splits, seed, "temporal", s.standardize, s.exclude, s.n_init)
@@ -127,10 +127,13 @@ def reproducibility_row(activations: Activations, settings: UntrainedSettings) -
     ours, key = halves.frame[halves.frame.arm == "ica"].r, networks.key_neurons(fraction=0.01)
     sizes = torch.tensor([float(mask.n) for mask in networks.masks(s.alpha)])
     layer = sum(n * i for i, n in enumerate(key.counts)) / key.n / max(1, len(key.counts) - 1)
-    purity, specificity = token_purity(networks, activations).mean(0).tolist()
-    found = {"units": float(sizes.median()), "depth": layer, "stability": float(networks.stability_.median())}
-    found |= {"r": float(r["ica"]), "again": float((ours > 0.5).mean()), "rotation": float(r["rotation"])}
-    return found | {"purity": purity, "specificity": specificity, "converged": bool(halves.frame.converged.all())}
+    pure = token_purity(networks, activations)
+    found: dict[str, Any] = {"units": float(sizes.median()), "depth": layer}
+    found |= {"stability": float(networks.stability_.median()), "r": float(r["ica"])}
+    found |= {"again": float((ours > 0.5).mean()), "rotation": float(r["rotation"])}
+    found |= dict(zip(("purity", "specificity"), pure.mean(0).tolist()))
+    each = {"r": halves.by_component().r.tolist(), "purity": pure[:, 0].tolist(), "specificity": pure[:, 1].tolist()}
+    return found | {"converged": bool(halves.frame.converged.all()), "each": each}
 
 # %% ../../nbs/across/04_untrained.ipynb #befca8b7
 def untrained_study(
@@ -141,12 +144,13 @@ def untrained_study(
     seeds: Sequence[int] = (0, 1, 2),  # one copy of each kind for each seed
     settings: UntrainedSettings | None = None,  # None: those of `llmfact run`
     folder: str | os.PathLike | None = None,  # keep finished rows here and take them from here
-    progress: bool = True,  # show a progress bar
+    progress: bool | Overall = True,  # show a progress bar
+    each: bool = False,  # one row per network instead
 ) -> "pd.DataFrame":
     """Find networks in the trained model and in copies that have learned nothing. One row per site and model.
 
-    Columns: site, model ("trained", "reinitialized", "permuted"), seed, and those of `reproducibility_row`. Raises
-    ArgumentError for fewer than two texts."""
+    Columns: site, model ("trained", "reinitialized", "permuted"), seed, and those of `reproducibility_row`; with
+    `each`: site, model, seed, network, r, purity, specificity. Raises ArgumentError for fewer than two texts."""
     import pandas as pd
 
     texts, s = list(texts), settings or UntrainedSettings()
@@ -161,7 +165,17 @@ def untrained_study(
             for row in _model_rows(model, tokenizer, texts, sites, how, seed, s, kept):
                 rows.append(row)
                 bar.update()
-    return pd.DataFrame(sorted(rows, key=lambda row: list(sites).index(row["site"])))
+    rows.sort(key=lambda row: list(sites).index(row["site"]))
+    if each:
+        return pd.concat([_of_networks(row) for row in rows], ignore_index=True)
+    return pd.DataFrame(rows).drop(columns="each")
+
+
+def _of_networks(row: dict) -> "pd.DataFrame":
+    import pandas as pd
+
+    about = {"site": row["site"], "model": row["model"], "seed": float("nan") if row["seed"] is None else row["seed"]}
+    return pd.DataFrame(about | {"network": range(len(row["each"]["r"]))} | row["each"])
 
 # %% ../../nbs/across/04_untrained.ipynb #999e1313
 _CALLED = {None: "trained", "reinitialize": "reinitialized", "permute": "permuted"}
@@ -184,6 +198,27 @@ def _model_rows(model, tokenizer, texts, sites, how, seed, s: UntrainedSettings,
 def _known(path: Path | None, make: Callable[[], dict]) -> dict:
     if path is None:
         return make()
-    if not path.exists():
+    if not path.exists() or "each" not in read_json(path):  # of an earlier version
         write_json(path, make())
     return read_json(path)
+
+# %% ../../nbs/across/04_untrained.ipynb #48dec66e
+def as_reproducible(
+    r: Sequence[float],  # (k,) |r| over halves of the texts, for instance `split_half(...).by_component().r`
+    table: "pd.DataFrame",  # of `untrained_study(..., each=True)`
+    site: str = "mlp_hidden",  # where the networks were found
+) -> "pd.DataFrame":
+    """Return one row per network: network, r, and for each kind of copy the share of its networks with at least that r.
+
+    Raises ArgumentError if the table has no untrained copy at this site."""
+    import pandas as pd
+
+    of = table[(table.site == site) & (table.model != "trained")]
+    if of.empty or "network" not in table:
+        seen = f"{len(of)} rows of untrained copies at {site}"
+        raise ArgumentError("table", seen, "a table of `untrained_study(..., each=True)` with copies at the site")
+    rows = [{"network": i, "r": float(one)} for i, one in enumerate(r)]
+    for kind, copies in of.groupby("model", sort=True):
+        for row in rows:
+            row[str(kind)] = float((copies.r >= row["r"]).mean())
+    return pd.DataFrame(rows)

@@ -281,7 +281,7 @@ def once_per_model(
 def state_mark(
     model: nn.Module,  # any model
 ) -> tuple:
-    "Return what differs as soon as the model's parts, flags, functions or hooks do; its weights and masks do not count."
+    "Return what differs as soon as the model's parts, flags, functions or hooks do; weights and masks do not count."
     found: list[Any] = []
     configs = {}
     for m in model.modules():

@@ -59,7 +59,7 @@ def size_of(path: Path) -> int:
 # %% ../../nbs/command/08_folders.ipynb #635925a8
 KINDS = {
     "run": "a run", "tuning": "a fine-tuning", "study": "studies of the paper", "tuning study": "a tuning study",
-    "model": "a model",
+    "further study": "further studies of a model", "model": "a model",
 }  # fmt: skip
 
 
@@ -175,6 +175,15 @@ def _about_paper(folder: Path) -> tuple[str, dict]:
     return f"studies of the paper, under way or interrupted; `llmfact study paper --out {folder}` resumes them", more
 
 
+def _about_further(folder: Path) -> tuple[str, dict]:
+    tables = sorted(p.stem for p in (folder / "tables").glob("*.csv"))
+    more: dict = {"untrained models": len(list((folder / "untrained").glob("*-*.json")))}
+    more["measurements"] = len(list((folder / "scores").glob("*.safetensors")))
+    if tables:
+        return "finished further studies of a model", more | {"tables": tables}
+    return f"further studies under way or interrupted; `llmfact study further --out {folder}` resumes them", more
+
+
 def _about_study(folder: Path) -> tuple[str, dict]:
     tasks = sorted(p.name for p in folder.iterdir() if p.is_dir() and kind_of(p) == "tuning study")
     return f"a tuning study; `llmfact figures {folder}` draws it", {"tasks": tasks}
@@ -182,7 +191,7 @@ def _about_study(folder: Path) -> tuple[str, dict]:
 
 _ABOUT: dict[str, Callable[[Path], tuple[str, dict]]] = {
     "run": _about_run, "tuning": _about_tuning, "study": _about_paper, "tuning study": _about_study,
-    "model": about_model,
+    "further study": _about_further, "model": about_model,
 }  # fmt: skip
 
 # %% ../../nbs/command/08_folders.ipynb #af5b73bd

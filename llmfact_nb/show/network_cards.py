@@ -9,7 +9,8 @@ __all__ = ['network_card']
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,9 +22,12 @@ from llmfact_nb.base.identity import refuse_other_model
 from llmfact_nb.base.tokens import evaluation_mode, input_device, padded, token_name
 from llmfact_nb.networks import FunctionalNetworks, Threshold
 from llmfact_nb.show.drawing import FAINT, OKABE_ITO, count, drawable, figure_or_new, styled
-from llmfact_nb.show.network_page import context, token_pieces, whole_words
+from llmfact_nb.show.network_page import context, token_pieces, untrained_said, untrained_shares, whole_words
 from llmfact_nb.show.pages import render
 from llmfact_nb.sites import blocks, neuron_sites, refuse_compiled
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/show/10_network_cards.ipynb #9ef9839d
 def written_direction(
@@ -109,6 +113,7 @@ class NetworkCard:
     sink_energy: float  # share of the time course's squares at sink tokens; nan where sinks were left out of the fit
     contexts: tuple[dict, ...]  # the tokens at which it is most active: before, token, after, z
     pushes: dict[str, tuple[tuple[str, float], ...]]  # "up", "down": tokens, and logits per SD of its time course
+    untrained: dict[str, float] = field(default_factory=dict)  # r, and shares of untrained networks that reach it
 
     @property
     def artefact(self) -> bool:
@@ -141,13 +146,14 @@ class NetworkCard:
 def _facts(of: NetworkCard) -> dict[str, str]:
     where = [d for d, n in sorted(zip(of.depths, of.counts), key=lambda p: -p[1]) if n][:3]
     at_sinks = f"{of.sink_energy:.0%} of its energy at sink tokens" + (": an artefact" if of.artefact else "")
+    beside = {"as reproducible in untrained models": untrained_said(of.untrained)} if of.untrained else {}
     return {
         "units": f"{of.units:,} ({of.share:.2%} of all) beyond {of.alpha:.3f} standard deviations",
         "most of them in layers": ", ".join(map(str, where)) or "none",
         "stability over restarts": "one start, unknown" if math.isnan(of.stability) else f"{of.stability:.2f}",
         "attention sinks": "left out of the fit" if math.isnan(of.sink_energy) else at_sinks,
         "effects are those of": "its units" if of.units else "the whole map, as no unit passes",
-    }
+    } | beside
 
 # %% ../../nbs/show/10_network_cards.ipynb #ef455299
 def _lines(of: NetworkCard) -> list[str]:
@@ -204,6 +210,7 @@ def network_card(
     n: int = 8,  # tokens of each kind that are shown
     push_tokens: int = 256,  # tokens of the text, at most, on which the effects are measured
     any_model: bool = False,  # also take networks of another model
+    untrained: "pd.DataFrame | None" = None,  # of `as_reproducible`: how often a network as reproducible appears there
 ) -> NetworkCard:
     """Return the card of one network.
 
@@ -213,6 +220,7 @@ def network_card(
     if isinstance(network, bool) or not isinstance(network, int) or not 0 <= network < k:
         raise IndexError(f"network={network!r} does not exist; there are {k}, from 0 to {k - 1}.")
     check_whole("n", n, least=1)
+    beside = {} if untrained is None else untrained_shares(untrained, network, k)
     mask, courses = networks.masks(threshold=threshold)[network], networks.transform(activations)[:, network]
     direction = written_direction(model, networks, network, mask.flat if mask.n else None, any_model)
     moved = pushed_logits(model, direction, *_text(activations, push_tokens, input_device(model)))
@@ -223,6 +231,7 @@ def network_card(
         mask.n / mask.n_neurons, mask.counts, tuple(mask.depths), float(networks.stability_[network]),
         _sink_energy(courses, activations, networks),
         _contexts(courses, activations, tokenizer, n), {"up": decoded(order), "down": decoded(order.flip(0))},
+        beside,
     )  # fmt: skip
 
 # %% ../../nbs/show/10_network_cards.ipynb #b9677baf

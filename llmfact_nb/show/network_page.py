@@ -13,17 +13,21 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from llmfact_nb.activations import Activations
-from llmfact_nb.base.arguments import check_whole
+from llmfact_nb.base.arguments import ArgumentError, check_whole
 from llmfact_nb.base.display import plain_text, site_name
 from llmfact_nb.base.files import write_text
 from llmfact_nb.base.identity import refuse_other_model
 from llmfact_nb.base.tokens import token_name
 from llmfact_nb.networks import FunctionalNetworks, Threshold, gaussian_union
 from llmfact_nb.show.pages import render, script_data, table, template_file
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/show/09_network_page.ipynb #f6f257a5
 def token_pieces(tokenizer, token_ids: torch.Tensor, text_ids: torch.Tensor | None = None) -> list[str]:
@@ -148,19 +152,40 @@ def _reading(networks, activations, tokenizer, courses, max_tokens: int) -> dict
         "together": _correlations(used.T), "says": f"{says} {len(shown):,} texts are on the page.",
     }  # fmt: skip
 
+# %% ../../nbs/show/09_network_page.ipynb #d90dc612
+def untrained_shares(
+    untrained: "pd.DataFrame",  # of `as_reproducible`, one row for each of the networks shown
+    network: int,  # which of them
+    k: int,  # how many there are
+) -> dict[str, float]:
+    "Return the row of one network. Raises ArgumentError if the table is of other networks."
+    if "r" not in untrained or list(untrained.get("network", ())) != list(range(k)):
+        seen = f"{len(untrained)} rows with the columns {', '.join(map(str, untrained.columns))}"
+        raise ArgumentError("untrained", seen, f"the table of `as_reproducible` for these {k} networks, in their order")
+    return {str(name): float(value) for name, value in untrained.iloc[network].drop("network").items()}
+
+
+def untrained_said(shares: Mapping[str, float]) -> str:
+    "Return the row in words."
+    kinds = ", ".join(f"{share:.0%} in {kind} copies" for kind, share in shares.items() if kind != "r")
+    return f"{kinds} (r {shares['r']:.2f} or more)"
+
 # %% ../../nbs/show/09_network_page.ipynb #cfd57952
-def _all_networks(masks, stability: list, strongest, own: Mapping) -> dict:
+def _all_networks(masks, stability: list, strongest, own: Mapping, untrained: "pd.DataFrame | None" = None) -> dict:
     "Return the table of all networks."
-    rows = []
+    rows: list[list] = []
     for i, (mask, sure, tokens) in enumerate(zip(masks, stability, strongest)):
         most = [d for n, d in sorted(zip(mask.counts, mask.depths), reverse=True) if n][:3]
         spoken = Counter(repr(t["token"]) for t in tokens if not t["sink"])
         words = " ".join(word if n == 1 else f"{word} ×{n}" for word, n in spoken.items())
         known = "" if sure is None else f"{sure:.2f}"
         rows.append([i, f"{mask.n:,}" if mask.n else "none", ", ".join(map(str, most)), known, words])
-    columns = ("network", "units", "most in layers", "stability", "most active at")
+    columns, numeric = ("network", "units", "most in layers", "stability", "most active at"), (1, 3)
+    if untrained is not None:
+        columns += ("as reproducible in untrained models",)
+        rows = [[*row, untrained_said(untrained_shares(untrained, i, len(rows)))] for i, row in enumerate(rows)]
     tail = {"both": "of either sign", "positive": "of the positive tail"}[own["tail"]]
-    return table("all-networks", f"Units beyond {own['text']}, {tail}", columns, [(None, rows)], (1, 3))
+    return table("all-networks", f"Units beyond {own['text']}, {tail}", columns, [(None, rows)], numeric)
 
 # %% ../../nbs/show/09_network_page.ipynb #b6a9911b
 def _facts(networks) -> dict:
@@ -220,6 +245,7 @@ def write_network_page(
     max_tokens: int = 2000,  # tokens of text on the page; the strongest are sought among all
     courses: torch.Tensor | None = None,  # (T, k) time courses, where they are not those of `transform`
     any_model: bool = False,  # also read the networks on activations of another model
+    untrained: "pd.DataFrame | None" = None,  # of `as_reproducible`: how often a network as reproducible appears there
 ) -> Path:
     """Write the networks as one self-contained interactive page and return its path.
 
@@ -250,7 +276,7 @@ def write_network_page(
     return write_text(path, render(
         "network_page.html", title=title or f"Functional networks of {networks.model or 'a model'}",
         script_hash=_sha256(script), images="", styles=("page.css", "network_page.css"),
-        lead=_lead(networks, read, masks, own), table=_all_networks(masks, sure, read["strongest"], own),
+        lead=_lead(networks, read, masks, own), table=_all_networks(masks, sure, read["strongest"], own, untrained),
         facts=_facts(networks), script=script,
         data=script_data(_data(networks, maps, floor, own, shown, read["texts"])),
     ))  # fmt: skip

@@ -127,15 +127,16 @@ def pruning_study(
     scores: Mapping[str, torch.Tensor],  # from `pruning_scores`, or others
     evaluation_sets: Sequence[EvaluationSet],
     shares: Sequence[float] = (0.1, 0.2, 0.3),  # of all MLP neurons
+    per_layer: Sequence[bool] = (True, False),  # True: the same share of every layer; False: wherever they are
     n_jobs: int = 1,  # processes
 ) -> "pd.DataFrame":
     'Remove each share of the neurons by each score, plain ("zero") and compensated ("mean"). Study "pruning".'
     arms = [
         arm
-        for per_layer in (True, False)
+        for alike in per_layer
         for share in shares
         for name, score in scores.items()
-        for arm in _pruned(found, name, score, share, per_layer)
+        for arm in _pruned(found, name, score, share, alike)
     ]
     return measure(cache, arms, evaluation_sets, "pruning", n_jobs=n_jobs)
 
