@@ -586,13 +586,15 @@ def as_table(
     return frame.astype(types).fillna(dict.fromkeys(_WORDS, ""))
 
 # %% ../nbs/09_ablation.ipynb #02d43b3e
-def _all_off_like(intervention, interventions: Sequence):
-    "The intervention that ablates every neuron under the same condition, if there is one."
-    condition = lambda i: (i.described["replace"], i.positions)
-    off = [i for i in interventions if i.described["share"] == 1 and i.described["operation"] == "ablate"]
-    if intervention is None:
-        return off[0] if off else None
-    return next((i for i in off if condition(i) == condition(intervention)), None)
+def _all_off(interventions: Iterable) -> dict:
+    "The interventions that ablate every neuron, by (replacement, positions); the first of them also by None."
+    off: dict = {}
+    for i in interventions:
+        said = i.described
+        if said["share"] == 1 and said["operation"] == "ablate":
+            off.setdefault(None, i)
+            off.setdefault((said["replace"], said["positions"]), i)
+    return off
 
 # %% ../nbs/09_ablation.ipynb #671323cd
 def _numbers(cache: ScoreCache, intervention, e: EvaluationSet, measure: str, floor) -> dict:
@@ -621,13 +623,14 @@ def measure(
     "Measure what is missing; return a row per evaluation set, measure and intervention, the unmasked model first."
     interventions, rows = list(interventions), []
     cache.measure([None, *interventions], evaluation_sets, study, n_jobs)
+    floors = _all_off(interventions)
     for e in evaluation_sets:
         for i in (None, *interventions):
             row = {"study": study, "setting": "baseline", "data": e.data, **e.levels, "part": cache.key(i, e)}
             row |= {"arm": "unmasked", "units": 0, "share": 0.0} if i is None else i.described
             if sample is not None and i is not None:
                 row["injected"] = injected_norm(cache.model, i, sample)
-            floor = _all_off_like(i, interventions)
+            floor = floors.get(None if i is None else (row["replace"], row["positions"]))
             rows += [row | {"measure": m} | _numbers(cache, i, e, m, floor) for m in e.measures]
     return as_table(rows)
 

@@ -140,7 +140,7 @@ class _Units:
         "One (n_l,) bool tensor per layer, in order of depth; fresh tensors."
         return tuple(row.clone() for row in self.flat.split(self.widths))
 
-    @property
+    @functools.cached_property
     def counts(self) -> tuple[int, ...]:
         "How many units are selected in each layer."
         return tuple(int(row.sum()) for row in self.layout.split(self.array))
