@@ -15,7 +15,7 @@ run: .venv/installed  ## find functional networks of the default model, ablate t
 
 test: .venv/installed-dev .venv/installed-docs  ## check that notebooks, library and README are in step; run notebooks and tests
 	$(BIN)/llmfact fetch smollm2-135m wiki capitals rotten-tomatoes
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 	$(PYTEST) tests -m "not slow and not extra" -n $(WORKERS) --dist loadfile --durations 25 $(TESTS)
 
 test-extras: .venv/installed-dev .venv/installed-bench .venv/installed-lm_eval nbdev3  ## what needs further packages: lm-eval, nilearn, and nbdev 3; a few minutes
