@@ -9,6 +9,7 @@ __all__ = ['Settings', 'Intervention', 'EvaluationSet', 'loss_on', 'answers_on',
 # %% ../nbs/09_ablation.ipynb #af007119
 import copy
 import hashlib
+import inspect
 import math
 import os
 import warnings
@@ -25,7 +26,7 @@ from torch import nn
 from .activations import Activations, capture, longest_input
 from .base.arguments import ArgumentError, check_choice, check_whole
 from .base.files import digest, load_tensors, reading, save_tensors
-from .base.tokens import text_list, token_counts, token_lists
+from .base.tokens import own_hook, text_list, token_counts, token_lists
 from .base.identity import model_fingerprint
 from .base.display import Overall, progress_bar
 from .base.statistics import document_estimate, levels
@@ -35,7 +36,7 @@ from .base.whitening import TooLittleData
 from .masked_model import MaskedModel, is_masked, late_bound
 from .masks import CONTROLS, DRAWN, NeuronMask, control, score_match
 from .networks import FunctionalNetworks, Threshold
-from .sites import SITES
+from .sites import SITES, NeuronSites, backbone
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,6 +131,91 @@ PRESETS: dict[str, Settings] = {
     ),
 }
 
+# %% ../nbs/09_ablation.ipynb #10788548
+class Counterparts:
+    "The other text of each text, as token ids; as `replace` of an intervention, it gives neurons their values there."
+
+    def __init__(
+        self,
+        pairs: Iterable[tuple[Sequence[int], Sequence[int]]],  # token ids of both texts, equally many
+    ):
+        self.other: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for a, b in pairs:
+            for ids, other in ((tuple(a), tuple(b)), (tuple(b), tuple(a))):
+                if not ids or len(ids) != len(other) or self.other.setdefault(ids, other) != other:
+                    accepted = "for each text one other text, with as many tokens"
+                    raise ArgumentError("pairs", (list(ids), list(other)), accepted)
+        if not self.other:
+            raise ArgumentError("pairs", [], "at least one pair")
+
+    @property
+    def mark(self) -> str:
+        "A checksum of all pairs."
+        return hashlib.sha256(repr(sorted(self.other.items())).encode()).hexdigest()[:24]
+
+    def __call__(
+        self,
+        ids: torch.Tensor,  # (rows, positions) token ids
+        real: torch.Tensor | None = None,  # (rows, positions) attention mask; None: all tokens are real
+    ) -> torch.Tensor:
+        "Return (rows, positions) the tokens of the other texts. Raises ArgumentError for a text of no pair."
+        where, new = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool().to(ids.device), ids.clone()
+        for row, is_real, out in zip(ids, where, new):
+            text = tuple(row[is_real].tolist())
+            if text not in self.other:
+                raise ArgumentError("input_ids", list(text), f"one of the {len(self.other):,} texts of the pairs")
+            out[is_real] = torch.tensor(self.other[text], device=ids.device)
+        return new
+
+# %% ../nbs/09_ablation.ipynb #f28cfc41
+def _other_call(counterparts: Counterparts, signature: inspect.Signature, args: tuple, kwargs: dict) -> tuple:
+    "(args, kwargs) of the same call on the other texts."
+    given = signature.bind_partial(*args, **kwargs).arguments
+    given = {**given.pop("kwargs", {}), **given}
+    if given.get("past_key_values") is not None:
+        advice = "Counterparts need whole texts: call the model with use_cache=False."
+        raise ArgumentError("past_key_values", "a cache", "None", advice)
+    if given.get("input_ids") is None:
+        raise ArgumentError("input_ids", None, "token ids, by which the other texts are found")
+    others = counterparts(given["input_ids"], given.get("attention_mask"))
+    if "input_ids" in kwargs:
+        return args, {**kwargs, "input_ids": others}
+    place = list(signature.parameters).index("input_ids")
+    return (*args[:place], others, *args[place + 1 :]), kwargs
+
+# %% ../nbs/09_ablation.ipynb #3b5e2913
+@contextmanager
+def _values_of_others(model: nn.Module, sites: NeuronSites, counterparts: Counterparts) -> Iterator[Callable]:
+    "Read the other texts before every call; give what `MaskedModel.ablate` takes as `replace`."
+    inner, kept, is_reading = backbone(model, sites), dict[int, torch.Tensor](), False
+    signature = inspect.signature(inner.forward)
+
+    @own_hook
+    def read_others(module, args, kwargs):
+        nonlocal is_reading
+        if is_reading:
+            return
+        (args, kwargs), is_reading = _other_call(counterparts, signature, args, kwargs), True
+        try:
+            with torch.no_grad():
+                module(*args, **kwargs)
+        finally:
+            is_reading = False
+
+    def change(layer: int):
+        def at(x, units):
+            if is_reading:
+                kept[layer] = x.detach().clone()
+            return x if is_reading else kept[layer]
+
+        return at
+
+    handle = inner.register_forward_pre_hook(read_others, with_kwargs=True, prepend=True)
+    try:
+        yield change
+    finally:
+        handle.remove()
+
 # %% ../nbs/09_ablation.ipynb #985a840c
 OPERATIONS = ("ablate", "keep", "amplify")
 
@@ -142,7 +228,7 @@ class _Change:
     mask: NeuronMask  # the neurons of the intervention
     seed: int | None = None  # seed of a control that was drawn
     operation: str = "ablate"  # "ablate" the mask's neurons, "keep" only them, or "amplify" them
-    replace: str | torch.Tensor = "zero"  # what replaces an ablated neuron: "zero", "mean", or (N,) values
+    replace: str | torch.Tensor | Counterparts = "zero"  # "zero", "mean", (N,) values, or those in the other text
     means: torch.Tensor | None = None  # (N,) each neuron's mean, for replace="mean"
     gain: float = 1.0  # factor, for "amplify"; it acts on the distance from `replace`
     add: torch.Tensor | None = None  # (N,) added after the gain, for "amplify"
@@ -164,7 +250,9 @@ def _check_intervention(i: _Change) -> None:
     "Raise ArgumentError, naming the argument, for an invalid value."
     check_choice("operation", i.operation, OPERATIONS)
     check_choice("positions", i.positions, POSITIONS)
-    if not isinstance(i.replace, torch.Tensor):
+    if isinstance(i.replace, Counterparts):
+        check_choice("operation", i.operation, ("ablate", "keep"))
+    elif not isinstance(i.replace, torch.Tensor):
         check_choice("replace", i.replace, ("zero", "mean"))
         if i.replace == "mean" and i.means is None:
             raise ArgumentError("means", None, "one value per neuron", "Give activations.moments()[0].")
@@ -185,6 +273,8 @@ class _Formula(_Change):
     def scale_and_shift(self) -> tuple[float, torch.Tensor | None]:
         "A changed neuron's x becomes scale * x + shift; the shift is (N,), or None for 0."
         scale = self.gain if self.operation == "amplify" else 0.0
+        if isinstance(self.replace, Counterparts):
+            raise ArgumentError("replace", "counterparts", "zero, mean or values, where no text is read")
         point = self.means if isinstance(self.replace, str) else self.replace
         if isinstance(self.replace, str) and self.replace == "zero" or point is None:
             return scale, self.add
@@ -211,7 +301,13 @@ class _Formula(_Change):
 @contextmanager
 def _change_neurons(model: nn.Module, i: _Formula) -> Iterator[tuple[int, ...]]:
     "Change the model while the block is open."
-    masked, (scale, shift) = MaskedModel(model, legacy_late_binding=i.late_binding), i.scale_and_shift
+    masked = MaskedModel(model, legacy_late_binding=i.late_binding)
+    if isinstance(i.replace, Counterparts):
+        with _values_of_others(model, masked.sites(i.mask), i.replace) as change:
+            with getattr(masked, i.operation)(i.mask, change, i.positions) as counts:
+                yield counts
+        return
+    scale, shift = i.scale_and_shift
     if i.operation == "amplify":
         block = masked.amplify(i.mask, scale, 0.0 if shift is None else shift, i.positions)
     else:
@@ -234,9 +330,13 @@ class Intervention(_Formula):
     @property
     def mark(self) -> str:
         "A checksum of everything that decides its effect, which does not include name, seed and labels."
-        scale, shift = self.scale_and_shift
         mask = self.touched
-        values = None if shift is None else digest(shift.float()[mask.flat])
+        if isinstance(self.replace, Counterparts):
+            values: Any = self.replace.mark
+            scale = 0.0
+        else:
+            scale, shift = self.scale_and_shift
+            values = None if shift is None else digest(shift.float()[mask.flat])
         parts = (mask.widths, mask.depths, mask.site, scale, self.positions, values)
         return hashlib.sha256(repr(parts).encode() + mask.bits).hexdigest()[:24]
 
@@ -244,7 +344,8 @@ class Intervention(_Formula):
     def described(self) -> dict:
         "The intervention's entries in a table."
         own = {name: getattr(self, name) for name in ("arm", "seed", "operation", "positions", "late_binding")}
-        own["replace"] = self.replace if isinstance(self.replace, str) else "values"
+        kind = "counterfactual" if isinstance(self.replace, Counterparts) else "values"
+        own["replace"] = self.replace if isinstance(self.replace, str) else kind
         return own | units_of(self.touched) | dict(self.labels)
 
 # %% ../nbs/09_ablation.ipynb #bf446db2
@@ -274,7 +375,12 @@ def injected_norm(
     return (injected / whole) ** 0.5 if whole else math.nan
 
 # %% ../nbs/09_ablation.ipynb #d1513f07
-WORSE = {"nats": 1, "accuracy": -1, "label nats": 1}  # measure -> the direction in which a model gets worse
+WORSE = {
+    "nats": 1,
+    "accuracy": -1,
+    "label nats": 1,
+    "logit difference": -1,
+}  # measure -> the direction in which a model gets worse
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,7 +393,7 @@ class Scores:
 
     def mean(
         self,
-        measure: str,  # "nats", "accuracy" or "label nats"
+        measure: str,  # "nats", "accuracy", "label nats" or "logit difference"
     ) -> float:
         "Return the mean over items."
         return float(self.sums[measure].sum() / self.counts.sum())
@@ -537,7 +643,7 @@ COLUMNS: dict[str, str] = {
     "add_sd": "what was added, in standard deviations of each neuron",
     "found_on": "texts on which the networks were found",
     "operation": "ablate, keep, amplify or subtract",
-    "replace": "zero, mean or values: what replaces a neuron, or the point from which it is amplified",
+    "replace": "zero, mean, values or counterfactual: what replaces a neuron, or the point from which it is amplified",
     "positions": "all tokens, or all after the first one",
     "late_binding": "whether every layer got the last layer's mask row, as in the published code",
     "units": "number of units that were really changed",
@@ -546,7 +652,7 @@ COLUMNS: dict[str, str] = {
     "overlap": "of a control: share of its units that are in its selection",
     "injected": "norm of the change to the MLP outputs, as a share of their norm",
     "data": "texts on which it was measured",
-    "measure": "nats (of a token), accuracy (share of answers) or label nats",
+    "measure": "nats (of a token), accuracy (share of answers), label nats or logit difference",
     "value": "the score itself",
     "unmasked": "the score of the unmasked model",
     "damage": "how much worse than unmasked",

@@ -391,10 +391,12 @@ class MaskedModel(_Wrapped):
     def ablate(
         self,
         mask: NeuronMask,  # the neurons to ablate
-        replace: str | torch.Tensor | np.ndarray = "zero",  # "zero", "mean" (see `fit_means`), or (N,) values
+        replace: str | torch.Tensor | np.ndarray | Callable = "zero",  # "zero", "mean" (`fit_means`), or (N,) values
         positions: str = "all",  # "all", or "after-first": spare the first real token of each row
     ) -> _Block:
-        "Context manager: the mask's neurons are replaced."
+        "Context manager: the mask's neurons are replaced; a function gives for a layer (values, units) -> new values."
+        if callable(replace):
+            return self._block(mask, replace, positions)
         rows = self._replacement(mask, replace)
         if rows is None:
             return self._block(mask, lambda layer: lambda x, units: torch.zeros_like(x), positions)
@@ -408,7 +410,7 @@ class MaskedModel(_Wrapped):
     def keep(
         self,
         mask: NeuronMask,  # the neurons to keep
-        replace: str | torch.Tensor | np.ndarray = "zero",  # replacement of all others
+        replace: str | torch.Tensor | np.ndarray | Callable = "zero",  # replacement of all others, as for `ablate`
         positions: str = "all",  # "all" or "after-first"
     ) -> _Block:
         "Context manager: every neuron but the mask's is replaced (the paper's preservation)."

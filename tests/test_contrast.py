@@ -2,6 +2,7 @@
 attributions that add up, and tables that are refused by row."""
 
 import families
+import planted
 import pytest
 import torch
 
@@ -11,35 +12,17 @@ from llmfact_nb.scores.contrast import (
     SCORES, ContrastPair, ContrastSet, Localizer, contrast_accuracy, contrast_set, localize, text_means, token_pairs,
 )  # fmt: skip
 
-PLANTED = [(1, 5), (2, 9)]  # (layer, neuron)
+PLANTED = planted.TASKS["one"]
 
 
 @pytest.fixture(scope="module")
 def model():
-    "A model in which two neurons alone carry the word w10 or w11 at the end of a text to the answer w20 or w21."
-    net = families.build("llama", num_hidden_layers=3, tie_word_embeddings=False)
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.dim() > 1:
-                p.zero_()
-        net.model.embed_tokens.weight[:, 3] = 3.0
-        net.model.embed_tokens.weight[10, 0], net.model.embed_tokens.weight[11, 0] = 3.0, -3.0
-        net.model.embed_tokens.weight[:, 1] = 1.0
-        net.lm_head.weight[20, 2], net.lm_head.weight[21, 2] = 1.0, -1.0
-        for block in net.model.layers:  # all neurons are active at all words, so that no word looks like a sink
-            block.mlp.gate_proj.weight[:, 1], block.mlp.up_proj.weight[:, 1] = 2.0, 1.0
-        for layer, neuron in PLANTED:
-            mlp = net.model.layers[layer].mlp
-            mlp.gate_proj.weight[neuron], mlp.up_proj.weight[neuron] = 0.0, 0.0
-            mlp.gate_proj.weight[neuron, 1], mlp.up_proj.weight[neuron, 0] = 2.0, 1.0
-            mlp.down_proj.weight[2, neuron] = 1.0
-    return net
+    return planted.task_model()
 
 
 @pytest.fixture(scope="module")
 def contrast():
-    start = [families.words(5, seed=i).replace("w10", "w12").replace("w11", "w12") for i in range(12)]
-    return ContrastSet("planted", tuple(ContrastPair(f"{s} w10", f"{s} w11", " w20", " w21", "one") for s in start))
+    return planted.task_pairs()
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -24,6 +24,7 @@ from ..base.statistics import mean_estimate, stream
 from llmfact_nb.base.tokens import (
     columns_of, evaluation_mode, input_device, length_batches, padded, text_tokenizer, token_lists,
 )  # fmt: skip
+from ..evaluate import score_tokens
 from ..masks import Layout, NeuronMask
 from ..networks import Threshold, z_scores
 from ..sites import attach, neuron_sites
@@ -49,6 +50,12 @@ class ContrastSet:
 
     name: str
     pairs: tuple[ContrastPair, ...]
+
+    def __post_init__(self):
+        empty = [i for i, p in enumerate(self.pairs) if not (p.a.strip() and p.b.strip())]
+        if empty:
+            seen = f"{len(empty)} of {len(self.pairs)} pairs with an empty text, the first is number {empty[0]}"
+            raise ArgumentError("pairs", seen, "two texts in every pair")
 
     @property
     def has_answers(self) -> bool:
@@ -130,20 +137,47 @@ def _reviews(rng: np.random.Generator) -> Iterator[ContrastPair]:
     yield from (ContrastPair(good[i], bad[j]) for i, j in zip(*orders))
 
 
-def _capitals(rng: np.random.Generator) -> Iterator[ContrastPair]:
-    "Two countries and their capitals."
+def _capitals(rng: np.random.Generator, rounds: int = 20) -> Iterator[ContrastPair]:
+    "Two countries and their capitals, of similar length; no country comes again before all others have come."
     from llmfact_nb.base.texts import load_cloze
 
-    rows = [(row["prompt"], row["answer"]) for row in load_cloze("capitals")]
-    while True:
-        (a, answer_a), (b, answer_b) = (rows[i] for i in rng.choice(len(rows), 2, replace=False))
-        if answer_a != answer_b:
-            yield ContrastPair(a, b, answer_a, answer_b)
+    rows, seen = [(row["prompt"], row["answer"]) for row in load_cloze("capitals")], set()
+    for _ in range(rounds):
+        mixed = sorted((rows[i] for i in rng.permutation(len(rows))), key=lambda r: (r[0].count(" "), len(r[0])))
+        pairs = list(zip(mixed[::2], mixed[1::2]))
+        for (a, answer_a), (b, answer_b) in (pairs[i] for i in rng.permutation(len(pairs))):
+            if answer_a != answer_b and (a, b) not in seen:
+                seen.add((a, b))
+                yield ContrastPair(a, b, answer_a, answer_b)
+
+# %% ../../nbs/scores/05_contrast.ipynb #3d7e2572
+_GOOD = "good great wonderful excellent brilliant beautiful perfect lovely".split()
+_BAD = "bad terrible horrible awful boring ugly poor disgusting".split()
+_SEEN = "film book show play meal hotel concert story song picture garden town lesson speech coffee dress".split()
+_OPINIONS = {
+    "love": ("I thought the {s} was {adj}. I", " loved", " hated"),
+    "mood": ("The {s} was {adj}, and it made me feel", " happy", " sad"),
+    "advice": ("Everybody says that the {s} is {adj}. It is really", " good", " bad"),
+    "verdict": ("What a {adj} {s}! My opinion of it is very", " positive", " negative"),
+}
+
+
+def _opinions(rng: np.random.Generator) -> Iterator[ContrastPair]:
+    "Pairs, the constructions in turn; `a` praises and `b` blames."
+    seen: set[tuple[str, ...]] = set()
+    while len(seen) < len(_OPINIONS) * len(_SEEN) * len(_GOOD) * len(_BAD):
+        for construction, (frame, praise, blame) in _OPINIONS.items():
+            thing, good, bad = (str(rng.choice(words)) for words in (_SEEN, _GOOD, _BAD))
+            if (construction, thing, good, bad) not in seen:
+                seen.add((construction, thing, good, bad))
+                a, b = (frame.format(s=thing, adj=adjective) for adjective in (good, bad))
+                yield ContrastPair(a, b, praise, blame, construction)
 
 # %% ../../nbs/scores/05_contrast.ipynb #7eb1dca7
 _MADE: dict[str, Callable[[np.random.Generator], Iterator[ContrastPair]]] = {
     "agreement": _agreement,
     "capitals": _capitals,
+    "opinions": _opinions,
     "sentences-nonwords": _letters_shuffled,
     "sentences-shuffled": _words_shuffled,
     "reviews": _reviews,
@@ -157,9 +191,9 @@ def contrast_set(
 ) -> ContrastSet:
     """Return pairs of texts for a contrast.
 
-    Sets of the package: "agreement", "capitals", "sentences-nonwords", "sentences-shuffled", "reviews". A table (.csv,
-    .jsonl ...) has the columns a and b, and answer_a, answer_b and construction if wanted. Raises ArgumentError for
-    other names and for more pairs than there are."""
+    Sets of the package: "agreement", "capitals", "opinions", "sentences-nonwords", "sentences-shuffled", "reviews". A
+    table (.csv, .jsonl ...) has the columns a and b, and answer_a, answer_b and construction if wanted. Raises
+    ArgumentError for other names and for more pairs than there are."""
     n = None if n is None else check_whole("n", n, least=1)
     if str(name) in _MADE:
         pairs = _first(_MADE[str(name)](stream(seed, "contrast", str(name))), n or 400)
@@ -197,6 +231,7 @@ class TokenPair:
     b: list[int]
     answers: tuple[int, int]  # tokens that go on `a` and `b`
     construction: str
+    several: bool = False  # does an answer have more tokens, which do not count?
 
 
 def token_pairs(
@@ -222,31 +257,13 @@ def token_pairs(
             and len(more_a) > n < len(more_b)
             and more_a[n] != more_b[n]
         ):
-            found.append(TokenPair(a, b, (more_a[n], more_b[n]), p.construction))
+            several = max(len(more_a), len(more_b)) > n + 1
+            found.append(TokenPair(a, b, (more_a[n], more_b[n]), p.construction, several))
     if not found:
         raise ArgumentError(
             "contrast", contrast.name, "pairs of equal length whose answers differ in their first token"
         )
     return found
-
-# %% ../../nbs/scores/05_contrast.ipynb #e498b9e2
-def _batches(pairs: Sequence[TokenPair], model: nn.Module, tokens: int = 512) -> Iterator[list[TokenPair]]:
-    "Pairs of similar lengths together."
-    for batch in length_batches([len(p.a) for p in pairs], "auto", tokens, model):
-        yield [pairs[i] for i in batch]
-
-
-def _ids(pairs: Sequence[TokenPair], side: str, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    "(token ids, attention mask, place of the last token) of one side of a batch."
-    ids, real = padded([getattr(p, side) for p in pairs], input_device(model))
-    return ids, real, real.sum(1) - 1
-
-
-def _difference(logits: torch.Tensor, last: torch.Tensor, pairs: Sequence[TokenPair]) -> torch.Tensor:
-    "Logit of answer a less that of answer b at the end of each text, (pairs,)."
-    row, answers = torch.arange(len(pairs), device=logits.device), torch.tensor([p.answers for p in pairs])
-    of = lambda i: logits[row, last, answers[:, i].to(logits.device)].float()
-    return of(0) - of(1)
 
 # %% ../../nbs/scores/05_contrast.ipynb #c117752a
 @dataclass(frozen=True, eq=False)
@@ -260,10 +277,17 @@ class ContrastAccuracy:
     by_construction: "pd.DataFrame"  # construction, pairs, accuracy, logit_difference
     margins: torch.Tensor  # (pairs, 2) own answer less the other's, after a and after b
     left_out: int  # pairs that could not be compared
+    several: int = 0  # pairs of which an answer has several tokens and is judged by its first one
+
+    @property
+    def above_chance(self) -> bool:
+        "Does the model solve the task? If the interval of its accuracy reaches 0.5, no neurons can be named for it."
+        return self.ci[0] > 0.5
 
     def __repr__(self):
-        interval = f"{self.ci[0]:.3f} to {self.ci[1]:.3f}"
+        interval = f"{self.ci[0]:.3f} to {self.ci[1]:.3f}" + ("" if self.above_chance else ", at chance")
         size = f"{len(self.margins)} pairs, {self.left_out} left out"
+        size += f", {self.several} with answers of several tokens" if self.several else ""
         return f"ContrastAccuracy({self.accuracy:.3f} ({interval}), logits {self.logit_difference:+.2f}, {size})"
 
 # %% ../../nbs/scores/05_contrast.ipynb #22d9f663
@@ -275,25 +299,25 @@ def contrast_accuracy(
     "Compare the logits of both answers after each text. Raises ArgumentError if no pair can be compared."
     import pandas as pd
 
-    pairs, margins, order = token_pairs(text_tokenizer(tokenizer), contrast), [], []
-    with evaluation_mode(model):
-        for batch in _batches(pairs, model):
-            sides = []
-            for side, sign in (("a", 1), ("b", -1)):
-                ids, real, last = _ids(batch, side, model)
-                logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits
-                sides.append(sign * _difference(logits, last, batch).cpu())
-            margins.append(torch.stack(sides, 1))
-            order += batch
-    found = torch.cat(margins)
-    right, mean = (found > 0).double().mean(1).numpy(), found.double().mean(1).numpy()
-    table = pd.DataFrame({"construction": [p.construction for p in order], "accuracy": right, "logit_difference": mean})
+    pairs = token_pairs(text_tokenizer(tokenizer), contrast)
+    asked = [
+        [*text, answer]
+        for p in pairs
+        for text, (x, y) in ((p.a, p.answers), (p.b, p.answers[::-1]))
+        for answer in (x, y)
+    ]
+    log_probs = score_tokens(model, asked, [len(ids) - 1 for ids in asked])
+    own, other = torch.cat([x for x, _ in log_probs]).reshape(len(pairs), 2, 2).double().unbind(2)
+    found = own - other  # of logits too: what both are divided by is the same
+    right, mean = (found > 0).double().mean(1).numpy(), found.mean(1).numpy()
+    table = pd.DataFrame({"construction": [p.construction for p in pairs], "accuracy": right, "logit_difference": mean})
     table = table.groupby("construction", sort=False).agg(
         pairs=("accuracy", "size"), accuracy=("accuracy", "mean"), logit_difference=("logit_difference", "mean")
     )
     of = [mean_estimate(values, np.ones(len(values))) for values in (right, mean)]
     numbers = (of[0].value, of[0].ci, of[1].value, of[1].ci)
-    return ContrastAccuracy(*numbers, table.reset_index(), found, len(contrast) - len(pairs))
+    several = sum(p.several for p in pairs)
+    return ContrastAccuracy(*numbers, table.reset_index(), found, len(contrast) - len(pairs), several)
 
 # %% ../../nbs/scores/05_contrast.ipynb #300972c0
 def text_means(
@@ -322,6 +346,25 @@ def welch_t(
     (va, ma), (vb, mb) = (torch.var_mean(x.double(), 0) for x in (a, b))
     error = torch.maximum((va / len(a) + vb / len(b)).sqrt(), 1e-6 * torch.maximum(ma.abs(), mb.abs()))
     return torch.where(error > 0, (ma - mb) / torch.where(error > 0, error, 1), 0).float()
+
+# %% ../../nbs/scores/05_contrast.ipynb #e498b9e2
+def _batches(pairs: Sequence[TokenPair], model: nn.Module, tokens: int = 512) -> Iterator[list[TokenPair]]:
+    "Pairs of similar lengths together."
+    for batch in length_batches([len(p.a) for p in pairs], "auto", tokens, model):
+        yield [pairs[i] for i in batch]
+
+
+def _ids(pairs: Sequence[TokenPair], side: str, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    "(token ids, attention mask, place of the last token) of one side of a batch."
+    ids, real = padded([getattr(p, side) for p in pairs], input_device(model))
+    return ids, real, real.sum(1) - 1
+
+
+def _difference(logits: torch.Tensor, last: torch.Tensor, pairs: Sequence[TokenPair]) -> torch.Tensor:
+    "Logit of answer a less that of answer b at the end of each text, (pairs,)."
+    row, answers = torch.arange(len(pairs), device=logits.device), torch.tensor([p.answers for p in pairs])
+    of = lambda i: logits[row, last, answers[:, i].to(logits.device)].float()
+    return of(0) - of(1)
 
 # %% ../../nbs/scores/05_contrast.ipynb #34213cdc
 def _probed(model: nn.Module, sites, inputs: dict, last, pairs, gradient: bool) -> tuple[list, Any]:

@@ -28,18 +28,19 @@ def contrast_on(
     tokenizer,  # of the model
     contrast: ContrastSet,  # with answers
 ) -> EvaluationSet:
-    'Return the evaluation set with the measures "accuracy" and "label nats"; chance is 0.5.'
+    'Return the evaluation set with the measures "accuracy", "label nats" and "logit difference"; chance is 0.5.'
     pairs = token_pairs(tokenizer, contrast)
     mark = hashlib.sha256(repr(pairs).encode()).hexdigest()
 
     def score(model: nn.Module) -> Scores:
-        margins = contrast_accuracy(model, tokenizer, contrast).margins.double()
-        right, nats = (margins > 0).double().mean(1), torch.nn.functional.softplus(-margins).mean(1)
-        sums = {"accuracy": right.numpy(), "label nats": nats.numpy()}
-        return Scores(sums, torch.ones(len(margins), dtype=torch.long).numpy())
+        margins = contrast_accuracy(model, tokenizer, contrast).margins
+        right, nats = (margins > 0).double(), torch.nn.functional.softplus(-margins)
+        sums = {"accuracy": right, "label nats": nats, "logit difference": margins}
+        means = {name: values.mean(1).numpy() for name, values in sums.items()}
+        return Scores(means, torch.ones(len(margins), dtype=torch.long).numpy())
 
-    tokens = 2 * sum(len(p.a) for p in pairs)
-    return EvaluationSet(data, ("accuracy", "label nats"), mark, tokens, score, {"chance": 0.5, "majority": 0.5})
+    measures, tokens = ("accuracy", "label nats", "logit difference"), 2 * sum(len(p.a) for p in pairs)
+    return EvaluationSet(data, measures, mark, tokens, score, {"chance": 0.5, "majority": 0.5})
 
 # %% ../../nbs/study/10_localizers.ipynb #e2321e53
 def best_network(
