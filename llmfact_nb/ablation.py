@@ -27,7 +27,7 @@ from .activations import Activations, capture, longest_input
 from .base.arguments import ArgumentError, check_choice, check_whole
 from .base.files import digest, load_tensors, reading, save_tensors
 from .base.tokens import own_hook, text_list, token_counts, token_lists
-from .base.identity import model_fingerprint
+from .base.identity import model_fingerprint, refuse_other_model
 from .base.display import Overall, progress_bar
 from .base.statistics import document_estimate, levels
 from .base.texts import DOCUMENTS
@@ -563,11 +563,19 @@ def _measure_in_parallel(cache: "ScoreCache", todo: list[tuple], n_jobs: int, ba
         if error is not None:
             raise error
 
+# %% ../nbs/09_ablation.ipynb #76838162
+def _refuse_others(model: nn.Module, interventions: Sequence) -> None:
+    "Raise ArgumentError, with both names, before anything is measured for masks that another model's networks gave."
+    cards = {str(c): c for c in (getattr(i.mask, "card", None) for i in interventions) if c is not None}
+    for card in cards.values():
+        refuse_other_model(card, model, "interventions", any_model=None)
+
 # %% ../nbs/09_ablation.ipynb #dea28d32
 def _measure_missing(cache: "ScoreCache", todo: list[tuple], description: str, n_jobs: int) -> None:
     "Measure these pairs, in this process or in several."
     if not todo:
         return
+    _refuse_others(cache.model, [i for i, _ in todo if i is not None])
     with progress_bar(sum(e.tokens for _, e in todo), description, "tok", cache.progress) as bar:
         for intervention, e in todo if n_jobs == 1 else ():
             bar.set_postfix_str("unmasked" if intervention is None else intervention.arm)

@@ -598,7 +598,7 @@ def prune(run, out, device, accept_licence, dry_run, anywhere, uncompensated, **
     """Remove neurons from the model of a run, and save the smaller model.
 
     Says how many neurons and parameters are left and what the loss on held-out texts was before and after. The folder
-    is read by `load_pruned`, and by from_pretrained where all layers have the same width and no bias was made.
+    is read by `load_pruned`, and by from_pretrained where the model's configuration has a place for what is left.
 
     \b
     llmfact prune --dry-run

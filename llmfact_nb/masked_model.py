@@ -14,6 +14,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -248,6 +249,59 @@ def late_bound(
         raise ArgumentError("mask", f"widths {sorted(set(mask.widths))}", accepted)
     return NeuronMask.from_layers([mask.layers[-1]] * len(mask.widths), mask.site, mask.depths)
 
+# %% ../nbs/06_masked_model.ipynb #19efc8dc
+def bias_of(
+    module: nn.Module,  # a linear map
+) -> nn.Parameter:
+    "Return the bias of a linear map; where there is none, one of zeros is made and marked as made."
+    if module.bias is None:
+        weight = module.weight
+        zeros = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        module.bias, module.bias_made = nn.Parameter(zeros, requires_grad=weight.requires_grad), True
+    return module.bias
+
+
+def made_biases(
+    model: nn.Module,  # any model
+) -> list[str]:
+    "Return the names of the linear maps whose bias was made, so that the model's class knows nothing of it."
+    return [name for name, m in model.named_modules() if getattr(m, "bias_made", False)]
+
+# %% ../nbs/06_masked_model.ipynb #f1de5f05
+@dataclass
+class BiasShift:
+    "What the bias of a linear map was given for inputs that no longer come."
+
+    owner: nn.Module  # the linear map
+    before: torch.Tensor | None  # its bias; None: it had none
+    shift: torch.Tensor  # (outputs,)
+
+    def undo(self) -> None:
+        "Take it back: bit for bit where training has not moved the bias."
+        if self.before is None:
+            self.owner.bias = None
+            del self.owner.bias_made
+            return
+        with torch.no_grad():
+            now = self.owner.bias
+            now.copy_(torch.where(now == self.before + self.shift, self.before, now - self.shift))
+
+# %% ../nbs/06_masked_model.ipynb #df84a847
+def shift_bias(
+    module: nn.Module,  # a linear map
+    units: torch.Tensor,  # (m,) int64, some of its inputs
+    values: torch.Tensor,  # (m,) what they would always be
+) -> BiasShift:
+    "Let the bias write what these inputs write with these values; return what undoes it."
+    weight = module.weight.detach()
+    columns = weight if type(module).__name__ == "Conv1D" else weight.T  # (inputs, outputs)
+    columns = columns[units.to(weight.device)].double()
+    shift = (values.to(weight.device).double() @ columns).to(weight.dtype)
+    done = BiasShift(module, None if module.bias is None else module.bias.detach().clone(), shift)
+    with torch.no_grad():
+        bias_of(module).add_(shift)
+    return done
+
 # %% ../nbs/06_masked_model.ipynb #940267db
 def _bake_layer(module: nn.Module, chosen: torch.Tensor, values: torch.Tensor | None, where: str) -> None:
     "Write one layer's ablation into the weights of its projection."
@@ -255,12 +309,15 @@ def _bake_layer(module: nn.Module, chosen: torch.Tensor, values: torch.Tensor | 
     units = chosen.nonzero()[:, 0].to(weight.device)
     if where == "input":
         if values is not None:
-            module.bias += weight[:, units] @ values.to(weight)[units]
+            shift_bias(module, units, values.to(weight.device)[units])
         weight[:, units] = 0
-    else:
-        weight[units] = 0
-        if module.bias is not None:
-            module.bias[units] = 0 if values is None else values.to(module.bias)[units]
+        return
+    weight[units] = 0
+    if values is not None:
+        bias = bias_of(module)
+        bias[units] = values.to(bias)[units]
+    elif module.bias is not None:
+        module.bias[units] = 0
 
 # %% ../nbs/06_masked_model.ipynb #d14f33f4
 def _plain_copy(model: nn.Module) -> nn.Module:
@@ -441,7 +498,9 @@ class MaskedModel(_Wrapped):
         replace: str | torch.Tensor | np.ndarray = "zero",  # "zero", "mean" or (N,) values
         positions: str = "all",  # only "all" can be expressed in weights
     ) -> nn.Module:
-        "Return a copy with the ablation in its weights. Raises ValueError if weights cannot express it."
+        """Return a copy with the ablation in its weights. Raises ValueError if weights cannot express it.
+
+        Values go into biases; where a projection has none, one is made, which `save_pruned` keeps in a file."""
         if positions != "all":
             raise ArgumentError("positions", positions, "'all'", "Weights apply to all positions; use `ablate`.")
         refuse_compiled(self.model)
@@ -480,10 +539,6 @@ def baked(model: nn.Module, sites: NeuronSites, mask: NeuronMask, rows: list[tor
         what = "a site that is a side of one linear map"
         raise ArgumentError("mask", "site 'residual'", what, "Every layer writes to the stream; use `ablate`.")
     check_own_weights(model, {s.name: s.module for _, s in used})
-    for _, s in used:
-        if rows is not None and s.module.bias is None:
-            accepted = f"'zero', because {s.name} has no bias that could carry a value"
-            raise ArgumentError("replace", "values", accepted, "Use the context manager `ablate`.")
     result = _plain_copy(model)
     replace = "zero" if rows is None else torch.cat(rows)
     with warnings.catch_warnings(), MaskedModel(result, sites.site, any_model=True).ablate(mask, replace):

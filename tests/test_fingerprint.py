@@ -2,7 +2,9 @@
 their level, kin told from strangers, and what merely follows words removed on request."""
 
 import copy
+import dataclasses
 import math
+from collections.abc import Callable
 
 import families
 import numpy as np
@@ -39,12 +41,43 @@ def test_a_tokenizer_without_offsets_gives_the_same_ends():
     fast, text = families.tokenizer(special=True), planted.texts(1)[0]
     ids = fast(text)["input_ids"]
 
-    class Slow:
-        is_fast, all_special_ids, decode = False, fast.all_special_ids, fast.decode
-
     expected = token_ends(fast, text, ids)
     assert expected[0] == 0 == expected[-1] and (np.diff(expected[1:-1]) > 0).all()
-    assert token_ends(Slow(), text, ids).tolist() == expected.tolist()
+    with pytest.warns(UserWarning):
+        assert token_ends(Slow(fast.all_special_ids, fast.decode), text, ids).tolist() == expected.tolist()
+
+
+@dataclasses.dataclass
+class Slow:
+    "A tokenizer without character offsets, as those written in Python."
+
+    all_special_ids: list
+    decode: Callable
+    is_fast = False
+
+
+@pytest.mark.filterwarnings("ignore:Slow gives no characters")
+def test_tokens_that_end_inside_a_character_end_with_it():
+    raw = "naïve – ok".encode()
+    bytewise = Slow([], lambda ids, **how: bytes(ids).decode(errors="replace"))
+    ends = token_ends(bytewise, "naïve – ok", list(raw))
+    assert ends.tolist() == [1, 2, 3, 3, 4, 5, 6, 7, 7, 7, 8, 9, 10]
+    assert token_ends(bytewise, "naïve – ok", list(raw[:3])).tolist() == [1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:Slow gives no characters")
+def test_tokenizers_that_cannot_be_aligned_are_named():
+    class Fast:
+        is_fast = True
+
+        def __call__(self, text, **how):
+            return {"input_ids": [1, 2], "offset_mapping": [(0, 1), (1, 2)]}
+
+    lower = Slow([], lambda ids, **how: bytes(ids).decode().lower())
+    for tokenizer, ids in (lower, list(b"Ab Cd")), (Fast(), [7, 8]):
+        with pytest.raises(ArgumentError) as e:
+            token_ends(tokenizer, "Ab Cd", ids)
+        assert e.value.argument == "tokenizer" and type(tokenizer).__name__ in str(e.value)
 
 
 def reordered(model):

@@ -241,14 +241,16 @@ def test_the_tables_agree():
     assert set(cli.SETTINGS["site"].accepted) == set(families.SITES) == set(SITES)
 
 
-def test_baked_streams_are_refused_and_values_need_a_bias():
+def test_baked_streams_are_refused_and_values_of_heads_go_into_the_bias():
     model = families.build("gpt2")
     mask = NeuronMask.full((16,) * 3, "residual")
     with pytest.raises(ArgumentError) as e:
         MaskedModel(model).bake(mask)
     assert e.value.argument == "mask"
-    heads = Subject("gpt2", model).mask("attn_heads")
-    values = torch.linspace(-1, 1, 48)  # GPT-2's projection has a bias that can carry them
-    with MaskedModel(model).ablate(heads, values):
-        expected = answer(model)
-    assert close(answer(MaskedModel(model).bake(heads, values)), expected)
+    values = torch.linspace(-1, 1, 48)
+    for name in ("gpt2", "llama"):  # GPT-2's projection has a bias that can carry them, Llama's is given one
+        model = families.build(name)
+        heads = Subject(name, model).mask("attn_heads")
+        with MaskedModel(model).ablate(heads, values):
+            expected = answer(model)
+        assert close(answer(MaskedModel(model).bake(heads, values)), expected)

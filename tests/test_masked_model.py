@@ -15,7 +15,7 @@ from families import D, FAMILIES, HIDDEN, LAYERS, VARIED
 from refusals import refused
 
 from llmfact_nb.activations import capture
-from llmfact_nb.masked_model import MaskedModel
+from llmfact_nb.masked_model import MaskedModel, made_biases
 from llmfact_nb.masks import NeuronMask
 
 SITES = ("mlp_out", "mlp_hidden")
@@ -431,25 +431,23 @@ def test_baked_equals_masked_or_is_refused(name, site):
     )
     values = torch.randn(mask.n_neurons, generator=torch.Generator().manual_seed(2))
     for replace in ("zero", values):
-        if replace is values and not has_bias(name):
-            with refused(argument="replace"):
-                mm.bake(mask, replace)
-            continue
         with mm.ablate(mask, replace):
             expected = answer(model)
         baked = mm.bake(mask, replace)
         torch.testing.assert_close(answer(baked), expected, rtol=1e-4, atol=1e-4)
-        assert (
-            type(baked) is type(model) and families.state(baked) == before and list(baked.state_dict()) == list(weights)
-        )
+        assert type(baked) is type(model) and (made_biases(baked) or families.state(baked) == before)
+        made = {f"{path}.bias" for path in made_biases(baked)}
+        assert set(baked.state_dict()) == set(weights) | made and not made & set(weights)
+        assert bool(made) == (replace is values and not has_bias(name)) and not made_biases(model)
     assert families.state(model) == before and all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
-def test_means_are_baked_into_gpt2():
-    model, t = families.build("gpt2"), families.tokenizer()
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3_text", "falcon"])
+def test_means_are_baked(name):
+    model, t = families.build(name), families.tokenizer()
     for site in SITES:
         mm = MaskedModel(model).fit_means(capture(model, t, [families.words(30)], site, progress=False))
-        mask = random_mask("gpt2", site)
+        mask = random_mask(name, site)
         with mm.ablate(mask, "mean"):
             expected = answer(model)
         torch.testing.assert_close(answer(mm.bake(mask, "mean")), expected, rtol=1e-4, atol=1e-4)

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from llmfact_nb.ablation import EvaluationSet, ScoreCache, Settings, find_networks
 from llmfact_nb.activations import Activations, capture
 from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.base.files import HEADER, read_header
@@ -29,6 +30,11 @@ from llmfact_nb.networks import FunctionalNetworks
 from llmfact_nb.show.network_cards import network_card
 from llmfact_nb.show.network_page import write_network_page
 from llmfact_nb.sites import neuron_sites
+from llmfact_nb.study.pruning import pruning_study
+from llmfact_nb.study.studies import (
+    amplification_study, cross_task_study, damage_curve, network_study, preservation_study, random_share_study,
+    subtraction_study, union_study,
+)  # fmt: skip
 from llmfact_nb.tuning.gates import NeuronGate
 from llmfact_nb.tuning.pruning import prune
 from llmfact_nb.tuning.sharing import NeuronFile, load_neurons, save_neurons
@@ -78,6 +84,55 @@ def test_masks_of_heads_and_gates_have_cards(world):
     heads = NeuronMask.from_heads(torch.ones(3, 2, dtype=torch.bool), neuron_sites(model, "attn_heads"))
     assert heads.card.is_of(model_card(model)) and neuron_sites(model).at([1]).card.is_of(model_card(model))
     assert NeuronGate(key).mask().card == key.card
+
+
+def test_a_mask_rebuilt_over_a_layout_has_its_card(world, tmp_path):
+    model, acts, networks, key = world
+    key.to_csv(tmp_path / "m.csv")
+    for layout in (acts.layout, networks.layout, key.layout, Layout.of(neuron_sites(model, "mlp_hidden"))):
+        made = [NeuronMask.from_flat(key.flat, layout), NeuronMask.from_csv(tmp_path / "m.csv", layout)]
+        for mask in (*made, NeuronMask.empty(layout), NeuronMask.full(layout)):
+            assert mask.card is layout.card and mask.card.is_of(model_card(model))
+            with pytest.raises(ArgumentError):
+                MaskedModel(other_model()).ablate(mask)
+        assert made == [key, key]
+    assert NeuronMask.from_flat(key.flat, key.widths, key.site).card is None
+
+
+STUDIES = {
+    "union": lambda c, f, e: union_study(c, f, e, {"random": 1}),
+    "damage": lambda c, f, e: damage_curve(c, f, e, (0.1,)),
+    "preservation": lambda c, f, e: preservation_study(c, {4: f}, e),
+    "amplification": lambda c, f, e: amplification_study(c, f, e, gains=(2.0,), adds=()),
+    "networks": lambda c, f, e: network_study(c, f, e, control_seeds=1),
+    "subtraction": lambda c, f, e: subtraction_study(c, f, e),
+    "cross-task": lambda c, f, e: cross_task_study(c, {"here": f}, e),
+    "random share": lambda c, f, e: random_share_study(c, f, e, 1),
+    "pruning": lambda c, f, e: pruning_study(c, f, {"variance": f.variance}, e),
+    "several processes": lambda c, f, e: union_study(c, f, e, {"random": 1}, n_jobs=2),
+}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_studies_refuse_networks_of_another_model_before_they_measure(study, found):
+    def never(model):
+        raise AssertionError("measured")
+
+    held_out = [EvaluationSet("none", ("nats",), "none", 10, never)]
+    with pytest.raises(ArgumentError) as e:
+        STUDIES[study](ScoreCache(other_model(), progress=False), found, held_out)
+    assert e.value.argument == "interventions" and IN_MEMORY in str(e.value) and "somebody/else" in str(e.value)
+    assert "any_model" not in str(e.value)  # a remedy that studies do not have
+    with pytest.raises(AssertionError):
+        STUDIES[study](ScoreCache(families.build("llama"), progress=False), found, held_out)
+
+
+@pytest.fixture(scope="module")
+def found():
+    settings = Settings(n_components=4, n_init=1, fit_tokens=100, fit_length=20, fraction=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return find_networks(families.build("llama"), TOKENIZER, TEXTS, settings, progress=False)
 
 
 REFUSALS = {

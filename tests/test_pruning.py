@@ -12,7 +12,7 @@ from families import D, FAMILIES, HIDDEN, LAYERS
 from torch.nn.utils import prune as torch_pruning
 
 from llmfact_nb.finetune import neuron_parameters
-from llmfact_nb.masked_model import MaskedModel
+from llmfact_nb.masked_model import MaskedModel, made_biases
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.tuning.pruning import load_pruned, prune, pruned_training, pruning_mask, save_pruned
 from llmfact_nb.sites import neuron_sites
@@ -592,6 +592,62 @@ def test_a_bias_keeps_what_it_learned_while_neurons_were_away():
             bias[3] += 1
     learned = bias.detach() - old
     assert learned[3] == pytest.approx(1, abs=1e-5) and (learned != 0).sum() == 1
+
+
+@pytest.mark.parametrize("site", ["mlp_hidden", "mlp_out", "attn_heads"])
+@pytest.mark.parametrize("name", BUILDS)
+def test_baked_means_are_kept_in_a_file(name, site, tmp_path):
+    "By load_pruned in every family; by from_pretrained alone where the configuration has a place for the biases."
+    from transformers import AutoModelForCausalLM
+
+    model, sites = built(name), neuron_sites(families.build(name), site)
+    some = torch.rand(sites.n_neurons, generator=torch.Generator().manual_seed(3)) < 0.4
+    values = torch.linspace(-1, 1, sites.n_neurons)
+    baked = MaskedModel(model).bake(NeuronMask.from_flat(some, sites.widths, site), values)
+    made = made_biases(baked)
+    if not made:
+        with pytest.raises(ValueError):
+            save_pruned(baked, tmp_path / "one")
+        return
+    again = load_pruned(save_pruned(baked, tmp_path / "one"))
+    twice = load_pruned(save_pruned(again, tmp_path / "two")) if made_biases(again) else again
+    for other in (again, twice):
+        assert type(other) is type(model) and not other.training
+        torch.testing.assert_close(logits(other), logits(baked), rtol=1e-5, atol=1e-5)
+    if name == "llama":
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "one").eval()
+        torch.testing.assert_close(logits(plain), logits(baked), rtol=1e-5, atol=1e-5)
+    assert not made_biases(model) and (logits(baked) - logits(model)).abs().max() > 1e-2
+
+
+def test_a_baked_model_can_be_pruned_and_keeps_its_own_biases():
+    model = built("llama")
+    sites = neuron_sites(model, "mlp_hidden")
+    first = NeuronMask.from_flat(torch.arange(sites.n_neurons) % 3 == 0, sites.widths, "mlp_hidden")
+    baked = MaskedModel(model).bake(first, torch.ones(sites.n_neurons))
+    before, made = logits(baked), made_biases(baked)
+    prune(baked, first, torch.linspace(0, 1, sites.n_neurons), verbose=False).restore()
+    assert torch.equal(logits(baked), before) and made_biases(baked) == made
+    prune(model, first, torch.ones(sites.n_neurons), verbose=False)
+    assert made_biases(model) == made
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    assert made_biases(model.neuron_pruning.restore()) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3"])
+def test_equal_widths_with_compensation(name, tmp_path):
+    "An ordinary checkpoint where the configuration has an option for biases of the MLP."
+    from transformers import AutoModelForCausalLM
+
+    model = built(name)
+    acts = probe(name, model)
+    prune(model, pruning_mask(acts.moments()[1], 0.25, acts.layout), acts, verbose=False)
+    path = save_pruned(model, tmp_path)
+    torch.testing.assert_close(logits(load_pruned(path)), logits(model), rtol=1e-5, atol=1e-5)
+    assert json.loads((path / "pruning.json").read_text())["plain"] == (name == "llama")
+    if name == "llama":
+        plain = AutoModelForCausalLM.from_pretrained(path).eval()
+        torch.testing.assert_close(logits(plain), logits(model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BUILDS)

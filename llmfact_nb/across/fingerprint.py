@@ -19,7 +19,7 @@ from torch import nn
 from ..activations import Activations, capture
 from ..base.arguments import ArgumentError, check_choice, check_whole
 from ..base.display import always_shown, progress_bar
-from ..base.statistics import auc_estimate, control_p_value, stream
+from ..base.statistics import auc_estimate, control_p_value, mean_estimate, stream
 from ..base.tokens import text_list, text_tokenizer
 from ..connectivity import network_time_courses
 from ..base.whitening import CentredX, whiten
@@ -29,6 +29,21 @@ from ..networks import FunctionalNetworks, random_rotation
 if TYPE_CHECKING:
     import pandas as pd
 
+# %% ../../nbs/across/05_fingerprint.ipynb #75e4f757
+def _decoded_ends(tokenizer, text: str, ids: Sequence[int]) -> np.ndarray:
+    "The ends of tokens without offsets, from what they decode to. Raises ArgumentError where that is not the text."
+    warnings.warn(f"{type(tokenizer).__name__} gives no characters of tokens; they are decoded for it.", stacklevel=4)
+    special, ends = set(tokenizer.all_special_ids), np.zeros(len(ids), dtype=int)
+    how = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    read = [tokenizer.decode(ids[: i + 1], **how) for i in range(len(ids))]
+    after = len(read[-1]) if read else 0
+    if not text.startswith(read[-1].rstrip("\ufffd") if read else ""):
+        raise _not_the_text(tokenizer)
+    for i in reversed(range(len(ids))):
+        after = len(read[i]) if text.startswith(read[i]) else after
+        ends[i] = 0 if ids[i] in special else after
+    return ends
+
 # %% ../../nbs/across/05_fingerprint.ipynb #716eb471
 def token_ends(
     tokenizer,  # a model's tokenizer
@@ -36,13 +51,18 @@ def token_ends(
     ids: Sequence[int],  # the first tokens of the text, as `capture` read them
 ) -> np.ndarray:
     "Return (tokens,) the character after each token; 0 for tokens that stand for no text."
-    if getattr(tokenizer, "is_fast", False):
-        read = tokenizer(text, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
-        extra = next(i for i in range(len(read["input_ids"])) if list(read["input_ids"][i : i + len(ids)]) == list(ids))
-        return np.array([end if end > start else 0 for start, end in read["offset_mapping"][extra : extra + len(ids)]])
-    special = set(tokenizer.all_special_ids)
-    lengths = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) for i in range(len(ids))]
-    return np.array([0 if t in special else n for t, n in zip(ids, lengths)])
+    if not getattr(tokenizer, "is_fast", False):
+        return _decoded_ends(tokenizer, text, ids)
+    read = tokenizer(text, return_offsets_mapping=True, truncation=False, padding=False, verbose=False)
+    starts = (i for i in range(len(read["input_ids"])) if list(read["input_ids"][i : i + len(ids)]) == list(ids))
+    if (extra := next(starts, None)) is None:
+        raise _not_the_text(tokenizer)
+    return np.array([end if end > start else 0 for start, end in read["offset_mapping"][extra : extra + len(ids)]])
+
+
+def _not_the_text(tokenizer) -> ArgumentError:
+    kind, remedy = type(tokenizer).__name__, "Its courses cannot be brought to characters; take a fast tokenizer."
+    return ArgumentError("tokenizer", kind, "one whose tokens give back the text", remedy)
 
 # %% ../../nbs/across/05_fingerprint.ipynb #0efc96b1
 def common_pieces(
@@ -212,6 +232,7 @@ class Fingerprint:
     shifted: float  # mean similarity over circular shifts
     rotated: float  # mean similarity over random rotations of one model's networks
     table: "pd.DataFrame"  # one row per pair: network_a, network_b, rho
+    by_text: "pd.DataFrame"  # one row per text: similarity and best, from this text alone
     texts: int  # that counted
     pieces: int  # common pieces in them
 
@@ -248,17 +269,11 @@ def compare_courses(
     table = pd.DataFrame({"network_a": rows, "network_b": columns, "rho": rho[rows, columns]})
     p = [control_p_value(value, null[:, i].tolist()) for i, value in enumerate((similarity, best))]
     rotated = float(np.mean([_rotated(raw, s) for s in range(10)]))
-    interval = _interval(by_text[:, rows, columns] * np.sign(rho[rows, columns]), seed)
+    of_texts = (by_text[:, rows, columns] * np.sign(rho[rows, columns])).mean(1)
+    interval = mean_estimate(of_texts, np.ones(len(found)), draws=2000, seed=seed).ci
+    alone = pd.DataFrame([_numbers(of) for of in by_text], columns=["similarity", "best"])
     counts = (len(found), sum(len(x) for x, _ in parts))
-    return Fingerprint(similarity, interval, p[0], best, p[1], float(null[:, 0].mean()), rotated, table, *counts)
-
-
-def _interval(rho: np.ndarray, seed: int) -> tuple[float, float]:
-    "Bootstrap over texts of the mean over pairs, from (texts, pairs)."
-    n, rng = len(rho), stream(seed, "fingerprint", "texts")
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=2000) @ rho.mean(1) / n
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
+    return Fingerprint(similarity, interval, p[0], best, p[1], float(null[:, 0].mean()), rotated, table, alone, *counts)
 
 # %% ../../nbs/across/05_fingerprint.ipynb #5e50bf9c
 def fingerprint(
@@ -295,7 +310,7 @@ def fingerprint_study(
     """Return one row per pair.
 
     Columns: a, b, related; similarity, ci_low, ci_high, p, rotated (rule "courses"); regressed (similarity without
-    words); published (best pair by the published rule)."""
+    words); published (its best pair); similarity_by_text and published_by_text (from each text alone)."""
     import pandas as pd
 
     used, known = list(dict.fromkeys(name for a, b, _ in pairs for name in (a, b))), {}
@@ -309,10 +324,12 @@ def fingerprint_study(
 
 def _pair_row(a: str, b: str, related: bool, known: dict[str, list[NetworkCourses]]) -> dict:
     (ours, published), (ours_b, published_b) = known[a], known[b]
-    of = compare_courses(ours, ours_b)
+    of, best = compare_courses(ours, ours_b), compare_courses(published, published_b)
     row = {"a": a, "b": b, "related": related, "similarity": of.similarity, "ci_low": of.ci[0], "ci_high": of.ci[1]}
     row |= {"p": of.p, "rotated": of.rotated, "regressed": compare_courses(ours, ours_b, regress=True).similarity}
-    return row | {"published": compare_courses(published, published_b).best}
+    said = lambda numbers: " ".join(f"{x:.3f}" for x in numbers)
+    alone = {"similarity_by_text": said(of.by_text.similarity), "published_by_text": said(best.by_text.best)}
+    return row | {"published": best.best} | alone
 
 # %% ../../nbs/across/05_fingerprint.ipynb #231f7f01
 def told_apart(

@@ -206,7 +206,7 @@ def refuse_other_model(
     card: ModelCard | None,  # of a mask, networks or a file; None: not known, anything goes
     model: nn.Module | ModelCard | None,  # the model at hand, or the card of something made from it
     argument: str = "mask",  # what the card belongs to
-    any_model: bool = False,  # the user insists
+    any_model: bool | None = False,  # the user insists; None: nobody can insist here
 ) -> None:
     "Raise ArgumentError, with both names, if the card is of another model."
     if card is None or model is None or any_model:
@@ -216,5 +216,5 @@ def refuse_other_model(
         return
     made = f"It was made from {card}"
     made += ": the names agree, the weights do not." if card.name == own.name else "."
-    remedy = f"{made} Give what belongs to this model, or insist with any_model=True."
+    remedy = f"{made} Give what belongs to this model{', or insist with any_model=True' * (any_model is not None)}."
     raise ArgumentError(argument, card.name, f"what was made from this model, {own}", remedy)

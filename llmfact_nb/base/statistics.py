@@ -218,21 +218,26 @@ def max_statistic(
     return (extreme.max(0)[None] >= extreme[:, :1] - 1e-12).mean(1)
 
 # %% ../../nbs/base/08_statistics.ipynb #8fa500a6
+def _area_variance(area: float, n: int, m: int) -> float:
+    "Variance of an estimate of this area from n and m members."
+    pairs = (n + m) / 2 - 1
+    return area * (1 - area) / (n * m) * (1 + pairs * ((1 - area) / (2 - area) + area / (1 + area)))
+
+
 def auc_estimate(
     scores: Sequence[float] | np.ndarray,  # one number per member
     positive: Sequence[bool] | np.ndarray,  # does the member belong to the first group?
-    draws: int = 2000,  # of the bootstrap
-    seed: int = 0,
 ) -> Estimate:
-    "Return the area under the ROC curve, with its bootstrap interval over members. ValueError without both groups."
+    "Return the area under the ROC curve, with its score interval over members. ValueError without both groups."
+    from scipy.optimize import brentq
     from sklearn.metrics import roc_auc_score
 
     scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
     if positive.all() or not positive.any():
         raise ValueError(f"positive holds {positive.sum()} of {len(positive)} members; both groups need at least one.")
-    rng, values = stream(seed, "auc"), []
-    groups = [np.flatnonzero(positive == of) for of in (True, False)]
-    for _ in range(draws):
-        drawn = np.concatenate([rng.choice(group, len(group)) for group in groups])
-        values.append(roc_auc_score(positive[drawn], scores[drawn]))
-    return Estimate(roc_auc_score(positive, scores), *map(float, np.quantile(values, [0.025, 0.975])))
+    n, m = int(positive.sum()), int((~positive).sum())
+    area = float(roc_auc_score(positive, scores))
+    beyond = lambda x: (area - x) ** 2 - _Z**2 * _area_variance(x, n, m)
+    low = brentq(beyond, 0, area - 1e-9) if area > 0 else 0.0
+    high = brentq(beyond, area + 1e-9, 1) if area < 1 else 1.0
+    return Estimate(area, low, high)

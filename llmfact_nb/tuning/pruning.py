@@ -23,6 +23,7 @@ from ..base.arguments import ArgumentError, check_choice, check_number, check_wh
 from ..base.files import read_json, reading, write_json
 from ..base.identity import refuse_other_model
 from ..finetune import neuron_parameters, refuse_unplain
+from ..masked_model import BiasShift, bias_of, made_biases, shift_bias
 from ..masks import Layout, NeuronMask, common_layout
 from ..networks import rows_to_use
 from ..sites import neuron_sites
@@ -113,40 +114,11 @@ def _refuse_odd_mlps(model: nn.Module, mask: NeuronMask, known: set[str]) -> Non
                     "pruning would change what it computes. Use MaskedModel.ablate."
                 )
 
-# %% ../../nbs/tuning/03_pruning.ipynb #2dae7d31
-@dataclass
-class _Shift:
-    "What the bias of a down projection was given for the neurons that it lost."
-
-    owner: nn.Module  # the down projection
-    before: torch.Tensor | None  # its bias; None: it had none
-    shift: torch.Tensor  # (d,)
-
-    def undo(self) -> None:
-        "Take it back: bit for bit where training has not moved the bias."
-        if self.before is None:
-            self.owner.bias = None
-            return
-        with torch.no_grad():
-            now = self.owner.bias
-            now.copy_(torch.where(now == self.before + self.shift, self.before, now - self.shift))
-
 # %% ../../nbs/tuning/03_pruning.ipynb #07f55280
-def _compensate(model: nn.Module, mask: NeuronMask, means: torch.Tensor) -> list[_Shift]:
+def _compensate(model: nn.Module, mask: NeuronMask, means: torch.Tensor) -> list[BiasShift]:
     "Let the biases write what the mask's neurons write on average; means are (N,)."
-    shifts = []
-    for s, chosen, mean in zip(_down_maps(model, mask), mask.layers, means.split(mask.widths)):
-        if not chosen.any():
-            continue
-        owner, weight = s.module, s.module.weight.detach()
-        columns = weight if type(owner).__name__ == "Conv1D" else weight.T  # (neurons, d)
-        shift = (mean[chosen].to(weight.device).double() @ columns[chosen].double()).to(weight.dtype)
-        shifts.append(_Shift(owner, None if owner.bias is None else owner.bias.detach().clone(), shift))
-        if owner.bias is None:
-            owner.bias = nn.Parameter(torch.zeros_like(shift), requires_grad=weight.requires_grad)
-        with torch.no_grad():
-            owner.bias.add_(shift)
-    return shifts
+    layers = zip(_down_maps(model, mask), mask.layers, means.split(mask.widths))
+    return [shift_bias(s.module, row.nonzero()[:, 0], mean[row]) for s, row, mean in layers if row.any()]
 
 
 def _down_maps(model: nn.Module, mask: NeuronMask):
@@ -172,14 +144,9 @@ class PrunedNeurons:
         model: nn.Module | None,  # the model; None once it has been restored
         mask: NeuronMask,  # the neurons that were removed
         cuts: list[_Cut] | None,  # None: the removed values are not known
-        shifts: Sequence[_Shift] = (),  # biases that make up for the removed neurons
+        shifts: Sequence[BiasShift] = (),  # biases that make up for the removed neurons
     ):
         self.model, self.mask, self.cuts, self.shifts = model, mask, cuts, shifts
-
-    @property
-    def made_for(self) -> list[nn.Module]:
-        "The down projections that have a bias only since they were pruned."
-        return [shift.owner for shift in self.shifts if shift.before is None]
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -310,10 +277,11 @@ def _lowest(scores: torch.Tensor, layout: Layout, free: list[int], share: float,
 # %% ../../nbs/tuning/03_pruning.ipynb #b6bab8d2
 _FILE = "pruning.json"
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")  # what configurations call it
+_BIASES = ((), ("mlp_bias",), ("attention_bias",), ("mlp_bias", "attention_bias"))  # options that give biases
 
 
-def _narrow_config(model: Any, mask: NeuronMask) -> Any:
-    "The configuration of the pruned model; None if there is none, as when layers have different widths."
+def _narrowed(model: Any, mask: NeuronMask) -> Any:
+    "The configuration with the widths that are left; None where layers have different ones."
     widths, before = set(neuron_sites(model, "mlp_hidden").widths), set(mask.widths)
     if len(widths) > 1 or len(before) > 1:
         return None
@@ -322,14 +290,29 @@ def _narrow_config(model: Any, mask: NeuronMask) -> Any:
     for name in _WIDTHS:
         if hasattr(text, name) and getattr(text, name) in (None, *before):
             setattr(text, name, *widths)
-    with torch.device("meta"):
-        narrow = type(model)(config)
-    shapes = ({n: t.shape for n, t in of.state_dict().items()} for of in (narrow, model))
-    return config if next(shapes) == next(shapes) else None
+    return config
+
+# %% ../../nbs/tuning/03_pruning.ipynb #0b6a395d
+def _plain_form(model: Any, mask: NeuronMask | None) -> tuple[Any, dict[str, torch.Tensor]] | None:
+    "The configuration of an ordinary model that computes the same, and the biases of zeros it has besides; or None."
+    config = copy.deepcopy(model.config) if mask is None else _narrowed(model, mask)
+    shapes = lambda of: {name: t.shape for name, t in of.state_dict().items()}
+    for options in _BIASES if config is not None else ():
+        given, text = copy.deepcopy(config), config.get_text_config()
+        if any(getattr(text, name, None) is not False for name in options):
+            continue
+        for name in options:
+            setattr(given.get_text_config(), name, True)
+        with torch.device("meta"):
+            wanted = shapes(type(model)(given))
+        more = {name: shape for name, shape in wanted.items() if name not in shapes(model)}
+        if all(name.endswith(".bias") for name in more) and shapes(model) | more == wanted:
+            return given, {name: torch.zeros(shape, dtype=model.dtype) for name, shape in more.items()}
+    return None
 
 # %% ../../nbs/tuning/03_pruning.ipynb #1e6c759d
 def save_pruned(
-    model: nn.Module,  # a pruned Hugging Face model
+    model: nn.Module,  # a pruned Hugging Face model, or a copy that `bake` gave biases
     path: str | os.PathLike,  # folder to write
 ) -> Path:
     "Write config.json, the weights and pruning.json; return the folder. Removed neurons are not saved."
@@ -337,24 +320,32 @@ def save_pruned(
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}; unwrap it, or merge the adapter, first.")
-    record = getattr(model, "neuron_pruning", None)
-    if record is None:
+    record, made = getattr(model, "neuron_pruning", None), made_biases(model)
+    if record is None and not made:
         raise ValueError("model is not pruned; save it with model.save_pretrained(path), or prune(model, mask) first.")
-    path, mask = Path(path), record.mask
+    path, plain = Path(path), _plain_form(model, None if record is None else record.mask)
     (path / _FILE).unlink(missing_ok=True)  # written last: a folder that has it is complete
-    model.save_pretrained(path)
-    removed = {str(depth): row.nonzero()[:, 0].tolist() for depth, row in zip(mask.depths, mask.layers)}
-    about = {"kind": "pruned model", "architecture": type(model).__name__, "removed": removed}
-    about |= {"widths": list(record.widths), "widths_before": list(mask.widths)}
-    about["biases made"] = [s.layer for s in _down_maps(model, mask) if s.module in record.made_for]
-    if plain := _narrow_config(model, mask):
-        plain.save_pretrained(path)
-    write_json(path / _FILE, about | {"plain": plain is not None})
+    model.save_pretrained(path, state_dict=model.state_dict() | (plain[1] if plain else {}))
+    if plain:
+        plain[0].save_pretrained(path)
+    about = {"kind": "pruned model", "architecture": type(model).__name__, "biases made": made}
+    write_json(path / _FILE, about | _removed(record) | {"plain": plain is not None})
     return path
 
+
+def _removed(record: PrunedNeurons | None) -> dict:
+    "What pruning.json says of the neurons."
+    if record is None:
+        return {"removed": {}, "widths": [], "widths_before": []}
+    rows = zip(record.mask.depths, record.mask.layers)
+    removed = {str(depth): row.nonzero()[:, 0].tolist() for depth, row in rows}
+    return {"removed": removed, "widths": list(record.widths), "widths_before": list(record.mask.widths)}
+
 # %% ../../nbs/tuning/03_pruning.ipynb #7b6a0f0c
-def _mask_of(record: dict) -> NeuronMask:
-    "The mask that pruning.json describes."
+def _mask_of(record: dict) -> NeuronMask | None:
+    "The mask that pruning.json describes; None where nothing was removed."
+    if not record["removed"]:
+        return None
     rows = []
     for width, left, units in zip(record["widths_before"], record["widths"], record["removed"].values(), strict=True):
         row = torch.zeros(width, dtype=torch.bool)
@@ -365,21 +356,19 @@ def _mask_of(record: dict) -> NeuronMask:
     return NeuronMask.from_layers(rows, "mlp_hidden", [int(d) for d in record["removed"]])
 
 # %% ../../nbs/tuning/03_pruning.ipynb #ce16d174
-def _pruned_class(plain: Any, mask: NeuronMask, biased: Sequence[int]) -> Any:
-    "A class whose new models are without the mask's neurons, and have a bias in the layers `biased`."
+def _pruned_class(plain: Any, mask: NeuronMask | None, biased: Sequence[str]) -> Any:
+    "A class whose new models are without the mask's neurons, and have a bias in the modules `biased`."
 
     def make(self, config, *args, **kwargs):
         plain.__init__(self, config, *args, **kwargs)
-        _cut_out(self, mask)
-        for s in _down_maps(self, mask):
-            if s.layer in biased:
-                weight = s.module.weight
-                width = weight.shape[type(s.module).__name__ == "Conv1D"]
-                s.module.bias = nn.Parameter(weight.new_zeros(width))
+        if mask is not None:
+            _cut_out(self, mask)
+        for name in biased:
+            bias_of(self.get_submodule(name))
 
     return type(plain.__name__, (plain,), {"__init__": make, "__module__": plain.__module__})
 
-
+# %% ../../nbs/tuning/03_pruning.ipynb #f7ff60bc
 def load_pruned(
     path: str | os.PathLike,  # folder written by `save_pruned`
 ) -> nn.Module:
@@ -391,16 +380,16 @@ def load_pruned(
         raise FileNotFoundError(f"path={str(path)!r} has no {_FILE}; expected a folder written by save_pruned.")
     record = read_json(path / _FILE)
     with reading(path, "pruned model"):
-        mask = _mask_of(record)
+        mask, biased = _mask_of(record), [str(name) for name in record["biases made"]]
         plain: Any = getattr(transformers, str(record["architecture"]), None)
         if not isinstance(plain, type) or not issubclass(plain, transformers.PreTrainedModel):
             raise ValueError(f"transformers {transformers.__version__} has no model class {record['architecture']!r}")
-        made: Any = plain if record["plain"] else _pruned_class(plain, mask, [int(d) for d in record["biases made"]])
+        made: Any = plain if record["plain"] else _pruned_class(plain, mask, biased)
         model, found = made.from_pretrained(path, dtype="auto", output_loading_info=True)
         if wrong := {k: sorted(found[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[k]}:
             raise ValueError(f"the weights do not fit {_FILE}: {wrong}")
-        made_for = [s.module for s in _down_maps(model, mask) if s.layer in record["biases made"]]
-        shifts = [_Shift(m, None, m.bias.detach().clone()) for m in made_for]
     model.__class__ = plain
-    model.neuron_pruning = PrunedNeurons(model, mask, None, shifts)
+    if mask is not None:
+        shifts = [BiasShift(m, None, m.bias.detach().clone()) for m in map(model.get_submodule, biased)]
+        model.neuron_pruning = PrunedNeurons(model, mask, None, shifts)
     return model
