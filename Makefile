@@ -18,7 +18,7 @@ test: .venv/installed-dev .venv/installed-docs  ## check that notebooks, library
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 	$(PYTEST) tests -m "not slow and not extra" -n $(WORKERS) --dist loadfile --durations 25 $(TESTS)
 
-test-extras: .venv/installed-dev .venv/installed-bench .venv/installed-lm_eval nbdev3  ## what needs further packages: lm-eval, nilearn, and nbdev 3; a few minutes
+test-extras: .venv/installed-dev .venv/installed-bench .venv/installed-lm_eval .venv/installed-cluster nbdev3  ## what needs further packages: lm-eval, nilearn, dask, and nbdev 3; a few minutes
 	$(PYTEST) tests -m "extra and not slow" $(TESTS)
 
 check: .venv/installed-dev  ## one notebook and its tests: make check NB=03_ica, make check NB=study/06_verdicts

@@ -19,7 +19,14 @@ from reference_pages import entry, example_block, examples, prose
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS, SOURCE, SITE = ROOT / "nbs", ROOT / "_proc" / "site", ROOT / "_docs"
-TUTORIALS = ("quickstart", "functional_networks", "paper_figures", "selective_finetuning", "coming_from_llmfact")
+TUTORIALS = (
+    "quickstart",
+    "functional_networks",
+    "paper_figures",
+    "selective_finetuning",
+    "laptop_to_cluster",
+    "coming_from_llmfact",
+)
 ABOUT = ("glossary", "traps", "architectures", "contributing", "cite", "changelog")
 
 

@@ -7,7 +7,6 @@ __all__ = ['Settings', 'Intervention', 'EvaluationSet', 'loss_on', 'answers_on',
            'find_networks', 'ablation_study']
 
 # %% ../nbs/09_ablation.ipynb #af007119
-import copy
 import hashlib
 import inspect
 import math
@@ -29,6 +28,7 @@ from .base.files import digest, load_tensors, reading, save_tensors
 from .base.tokens import own_hook, text_list, token_counts, token_lists
 from .base.identity import model_fingerprint, refuse_other_model
 from .base.display import Overall, progress_bar
+from .base.jobs import several
 from .base.statistics import document_estimate, levels
 from .base.texts import DOCUMENTS
 from .evaluate import EvalSet, check_words, label_accuracy, labelled_texts, perplexity
@@ -528,40 +528,19 @@ class _KnownScores:
         return [pair for key, pair in wanted.items() if not self.has(key)]
 
 # %% ../nbs/09_ablation.ipynb #f66b2b8a
-def _measure_share(
-    cache: "ScoreCache", pairs: list[tuple], threads: int, parent: int
-) -> tuple[list[tuple[str, Scores, int]], Exception | None]:
-    "Measure a share; return (key, scores, tokens read) of every measurement, and the error if there was one."
-    if os.getpid() == parent:  # a backend of threads: two of them must not hook one model
-        cache = copy.copy(cache)
-        cache._model = copy.deepcopy(cache.model)
-    else:
-        torch.set_num_threads(threads)
-    done: list[tuple[str, Scores, int]] = []
-    try:
-        for i, e in pairs:
-            done.append((cache.key(i, e), cache.scores(i, e), e.tokens))
-    except Exception as error:
-        return done, error
-    return done, None
+def _scored(model: nn.Module, pair: tuple) -> Scores:
+    "Score one intervention on one evaluation set: a job."
+    intervention, e = pair
+    with nullcontext() if intervention is None else intervention.on(model):
+        return e.score(model)
 
 # %% ../nbs/09_ablation.ipynb #a2ccc1d5
 def _measure_in_parallel(cache: "ScoreCache", todo: list[tuple], n_jobs: int, bar) -> None:
-    import joblib
-
-    n = min(joblib.effective_n_jobs(n_jobs), len(todo))
+    cache.refuse_masked()
     todo = sorted(todo, key=lambda pair: -pair[1].tokens)
-    here, threads = copy.copy(cache), max(1, torch.get_num_threads() // n)
-    here.known, here.asked, here._model = {}, {}, cache.model
-    shares = min(8 * n, len(todo))  # small shares, each with a copy of the model, so that results are saved early
-    jobs = (joblib.delayed(_measure_share)(here, todo[i::shares], threads, os.getpid()) for i in range(shares))
-    several = joblib.Parallel(n_jobs=n, batch_size=1, pre_dispatch="n_jobs", return_as="generator_unordered")
-    for done, error in several(jobs):
-        for key, scores, tokens in done:
-            cache.known[key] = scores
-            bar.update(tokens)
-        if error is not None:
-            raise error
+    for i, scores in several(_scored, todo, cache.model, n_jobs, cache.folder):
+        cache.keep(*todo[i], scores)
+        bar.update(todo[i][1].tokens)
 
 # %% ../nbs/09_ablation.ipynb #76838162
 def _refuse_others(model: nn.Module, interventions: Sequence) -> None:
@@ -596,7 +575,7 @@ class ScoreCache(_KnownScores):
         progress: bool | Overall = True,  # show a progress bar
     ):
         self._model, self.progress = model, progress
-        self._refuse_masked()
+        self.refuse_masked()
         super().__init__(folder, model_fingerprint(self.model) if identity is None else identity)
 
     @property
@@ -608,7 +587,7 @@ class ScoreCache(_KnownScores):
             self._model = self._model()
         return self._model
 
-    def _refuse_masked(self) -> None:
+    def refuse_masked(self) -> None:
         "Raise ValueError if the model is inside an open block, where its scores would be wrong."
         if isinstance(self._model, nn.Module) and is_masked(self._model):
             raise ValueError("model is inside an open block of masks. Leave it: interventions open blocks themselves.")
@@ -617,23 +596,32 @@ class ScoreCache(_KnownScores):
         """Return the scores of one intervention on one evaluation set; they are measured if they are not known.
 
         Raises ValueError inside an open block of masks."""
-        self._refuse_masked()
+        self.refuse_masked()
         key = self.key(intervention, evaluation_set)
         self.asked[key] = intervention, evaluation_set
         if not self.has(key):
-            with nullcontext() if intervention is None else intervention.on(self.model):
-                self.known[key] = evaluation_set.score(self.model)
-            if self.folder is not None:
-                arm = "unmasked" if intervention is None else intervention.arm
-                _write_scores(self._path(key), self.known[key], arm, evaluation_set.data)
+            self.keep(intervention, evaluation_set, _scored(self.model, (intervention, evaluation_set)))
         return self.kept(key)
+
+    def keep(
+        self,
+        intervention,  # an `Intervention` or a `Subtraction`; None: the unmasked model
+        evaluation_set: EvaluationSet,
+        scores: Scores,
+    ) -> None:
+        "Keep what was measured, in memory and in the folder."
+        key = self.key(intervention, evaluation_set)
+        self.known[key] = scores
+        if self.folder is not None:
+            arm = "unmasked" if intervention is None else intervention.arm
+            _write_scores(self._path(key), scores, arm, evaluation_set.data)
 
     def measure(
         self,
         interventions: Iterable,  # None stands for the unmasked model
         evaluation_sets: Sequence[EvaluationSet],
         description: str = "measuring",  # of the progress bar
-        n_jobs: int = 1,  # processes, as in joblib; each gets copies of the model
+        n_jobs: int = 1,  # processes, as in joblib
     ) -> None:
         "Measure all that is missing."
         _measure_missing(self, self.missing(list(interventions), evaluation_sets), description, n_jobs)

@@ -33,7 +33,11 @@ def main(
 # %% ../nbs/12_command.ipynb #66983dd7
 OUT = Option(Path("out/run"), "Folder of the run. The same command again resumes it.", "Where")
 DEVICE = Option(str, "cuda, cpu, ...", "Where", shown="where transformers puts the model")
-JOBS = Option(1, "Processes that share the work, each with a copy of the model.", "Where", ("--processes",), least=1)
+JOBS = Option(
+    1, "Processes that share the measurements, and one copy of the weights.", "Where", ("--processes",), least=1
+)
+_CLUSTER = "Dask cluster that does the jobs: address of its scheduler, or its scheduler file."
+CLUSTER = Option(str, _CLUSTER, "Where", shown="this machine")
 LICENCE = Option(False, "Accept the terms of a model that has its own (gemma-3-270m).", "What")
 SAME_FOLDER = Option(Path, "The same folder, given as an option.", "Where")
 _DRY = "Only check the command, read the texts, estimate tokens, time, memory, disk; exit code 1 if it would fail."
@@ -170,8 +174,8 @@ def check_room(
         note(f"memory may run out: this may take {need}", progress())
 
 # %% ../nbs/12_command.ipynb #6fac6f26
-@command(**SETTINGS, out=OUT, preset=PRESET, jobs=JOBS, **LOAD)
-def run(out, preset, jobs, device, accept_licence, dry_run, **given) -> Answer:
+@command(**SETTINGS, out=OUT, preset=PRESET, jobs=JOBS, cluster=CLUSTER, **LOAD)
+def run(out, preset, jobs, cluster, device, accept_licence, dry_run, **given) -> Answer:
     """Find networks, ablate them, write a report.
 
     The whole experiment on one model, with controls, as a table, figures, a report and an interactive page. It
@@ -181,6 +185,7 @@ def run(out, preset, jobs, device, accept_licence, dry_run, **given) -> Answer:
     llmfact run --dry-run
     llmfact run --model openai-community/gpt2 --texts my-texts.jsonl --out out/gpt2
     """
+    from llmfact_nb.base.jobs import on_cluster
     from llmfact_nb.command.cost import run_cost
     from llmfact_nb.command.run import has_networks, run_experiment
 
@@ -189,7 +194,10 @@ def run(out, preset, jobs, device, accept_licence, dry_run, **given) -> Answer:
         return bill(run_cost(sources.settings, device=device), out, sources.settings.model, accept_licence)
     if not has_networks(out):
         check_room(run_cost(sources.settings, rate=1e9), out)
-    return _run_told(run_experiment(sources.settings, out, device, progress(), jobs, **sources.load_options), out)
+    with on_cluster(cluster):
+        n_jobs = jobs if cluster is None else -1  # all workers
+        done = run_experiment(sources.settings, out, device, progress(), n_jobs, **sources.load_options)
+    return _run_told(done, out)
 
 
 def _run_told(done, out: Path) -> Answer:
@@ -712,13 +720,13 @@ PAPER = {
     "grid": Option(False, "Every changed factor with all selections and controls; most of a day.", "What"),
     "eval_tokens": Option(20_000, "Held-out tokens for the arms of the baseline.", "What", least=1),
     "sentences": Option(500, "Labelled sentences.", "What", least=1),
-    "jobs": JOBS,
+    "jobs": JOBS, "cluster": CLUSTER,
     "out": Option(Path("out/paper"), "Folder of the studies. The same command again resumes them.", "Where"), **LOAD,
 }  # fmt: skip
 
 # %% ../nbs/12_command.ipynb #4fcefa54
 @command(study, **PAPER)
-def paper(model, jobs, out, device, accept_licence, dry_run, quick, **given) -> Answer:
+def paper(model, jobs, cluster, out, device, accept_licence, dry_run, quick, **given) -> Answer:
     """Run every study of the paper on a model and draw its figures.
 
     Networks, damage, preservation, amplification, recurrence, transfer between texts, each with its controls; then a
@@ -729,6 +737,7 @@ def paper(model, jobs, out, device, accept_licence, dry_run, quick, **given) -> 
     llmfact study paper --quick --out out/small-paper
     llmfact study paper --model openai-community/gpt2 --out out/gpt2-paper
     """
+    from llmfact_nb.base.jobs import on_cluster
     from llmfact_nb.command.paper_study import check_study, draw_study, paper_cost, paper_settings
     from llmfact_nb.command.run import Sources
     from llmfact_nb.paper import published_frames
@@ -745,7 +754,9 @@ def paper(model, jobs, out, device, accept_licence, dry_run, quick, **given) -> 
     more: dict[str, Any] = {"accept_licence": True} if accept_licence else {}
     sources = Sources(settings.find, device, progress(), **more)
     net, tokenizer = sources.load()
-    tables = paper_study(net, tokenizer, out, settings, n_jobs=jobs, progress=progress(), model_name=model)
+    how = {"n_jobs": jobs if cluster is None else -1, "progress": progress(), "model_name": model}
+    with on_cluster(cluster):
+        tables = paper_study(net, tokenizer, out, settings, **how)
     drawn = draw_study(out, published_frames(), sources)
     lines = [f"{row.id} {row.verdict.upper()}: {row.claim}\n    {row.why}" for row in tables["verdicts"].itertuples()]
     files = list(drawn.values())

@@ -33,7 +33,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; `make test` leaves it out, `make slow` runs it")
-    config.addinivalue_line("markers", "extra: needs lm-eval or nilearn; `make test-extras` runs it")
+    config.addinivalue_line("markers", "extra: needs lm-eval, nilearn or dask; `make test-extras` runs it")
 
 
 def pytest_terminal_summary(terminalreporter, config):

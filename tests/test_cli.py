@@ -744,7 +744,7 @@ def test_choices_are_those_of_the_library():
             kept = {"exclude": None} if value == "none" else {FIELD.get(name, name): value}
             Settings(**kept | ({"alpha": 2.0, "fraction": None} if name == "tail" else {}))
     options = {n: set(re.findall(r"^  (--[\w-]+)", llmfact(f"{n} --help")[0], re.M)) for n in ("run", "networks")}
-    assert options["run"] - options["networks"] == {"--control-seeds", "--jobs"}
+    assert options["run"] - options["networks"] == {"--control-seeds", "--jobs", "--cluster"}
     assert options["networks"] - options["run"] == {"--html"}
 
 

@@ -31,6 +31,7 @@ def test_the_promised_tutorials_are_there():
         "functional_networks.ipynb",
         "paper_figures.ipynb",
         "selective_finetuning.ipynb",
+        "laptop_to_cluster.ipynb",
         "coming_from_llmfact.ipynb",
     } <= set(TUTORIALS)
 

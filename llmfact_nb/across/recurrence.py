@@ -26,6 +26,7 @@ from ..base.arguments import ArgumentError, check_choice
 from ..base.display import Overall, progress_bar
 from ..base.files import read_json, remember, write_json
 from ..base.identity import model_fingerprint
+from ..base.jobs import several
 from ..ica import ICA, DataError
 from ..networks import FunctionalNetworks, match_networks
 
@@ -166,14 +167,13 @@ def recurrence_study(
     max_iter: int = 200,  # as for ICA
     folder: str | os.PathLike | None = None,  # keep finished texts here and take them from here
     progress: bool | Overall = True,  # show a progress bar
-    n_jobs: int = 1,  # processes, as in joblib; each text takes a copy of the model there
+    n_jobs: int = 1,  # processes, as in joblib
 ) -> "pd.DataFrame":
     """Match the networks of single texts with group templates. Returns one row per method, template and text.
 
     Columns: method ("ICA" and the nulls "PCA", "rotation", "shuffled"), texts (kind), text (number), template, units
     (of the template), similar (how many networks of the text have IoU > 0.2 with it, the paper's count), matched (has a
     one-to-one partner above 0.2), iou (the largest), r (|r| with its one-to-one partner), converged (both fits)."""
-    import joblib
     import pandas as pd
 
     for name, of in (("group_texts", group_texts), ("single_texts", single_texts)):
@@ -183,26 +183,29 @@ def recurrence_study(
     settings |= {"alpha": alpha, "max_length": max_length, "seed": seed, "max_iter": max_iter}
     ica = ICA(n_templates, standardize=standardize, random_state=seed, max_iter=max_iter)
     fit = lambda acts: FunctionalNetworks(exclude=exclude, ica=ica).fit(acts)
-    read = lambda texts: capture(model, tokenizer, list(texts), site, max_length=max_length, progress=False)
+    read = lambda model, texts: capture(model, tokenizer, list(texts), site, max_length=max_length, progress=False)
     if folder is not None:
         texts = json.dumps([{k: list(v) for k, v in t.items()} for t in (group_texts, single_texts)])
         settings |= {"texts": hashlib.sha256(texts.encode()).hexdigest()[:16]} | model_fingerprint(model, tokenizer)
-        folder = remember(folder, "recurrence", settings)
+        folder = remember(folder, "recurrence", settings).absolute()
     with progress_bar(1 + sum(map(len, single_texts.values())), "recurrence", "text", progress) as bar:
-        templates = _kept_templates(folder, lambda: fit(joined_captures([read(of) for of in group_texts.values()])))
+        templates = _kept_templates(
+            folder, lambda: fit(joined_captures([read(model, of) for of in group_texts.values()]))
+        )
         bar.update()
 
-        def rows_of(number, kind, i, text):
-            own = fit(read([text]))
+        def rows_of(model, number, kind, i, text):
+            own = fit(read(model, [text]))
             about = {"texts": kind, "text": i, "converged": bool(templates.converged_ and own.converged_)}
             return [about | row for row in match_text(templates, own, alpha, seed=1000 * seed + number)]
 
-        kept = lambda *of: _kept_rows(folder and folder / text_rows_file(of[1], of[2]), lambda: rows_of(*of))
-        found = []
-        several = joblib.Parallel(n_jobs, return_as="generator")
-        for one in several(joblib.delayed(kept)(*of) for of in _each(single_texts)):
-            found.append(one)
+        file = lambda of: folder and folder / text_rows_file(of[1], of[2])
+        kept = lambda model, of: _kept_rows(file(of), lambda: rows_of(model, *of))
+        each, done = list(_each(single_texts)), dict[int, dict]()
+        for i, one in several(kept, each, model, n_jobs, folder):
+            done[i] = one
             bar.update()
+    found = [done[i] for i in range(len(each))]
     if left_out := [f["why"] for f in found if f["why"]]:
         said = f"{len(left_out)} of {len(found)} texts do not carry {n_templates} networks and are left out"
         warnings.warn(f"{said} (the first: {left_out[0]}).", stacklevel=2)

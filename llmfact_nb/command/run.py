@@ -391,12 +391,12 @@ def scored_texts(
     return EvaluationSet(s.texts, ("nats",), fingerprint, s.eval_texts * s.eval_length, score)
 
 # %% ../../nbs/command/04_run.ipynb #ea621029
-def _scoring(sources: Sources, folder: Path, measurable: bool, several: bool) -> tuple[ScoreCache, EvaluationSet]:
+def _scoring(sources: Sources, folder: Path, measurable: bool) -> tuple[ScoreCache, EvaluationSet]:
     "Return the run's scores, and the texts on which they were measured."
     loaded = read_json(folder / _LOADED, ("fingerprint", "held-out tokens"))
     model = (lambda: sources.load()[0]) if measurable else None
     cache = ScoreCache(model, folder / "parts" / "scores", loaded["fingerprint"], sources.progress and measurable)
-    return cache, scored_texts(sources, loaded["held-out tokens"], measurable and several)
+    return cache, scored_texts(sources, loaded["held-out tokens"])
 
 # %% ../../nbs/command/04_run.ipynb #6f0ccd9d
 def scores_known(
@@ -416,8 +416,11 @@ def arms_measured(
     n_jobs: int = 1,  # processes that measure
 ) -> tuple[pd.DataFrame, ScoreCache]:
     "Return the table of all arms, with the differences to the key neurons, and the cache that holds the losses."
-    cache, texts = _scoring(sources, folder, measurable, n_jobs != 1)
-    table = measure(cache, _arms(found, sources.settings), [texts], "run", n_jobs=n_jobs)
+    cache, texts = _scoring(sources, folder, measurable)
+    arms = _arms(found, sources.settings)
+    if n_jobs != 1 and measurable and cache.missing([None, *arms], [texts]):
+        texts = scored_texts(sources, texts.fingerprint, now=True)
+    table = measure(cache, arms, [texts], "run", n_jobs=n_jobs)
     return _minus_rows(table, cache), cache
 
 # %% ../../nbs/command/04_run.ipynb #010f2d35
@@ -623,7 +626,7 @@ def run_experiment(
     out: str | os.PathLike,  # output folder
     device: str | None = None,  # "cuda", "cpu"; None leaves the model where transformers puts it
     progress: bool = True,  # show progress bars and say what is done, on the error stream
-    n_jobs: int = 1,  # processes that measure the arms, each with a copy of the model
+    n_jobs: int = 1,  # processes that measure the arms
     **load_options,  # for `load_model`, e.g. revision, trust_remote_code, accept_licence
 ) -> Run:
     """Run the experiment into `out`; return the finished run.
