@@ -180,12 +180,12 @@ def _all_networks(masks, stability: list, strongest, own: Mapping, untrained: "p
         words = " ".join(word if n == 1 else f"{word} ×{n}" for word, n in spoken.items())
         known = "" if sure is None else f"{sure:.2f}"
         rows.append([i, f"{mask.n:,}" if mask.n else "none", ", ".join(map(str, most)), known, words])
-    columns, numeric = ("network", "units", "most in layers", "stability", "most active at"), (1, 3)
+    columns: tuple[str, ...] = ("network", "units", "most in layers", "stability", "most active at")
     if untrained is not None:
         columns += ("as reproducible in untrained models",)
         rows = [[*row, untrained_said(untrained_shares(untrained, i, len(rows)))] for i, row in enumerate(rows)]
     tail = {"both": "of either sign", "positive": "of the positive tail"}[own["tail"]]
-    return table("all-networks", f"Units beyond {own['text']}, {tail}", columns, [(None, rows)], numeric)
+    return table("all-networks", f"Units beyond {own['text']}, {tail}", columns, [(None, rows)], (1, 3))
 
 # %% ../../nbs/show/09_network_page.ipynb #b6a9911b
 def _facts(networks) -> dict:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -235,7 +235,7 @@ def _localizers(model, tokenizer, cache, found: Found, s: FurtherSettings, texts
         score: kept_localizer(model, tokenizer, texts.language, score, folder).mask(n=found.key.n) for score in s.scores
     }
     articles = [loss_on("wiki", EvalSet(tokenizer, texts.held_out, s.length))]
-    how = {"draws": s.draws, "condition": ("zero", "all"), "controls": s.controls, "n_jobs": n_jobs}
+    how: dict[str, Any] = {"draws": s.draws, "condition": ("zero", "all"), "controls": s.controls, "n_jobs": n_jobs}
     return contrasts(localizer_study(cache, found, masks, articles, **how), cache, ["localized"])
 
 # %% ../../nbs/study/12_further_study.ipynb #8246acb0
@@ -261,7 +261,7 @@ def _pruning(model, tokenizer, cache, found: Found, s: FurtherSettings, texts: F
     path = folder / "pruning.safetensors"
     if not path.exists():
         seeds, length = range(s.random_scores), longest_input(model, tokenizer, s.find.fit_length)
-        how = {"n_tokens": _SAMPLE, "max_length": length, "k": s.layer_networks, "seeds": seeds}
+        how: dict[str, Any] = {"n_tokens": _SAMPLE, "max_length": length, "k": s.layer_networks, "seeds": seeds}
         save_tensors(path, pruning_scores(model, tokenizer, found, texts.fit, **how), "pruning scores")
     scores, articles = (
         load_tensors(path, "pruning scores")[0],
