@@ -539,8 +539,9 @@ def _measure_in_parallel(cache: "ScoreCache", todo: list[tuple], n_jobs: int, ba
     cache.refuse_masked()
     todo = sorted(todo, key=lambda pair: -pair[1].tokens)
     for i, scores in several(_scored, todo, cache.model, n_jobs, cache.folder):
-        cache.keep(*todo[i], scores)
-        bar.update(todo[i][1].tokens)
+        intervention, e = todo[i]
+        cache.keep(intervention, e, scores)
+        bar.update(e.tokens)
 
 # %% ../nbs/09_ablation.ipynb #76838162
 def _refuse_others(model: nn.Module, interventions: Sequence) -> None:
