@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: run test test-extras check nbdev3 slow study paper lab docs docs-serve readme bench audit clean
+.PHONY: run test test-extras test-gpu bench-gpu bench-quantised check nbdev3 slow study paper lab docs docs-serve readme bench audit clean
 
 run: .venv/installed  ## find functional networks of the default model, ablate them, write a report to $(OUT)
 	$(BIN)/llmfact run --out $(OUT) $(ARGS)
@@ -18,7 +18,7 @@ test: .venv/installed-dev .venv/installed-docs  ## check that notebooks, library
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 	$(PYTEST) tests -m "not slow and not extra" -n $(WORKERS) --dist loadfile --durations 25 $(TESTS)
 
-test-extras: .venv/installed-dev .venv/installed-bench .venv/installed-lm_eval .venv/installed-cluster nbdev3  ## what needs further packages: lm-eval, nilearn, dask, and nbdev 3; a few minutes
+test-extras: .venv/installed-dev .venv/installed-bench .venv/installed-lm_eval .venv/installed-cluster .venv/installed-quantized nbdev3  ## what needs further packages: lm-eval, nilearn, dask, torchao, bitsandbytes, and nbdev 3; a few minutes
 	$(PYTEST) tests -m "extra and not slow" $(TESTS)
 
 check: .venv/installed-dev  ## one notebook and its tests: make check NB=03_ica, make check NB=study/06_verdicts
@@ -71,6 +71,17 @@ bench: .venv/installed-bench  ## the benchmarks of benchmarks/README.md; give th
 	$(BIN)/python benchmarks/ica.py
 	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/evaluate.py
+
+bench-quantised: .venv/installed-quantized  ## memory of a tuning step on a base of 8 or 4 bits; a quarter of an hour, and 6 GB
+	$(BIN)/python benchmarks/quantised.py
+
+bench-gpu: .venv/installed-dev  ## what a GPU brings, within ten minutes on one: benchmarks/README.md. GPU="--device cpu --small": the same code without one
+	$(BIN)/llmfact fetch smollm2-135m wiki
+	$(BIN)/python benchmarks/gpu.py $(GPU)
+
+test-gpu: .venv/installed-dev  ## the tests that need a GPU: that it gives what the CPU gives
+	@$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'no GPU here: torch ' + torch.__version__ + ' finds none')"
+	$(PYTEST) tests -m gpu $(TESTS)
 
 audit: .venv/installed-audit  ## known weaknesses of the installed packages; asks a service on the network
 	$(BIN)/pip-audit

@@ -55,20 +55,19 @@ def bare(model, batches, last) -> None:
         handle.remove()
 
 
-def compare(args) -> list[dict]:
-    "Time of capture against the bare forward pass, all sites, to memory and to disk."
-    model, tokenizer = load_model()
-    texts, rows = load_texts("wiki", "fit", n=args.texts)["text"][:], []
-    for site in SITES:
+def compare(model, tokenizer, texts: list[str], length: int, repeats: int, sites=SITES) -> list[dict]:
+    "Time of capture against the bare forward pass, at these sites, to memory and to disk."
+    rows = []
+    for site in sites:
         with tempfile.TemporaryDirectory() as folder:
             file, last = Path(folder) / "a.safetensors", neuron_sites(model, site)[-1]
             read = lambda path=None: capture(
-                model, tokenizer, texts, site, max_length=args.length, path=path, progress=False
+                model, tokenizer, texts, site, max_length=length, path=path, progress=False
             )
             batches = batches_of(model, read)
             n_tokens = sum(int(b["attention_mask"].sum()) for b in batches)
             every = {f"{site} to memory": read, f"{site} to disk": lambda: read(file)}
-            for name, numbers in in_turns(lambda: bare(model, batches, last), every, args.repeats).items():
+            for name, numbers in in_turns(lambda: bare(model, batches, last), every, repeats).items():
                 rows.append(
                     dict(
                         what=name,
@@ -115,7 +114,8 @@ if __name__ == "__main__":
     if args.child:
         child(args.child, args)
         raise SystemExit
-    times, peaks = compare(args), memory(args)
+    texts = load_texts("wiki", "fit", n=args.texts)["text"][:]
+    times, peaks = compare(*load_model(), texts, args.length, args.repeats), memory(args)
     rows = [
         [
             f"time, {r['what']}",

@@ -4,6 +4,7 @@ optimizer state?"""
 import argparse
 import json
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,6 +28,16 @@ MODELS = {  # GPT-2's own size, and a Llama of about the same
         ),
     ),
 }
+# Further sizes, for machines that have room for them: a Llama-like model of that many parameters, and a tiny one.
+_LLAMA = dict(vocab_size=32_000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16)
+LARGE = {
+    "tiny": ("llama", {**_LLAMA, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                       "num_attention_heads": 4, "num_key_value_heads": 2}),
+    "0.5B": ("llama", {**_LLAMA, "num_hidden_layers": 6, "num_attention_heads": 32, "num_key_value_heads": 8}),
+    "1B": ("llama", {**_LLAMA, "num_attention_heads": 32, "num_key_value_heads": 8}),
+    "7B": ("llama", {**_LLAMA, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+                     "num_attention_heads": 32, "num_key_value_heads": 32}),
+}  # fmt: skip
 # arm -> (bar on the step, on forward and backward, on peak memory), as ratios to full fine-tuning
 ARMS = {
     "selected": (0.60, 0.70, 0.60),
@@ -48,12 +59,24 @@ def chosen(model, share: float, top_quarter: bool) -> NeuronMask:
 class Training:
     "A model of one arm with its optimizer, ready to step on random tokens."
 
-    def __init__(self, family: str, arm: str, rows: int, length: int, share: float):
+    def __init__(
+        self,
+        family: str,
+        arm: str,
+        rows: int,
+        length: int,
+        share: float,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        prepare: Callable = lambda model: None,
+    ):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        name, settings = MODELS[family]
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings)).train()
+        name, settings = {**MODELS, **LARGE}[family]
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings), dtype=dtype).train()
+        prepare(model)
         if arm.startswith("LoRA"):
             from peft import LoraConfig, get_peft_model
 
@@ -65,7 +88,9 @@ class Training:
             get_neuron_model(model, NeuronTuningConfig(mode, mask), verbose=False)
         self.model, self.ids = (
             model,
-            torch.randint(32_000, (rows, length), generator=torch.Generator().manual_seed(0)),
+            torch.randint(
+                min(32_000, model.config.vocab_size), (rows, length), generator=torch.Generator().manual_seed(0)
+            ).to(device),
         )
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.01, fused=True)

@@ -290,9 +290,8 @@ def crossover(folder: Path) -> None:
     )
 
 
-def group(T: int, N: int, k: int, device: str) -> None:
-    """One fit of a matrix as a large model gives it: a steep spectrum of heavy-tailed courses, with noise. Prints
-    seconds and memory."""
+def synthetic(T: int, N: int, k: int, device: str) -> torch.Tensor:
+    "A matrix (T, N) as a large model gives it: a steep spectrum of heavy-tailed courses, with noise."
     g = torch.Generator(device).manual_seed(0)
     rank = 2 * k
     courses = (
@@ -305,21 +304,18 @@ def group(T: int, N: int, k: int, device: str) -> None:
             courses @ torch.randn(rank, block.shape[1], generator=g, device=device)
             + 0.01 * torch.randn(block.shape, generator=g, device=device)
         )
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    wait()
+    return X
 
-    def fit():
-        found = ICA(k, max_iter=50).fit(X)
-        wait()
-        return found
 
-    wall, _ = seconds(fit)
-    name, peak = (
-        (torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20)
-        if device.startswith("cuda")
-        else ("CPU", peak_megabytes())
-    )
+def group(T: int, N: int, k: int, device: str) -> dict:
+    "One fit of a synthetic matrix; prints and returns seconds and memory."
+    X = synthetic(T, N, k, device)
+    wall, _ = seconds(lambda: ICA(k, max_iter=50).fit(X))
+    on_gpu = device.startswith("cuda")
+    name = torch.cuda.get_device_name() if on_gpu else "CPU"
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_megabytes()
     print(f"{T:,} x {N:,}, k {k}, {name}: {wall:.2f} s, peak {peak:,.0f} MB, X itself {X.numel() * 4 / 2**20:,.0f} MB")
+    return {"seconds": wall, "peak_mb": peak}
 
 
 def plot_growth(found, along_N, along_T, slopes) -> None:

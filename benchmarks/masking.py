@@ -37,6 +37,26 @@ def arms(mm: MaskedModel, mask: NeuronMask, run: Callable) -> dict[str, Callable
     }
 
 
+def compare(model, tokenizer, texts: list[str], ids: torch.Tensor, site: str, share: float, repeats: int) -> list[dict]:
+    "Time of every arm against the unmasked pass over `ids`; the means are those of `texts`."
+
+    def run(target):
+        with torch.no_grad():
+            return target(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+    sites, draw, found = neuron_sites(model, site), np.random.default_rng(0), []
+    if sites.heads:
+        mask = NeuronMask.from_heads(draw.random((len(sites), sites.heads[0])) < share, sites)
+    else:
+        mask = NeuronMask.from_flat(draw.random(sites.n_neurons) < share, sites.widths, site)
+    mm = MaskedModel(model).fit_means(capture(model, tokenizer, texts, site, max_length=64, progress=False))
+    every = arms(mm, mask, run)
+    for name, numbers in in_turns(lambda: run(model), every, repeats).items():
+        inside = None if name == "baked" else within(masked_model, model, every[name])
+        found.append(dict(site=site, arm=name, within=inside, **numbers))
+    return found
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=8)
@@ -51,25 +71,9 @@ if __name__ == "__main__":
     model, tokenizer = load_model()
     tokens = tokenizer(" ".join(load_texts("wiki", "fit", n=8)["text"]))["input_ids"][: args.rows * args.length]
     ids = torch.tensor(tokens).view(args.rows, args.length)
-    results = []
-
-    def run(target):
-        with torch.no_grad():
-            return target(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-
+    results, few = [], load_texts("wiki", "fit", n=2)["text"][:]
     for site in args.sites:
-        sites, draw = neuron_sites(model, site), np.random.default_rng(0)
-        if sites.heads:
-            mask = NeuronMask.from_heads(draw.random((len(sites), sites.heads[0])) < args.share, sites)
-        else:
-            mask = NeuronMask.from_flat(draw.random(sites.n_neurons) < args.share, sites.widths, site)
-        mm = MaskedModel(model).fit_means(
-            capture(model, tokenizer, load_texts("wiki", "fit", n=2), site, max_length=64, progress=False)
-        )
-        every = arms(mm, mask, run)
-        for name, numbers in in_turns(lambda: run(model), every, args.repeats).items():
-            inside = None if name == "baked" else within(masked_model, model, every[name])
-            results.append(dict(site=site, arm=name, within=inside, **numbers))
+        results += compare(model, tokenizer, few, ids, site, args.share, args.repeats)
     rows = [
         [
             r["site"],

@@ -15,10 +15,19 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
+def wait() -> None:
+    "Until a GPU that has been used has done its work."
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def seconds(run: Callable) -> tuple[float, float]:
     "Wall-clock and processor seconds of `run()`; processor time does not count what busy neighbours took."
+    wait()
     wall, cpu = time.perf_counter(), time.process_time()
     kept = run()
+    wait()
     spent = time.perf_counter() - wall, time.process_time() - cpu
     del kept  # freed after the clock
     return spent

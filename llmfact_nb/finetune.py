@@ -8,7 +8,7 @@ __all__ = ['NeuronTuningConfig', 'get_neuron_model', 'merge_and_unload', 'neuron
 # %% ../nbs/10_finetune.ipynb #1bd111c4
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .base.arguments import ArgumentError, check_choice, check_number
+from .base.display import size_name
 from .base.files import digest
-from .base.identity import refuse_other_model
+from .base.identity import is_quantised, refuse_other_model, stored_tensors
+from .base.quantised import bias_of, dequantised, gradients_through, quantised_maps, unquantise
 from .masks import Masks, NeuronMask, disjoint, n_shared, named_masks, union
 from .sites import NeuronSite, check_own_weights, linear_shape, neuron_sites, refuse_compiled
 
@@ -66,7 +68,7 @@ def neuron_parameters(
         for name, up, width in _up_projections(model, s):
             rows = torch.cat([units + first for first in range(0, width, s.width)])  # gate and up may be one matrix
             found.append(NeuronParameters(s.layer, f"{name}.weight", int(_transposed(up)), rows, "in"))
-            if up.bias is not None:
+            if bias_of(up) is not None:
                 found.append(NeuronParameters(s.layer, f"{name}.bias", 0, rows, "in"))
         found.append(NeuronParameters(s.layer, f"{s.name}.weight", int(not _transposed(s.module)), units, "out"))
     return found
@@ -97,9 +99,11 @@ class NeuronTuningConfig:
     masks: Masks | None = None  # of site mlp_hidden: one, a list, or a dict by name in the order of the schedule
     grad_scale: float | None = None  # mode "rest": multiply the masked neurons' gradients instead of freezing them
     also: Sequence[str] = ()  # mode "selected": names of modules or parameters that train too, e.g. "score"
+    dtype: torch.dtype = torch.float32  # mode "selected": of the slices, or torch.bfloat16; a finer base is followed
 
     def __post_init__(self):
         check_choice("mode", self.mode, MODES)
+        check_choice("dtype", self.dtype, (torch.float32, torch.bfloat16))
         if self.grad_scale is not None:
             if self.mode != "rest":
                 raise ArgumentError("grad_scale", self.grad_scale, "None, unless mode='rest'")
@@ -126,9 +130,9 @@ def _rows(weight: torch.Tensor, axis: int, index: torch.Tensor) -> torch.Tensor:
     return picked.T if axis else picked
 
 
-def _fine(values: torch.Tensor) -> nn.Parameter:
-    "Return a copy in float32 or finer: in a coarser dtype small steps would be lost."
-    dtype = torch.promote_types(values.dtype, torch.float32)
+def _fine(values: torch.Tensor, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    "Return a copy in float32 or finer, because in a coarser dtype small steps are lost; in bfloat16 if that is asked."
+    dtype = dtype if dtype == torch.bfloat16 else torch.promote_types(values.dtype, dtype)
     return nn.Parameter(values.to(dtype, copy=True).contiguous())
 
 # %% ../nbs/10_finetune.ipynb #82752470
@@ -166,20 +170,23 @@ class NeuronSlices(nn.Module):
         self,
         owner: nn.Module,  # the linear map
         parts: dict[int, list[NeuronParameters]],  # by number of network: of its weight, then of its bias
+        dtype: torch.dtype = torch.float32,  # see NeuronTuningConfig
     ):
         super().__init__()
         first = next(iter(parts.values()))
         self.axis, self.side, self.biased = first[0].axis, first[0].side, len(first) > 1
         self.silent: frozenset[int] = frozenset()  # numbers of the networks that are not trained now
         self.runs = 0  # in this forward pass of the model
-        device = owner.weight.device
+        weight = dequantised(owner) if is_quantised(owner) else owner.weight
         for number, (of, *_) in parts.items():
-            index = of.index.to(device)
-            values = {"weight": _fine(_rows(owner.weight, self.axis, index))}
+            index = of.index.to(weight.device)
+            values = {"weight": _fine(_rows(weight, self.axis, index), dtype)}
             if self.biased:
-                values["bias"] = _fine(owner.bias.detach()[index])
+                values["bias"] = _fine(bias_of(owner).detach()[index], dtype)
             self.add_module(str(number), nn.ParameterDict(values))
-        self.register_buffer("index", torch.cat([of.index for of, *_ in parts.values()]).to(device))
+        self.register_buffer("index", torch.cat([of.index for of, *_ in parts.values()]).to(weight.device))
+        start = _rows(weight, self.axis, self.index).contiguous() if is_quantised(owner) else None
+        self.register_buffer("start", start, persistent=False)  # a plain map holds these values itself
         self.register_load_state_dict_pre_hook(_refuse_other_neurons)
 
     def _apply(self, fn, recurse=True):
@@ -193,12 +200,13 @@ class NeuronSlices(nn.Module):
 
     def change(self, owner: nn.Module, kind: str) -> torch.Tensor:
         "Return the slices' values minus their values at the start."
-        old = _rows(owner.weight, self.axis, self.index) if kind == "weight" else owner.bias.detach()[self.index]
-        return self.joined(kind) - old
+        if kind == "bias":
+            return self.joined(kind) - bias_of(owner).detach()[self.index]
+        return self.joined(kind) - (_rows(owner.weight, self.axis, self.index) if self.start is None else self.start)
 
     def forward(self, owner: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         "Add the change to y, the output of `owner` for x."
-        self.runs = 1
+        self.runs, x = 1, x.to(y.device)  # a device map moves x inside the map's own forward
         change = self.change(owner, "weight").to(x.dtype)
         if self.side == "out":
             return y.add_((x.index_select(-1, self.index) @ change).to(y.dtype))
@@ -238,9 +246,11 @@ def _unmark(owner, state_dict, prefix, *_):
         state_dict[f"{prefix}weight"] = weight.squeeze(0)
 
 
-def _give_slices(owner: nn.Module, parts: dict[int, list[NeuronParameters]]) -> list:
+def _give_slices(
+    owner: nn.Module, parts: dict[int, list[NeuronParameters]], dtype: torch.dtype = torch.float32
+) -> list:
     "Make slices a child of their map; return the handles of the hooks."
-    owner.neurons = NeuronSlices(owner, parts)
+    owner.neurons = NeuronSlices(owner, parts, dtype)
     return [
         owner.register_forward_hook(_add_slices, with_kwargs=True, prepend=True),
         owner.register_state_dict_post_hook(_mark),
@@ -284,17 +294,34 @@ class _FrozenSlice:
 def refuse_unplain(
     model: nn.Module,  # any model
     names: Sequence[str],  # names of the parameters that are about to be changed
+    frozen: Collection[str] = (),  # quantised maps that are only read, by name
 ) -> None:
     "Raise ValueError, naming the module, unless each one is an ordinary tensor that only one module uses."
     refuse_compiled(model)
-    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
+    if not frozen and (getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None)):
         method = getattr(model, "quantization_method", "unknown method")
-        raise ValueError(f"model is quantised ({method}); its weights have no neuron slices. Load it unquantised.")
+        raise ValueError(f"model is quantised ({method}), which is not supported here. Load it unquantised.")
     maps = {path: model.get_submodule(path) for path in dict.fromkeys(n.rpartition(".")[0] for n in names)}
-    check_own_weights(model, maps)
+    check_own_weights(model, {path: owner for path, owner in maps.items() if path not in frozen})
     for path, owner in maps.items():
-        if "forward" in vars(owner):
-            raise ValueError(f"{path} has its own forward (from a device map?). Load the model without device_map.")
+        placed = getattr(getattr(owner, "_hf_hook", None), "offload", None) is False  # accelerate moves its inputs only
+        if "forward" in vars(owner) and not placed:
+            raise ValueError(f"{path} has its own forward (is it offloaded?). Load the model whole, on its devices.")
+
+# %% ../nbs/10_finetune.ipynb #f311d4d2
+def _refuse_split(model: nn.Module, names: Sequence[str]) -> None:
+    "Raise ArgumentError, naming the MLP, if a device map puts its maps in several places."
+    placed = getattr(model, "hf_device_map", None) or {}
+    places: dict[str, dict[str, None]] = {}
+    for path in dict.fromkeys(n.rpartition(".")[0] for n in names):
+        over = [part for part in placed if not part or f"{path}.".startswith(f"{part}.")]
+        devices = [t.device for t in stored_tensors(model.get_submodule(path)).values() if t.device.type != "meta"]
+        for place in [placed[max(over, key=len)]] if over else devices[:1]:
+            places.setdefault(path.rpartition(".")[0], {})[str(place)] = None
+    for mlp, of in places.items():
+        if len(of) > 1:
+            what, remedy = f"{mlp} is split between {' and '.join(of)}", "Give its block one entry in the device map."
+            raise ArgumentError("model", what, "models with all maps of an MLP in one place", remedy)
 
 # %% ../nbs/10_finetune.ipynb #4d99a0ca
 def _also_names(model: nn.Module, names: Sequence[str], sliced: set[str]) -> frozenset[str]:
@@ -308,6 +335,8 @@ def _also_names(model: nn.Module, names: Sequence[str], sliced: set[str]) -> fro
     for n, p in known.items():
         if inside(n) and (tied := [m for m, q in known.items() if q is p and not inside(m)]):
             raise ArgumentError("also", list(names), f"{n} together with {tied[0]}, to which it is tied", "Name both.")
+    if fixed := [n for n in quantised_maps(model, check=False) if inside(f"{n}.weight")]:
+        raise ArgumentError("also", list(names), f"plain weights; {fixed[0]} is quantised and cannot train")
     found = frozenset(n for n, _ in model.named_parameters() if inside(n))
     if found & sliced:
         base = f"{sorted(found & sliced)[0]} is the base of chosen neurons"
@@ -322,7 +351,7 @@ class _Full:
         self.tuning = weakref.proxy(tuning)
         self.handles: list = []  # of hooks
         for p in model.parameters():
-            p.requires_grad_(True)
+            p.requires_grad_(p.is_floating_point())
 
     def before_step(self, optimizer, held: set[int]) -> None: ...
 
@@ -418,7 +447,8 @@ class _Selected(_Full):
             p.requires_grad_(n in tuning.also)
         self.maps = {name: model.get_submodule(name) for name in by_map}
         for name, owner in self.maps.items():
-            self.handles += _give_slices(owner, by_map[name])
+            self.handles += _give_slices(owner, by_map[name], tuning.config.dtype)
+        self.through = gradients_through(model)
         names = {name: owner.neurons for name, owner in self.maps.items()}
         self.handles.append(model.register_forward_pre_hook(lambda *_: _forget_runs(names)))
         self.handles.append(model.register_forward_hook(lambda *_: _refuse_unrun(names)))
@@ -446,7 +476,9 @@ class _Selected(_Full):
         self.still = []
 
     def frozen(self):
-        return {n: self.tuning.model.get_parameter(n) for n in self.tuning.requires_grad if n not in self.tuning.also}
+        of, now = self.tuning, {n for n, _ in self.tuning.model.named_parameters()}
+        new = now - of.requires_grad.keys()  # slices, and what was added to the model since
+        return {n: t for n, t in stored_tensors(of.model).items() if n not in of.also | new}
 
     def write(self):
         changed, lost = zip(*(_write(owner.neurons, owner) for owner in self.maps.values()))
@@ -454,6 +486,7 @@ class _Selected(_Full):
 
     def close(self):
         super().close()
+        self.through.close()
         for owner in self.maps.values():
             del owner.neurons
 
@@ -538,6 +571,14 @@ class NeuronTuning:
         held = sum(t.numel() for t in self.mode.frozen().values()) if self.config.mode == "rest" else 0
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad) - held
 
+    def memory(self) -> dict[str, int]:
+        "Return the bytes of the base, the slices with their starting values, the gradients, and AdamW's two moments."
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        slices = [t for _, s in self.slices().values() for t in [*s.parameters(), *s.buffers()]]
+        own = {id(t) for t in slices}
+        base = sum(t.nbytes for t in stored_tensors(self.model).values() if id(t) not in own)
+        return {"base": base, "slices": sum(t.nbytes for t in slices), "gradients": trained, "AdamW": 2 * trained}
+
     def __repr__(self):
         return _summary(self)
 
@@ -568,18 +609,26 @@ def _refuse_untunable(model: nn.Module, config: NeuronTuningConfig, names: set[s
     "Raise ValueError if the model cannot be tuned with this configuration."
     if hasattr(model, "neuron_tuning"):
         raise ValueError("model is already in neuron tuning; merge_and_unload(model) first.")
-    refuse_unplain(model, sorted(names))
+    maps = quantised_maps(model)  # refuses formats that it does not know
+    if maps and config.mode != "selected":
+        accepted = f"'selected' for a quantised model: {next(iter(maps))} cannot train"
+        raise ArgumentError("mode", config.mode, accepted, "Load it unquantised for the other modes.")
+    _refuse_split(model, sorted(names))
+    refuse_unplain(model, sorted(names), maps)
     if config.mode == "selected" and union(config.given().values()).n == neuron_sites(model, "mlp_hidden").n_neurons:
         accepted = "fewer than all neurons: mode='selected' keeps a second copy of what it trains"
         raise ArgumentError("masks", config.masks, accepted, "Use mode='full', or a smaller mask.")
 
 # %% ../nbs/10_finetune.ipynb #7edecc56
 def _summary(tuning: NeuronTuning) -> str:
-    "Return two or three lines that say what is trained."
+    "Return a few lines that say what is trained."
     config, own = tuning.config, tuning.requires_grad
     if tuning.model is None:
         return f"mode {config.mode}: the model is gone"
-    total = sum(tuning.model.get_parameter(n).numel() for n in own)
+    maps = quantised_maps(tuning.model, check=False)
+    packed = {f"{name}.weight" for name in maps}  # several weights may share a byte
+    total = sum(tuning.model.get_parameter(n).numel() for n in own if n not in packed)
+    total += sum(m.in_features * m.out_features for m in maps.values())
     n = tuning.n_trained
     head = f"mode {config.mode}: {n:,} of {total:,} parameters train ({n / total:.2%})"
     if config.mode == "full":
@@ -592,11 +641,13 @@ def _summary(tuning: NeuronTuning) -> str:
     rows = [head, f"neurons {'trained' if config.mode == 'selected' else slowed}, layer by layer: {counts}"]
     if len(tuning.networks) > 1:
         rows.append("networks: " + ", ".join(f"{n} ({m.n:,})" for n, m in tuning.networks.items()))
+    if maps:
+        rows.append("memory: " + ", ".join(f"{what} {size_name(n)}" for what, n in tuning.memory().items()))
     return "\n".join(rows)
 
 # %% ../nbs/10_finetune.ipynb #fea33d5d
 def get_neuron_model(
-    model: nn.Module,  # a Hugging Face model with plain weights; patched in place
+    model: nn.Module,  # a Hugging Face model, quantised only with mode "selected"; patched in place
     config: NeuronTuningConfig,  # what is to be trained
     verbose: bool = True,  # print what trains
     any_model: bool = False,  # also take masks that were made from another model
@@ -618,18 +669,33 @@ def get_neuron_model(
 # %% ../nbs/10_finetune.ipynb #dcbc07f1
 def merge_and_unload(
     model: nn.Module,  # the model that `get_neuron_model` returned
+    dequantise: bool = False,  # of a quantised model: make every map a plain one first, which takes as much memory
 ) -> nn.Module:
     "Write trained slices into the weights, remove every hook, and return the plain model."
     if not hasattr(model, "neuron_tuning"):
         raise ValueError("model is not in neuron tuning; call get_neuron_model(model, config) first.")
-    changed, lost = model.neuron_tuning.mode.write()
+    maps = quantised_maps(model, check=False)
+    if maps and not dequantise:
+        what, remedy = f"{next(iter(maps))} is quantised", "Keep the slices by save_neurons or to_peft_lora."
+        raise ArgumentError("model", what, "plain weights, or dequantise=True, which makes them plain", remedy)
+    changed, lost = _write_into_plain(model) if maps else model.neuron_tuning.mode.write()
     if lost:
         warnings.warn(
             f"{lost:,} of {changed:,} trained values are lost in the rounding of the base's dtype; keep them with "
             "save_neurons, or merge into a float32 base.", stacklevel=2,
         )  # fmt: skip
-    model.neuron_tuning.close()
+    if hasattr(model, "neuron_tuning"):
+        model.neuron_tuning.close()
     return model
+
+
+def _write_into_plain(model: nn.Module) -> tuple[int, int]:
+    "End the tuning, make every quantised map a plain one, and write the slices into them; return `_write`'s counts."
+    slices = {name: s for name, (_, s) in model.neuron_tuning.slices().items()}
+    model.neuron_tuning.close()
+    unquantise(model)
+    changed, lost = zip(*(_write(s, model.get_submodule(name)) for name, s in slices.items()))
+    return sum(changed), sum(lost)
 
 # %% ../nbs/10_finetune.ipynb #17080cb4
 @contextmanager
@@ -647,8 +713,12 @@ def neuron_training(
 
     With `then="merge"` what was learned is kept also when an exception ends the block."""
     check_choice("then", then, ("merge", "revert"))
+    if then == "merge" and (fixed := quantised_maps(model, check=False)):
+        accepted = f"'revert' for a quantised model, as {next(iter(fixed))} is"
+        raise ArgumentError("then", then, accepted, "Keep the slices inside the block, by save_neurons.")
     copied = then == "revert" and (mode != "selected" or also)
-    old = {n: p.detach().clone() for n, p in model.named_parameters()} if copied else {}
+    kept = {n: p for n, p in model.named_parameters() if not is_quantised(model.get_submodule(n.rpartition(".")[0]))}
+    old = {n: p.detach().clone() for n, p in kept.items()} if copied else {}
     get_neuron_model(model, NeuronTuningConfig(mode, masks, grad_scale, also), verbose, any_model)
     try:
         yield model.neuron_tuning

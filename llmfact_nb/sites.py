@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .base.arguments import ArgumentError
-from .base.identity import ModelCard, model_card
+from .base.identity import ModelCard, is_quantised, model_card
 
 # %% ../nbs/01_sites.ipynb #6f2250e8
 @dataclass(frozen=True)
@@ -456,13 +456,14 @@ def check_own_weights(
     "Raise ArgumentError, naming the module, unless each has a plain floating-point weight that no other module holds."
     holders: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
-        if p.device.type != "meta" and p.numel() and not _sharded(name, p):
+        in_parts = hasattr(p, "__tensor_flatten__")  # some quantised weights have no storage of their own
+        if p.device.type != "meta" and p.numel() and not in_parts and not _sharded(name, p):
             holders.setdefault(p.untyped_storage().data_ptr(), []).append(name)
     for name, module in modules.items():
         weight = module._parameters.get("weight")  # a computed weight is no parameter
         wrapped = hasattr(module, "parametrizations") or hasattr(module, "base_layer") or linear_shape(module) is None
         plain = weight is not None and weight.is_floating_point() and weight.device.type != "meta"
-        if wrapped or not plain or _sharded(name, weight):
+        if wrapped or not plain or is_quantised(module) or _sharded(name, weight):
             remedy = "Call merge_and_unload() of PEFT, remove the parametrisation, or load it whole and unquantised."
             raise ArgumentError("model", f"{name} ({type(module).__name__})", "modules with a plain weight", remedy)
         own = (f"{name}.weight", f"{name}.bias")

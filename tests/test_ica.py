@@ -605,6 +605,7 @@ def test_means_and_scales_may_be_given():
         np.testing.assert_allclose(Y, want @ want.T @ U, atol=1e-2)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("kind", ["temporal", "spatial"])
 def test_gpu_and_cpu_agree(wide, kind):

@@ -23,7 +23,7 @@ from ..activations import Activations, capture
 from ..base.arguments import ArgumentError, check_choice, check_whole
 from ..base.display import Overall, progress_bar
 from ..base.files import read_json, remember, write_json
-from ..base.identity import model_fingerprint
+from ..base.identity import is_quantised, model_fingerprint
 from ..base.statistics import stream
 from ..networks import FunctionalNetworks
 
@@ -68,6 +68,9 @@ def untrained(
 
 def _refuse_other_weights(model: nn.Module) -> None:
     "Raise ValueError unless the weights are plain numbers in memory."
+    for name, m in model.named_modules():
+        if is_quantised(m):
+            raise ValueError(f"{name} is quantised ({type(m).__name__}); load the model unquantised.")
     for name, t in model.state_dict().items():
         if ".base_layer." in name or "parametrizations" in name or t.is_meta:
             raise ValueError(f"{name}: merge the adapter, remove the parametrisation, or load the model into memory.")

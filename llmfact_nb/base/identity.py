@@ -42,6 +42,47 @@ def tokenizer_mark(tokenizer) -> str:
         seen[key] = _mark((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), special))
     return seen[key]
 
+# %% ../../nbs/base/10_identity.ipynb #e394a773
+def is_quantised(module: nn.Module) -> bool:  # any module
+    "Return whether `module` is a linear map whose weights are not stored as plain floating-point numbers."
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    if not all(isinstance(n, int) for n in sizes) or hasattr(module, "base_layer"):  # PEFT's wrappers hold the map
+        return False
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):  # a method, or tensors of other names
+        return True
+    computed = type(weight).dequantize is not torch.Tensor.dequantize
+    return computed or not weight.is_floating_point() or weight.dtype.itemsize < 2
+
+# %% ../../nbs/base/10_identity.ipynb #2e8fb634
+def _plain(name: str, value: Any) -> dict[str, torch.Tensor]:
+    "The plain tensors that `value` is made of, by name."
+    if isinstance(value, (tuple, list)):
+        return {k: t for i, v in enumerate(value) for k, t in _plain(f"{name}.{i}", v).items()}
+    if not isinstance(value, torch.Tensor):
+        return {}
+    if value.is_quantized:
+        by_row = value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+        scale = value.q_per_channel_scales() if by_row else torch.tensor(value.q_scale())
+        zero = value.q_per_channel_zero_points() if by_row else torch.tensor(value.q_zero_point())
+        return {name: value.int_repr(), f"{name}.scale": scale, f"{name}.zero_point": zero}
+    if hasattr(value, "full_tensor") or not hasattr(value, "__tensor_flatten__"):  # sharded tensors are read elsewhere
+        return {name: value}
+    inner = value.__tensor_flatten__()[0]
+    return {k: t for part in inner for k, t in _plain(f"{name}.{part}", getattr(value, part)).items()}
+
+# %% ../../nbs/base/10_identity.ipynb #182515d5
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:  # any module
+    "Return the plain tensors that hold the weights, by name."
+    found = {k: t for name, p in model.named_parameters() for k, t in _plain(name, p).items()}
+    for at in [name for name, m in model.named_modules() if is_quantised(m)]:
+        for part, m in model.get_submodule(at).named_modules():
+            if part.split(".")[0] != "neurons":  # slices in training
+                held: dict[str, Any] = {}
+                m._save_to_state_dict(held, "".join(f"{name}." for name in (at, part) if name), False)
+                found |= {k: t for name, v in held.items() for k, t in _plain(name, v).items()}
+    return found
+
 # %% ../../nbs/base/10_identity.ipynb #2ab3979e
 def _adapters(model: nn.Module) -> list[tuple]:
     "Return the PEFT adapters active in each layer that has some, and those that are merged into its weights."
@@ -61,7 +102,7 @@ def model_fingerprint(
     config = model.config.to_dict() if hasattr(model, "config") else {}
     read_from = {"_name_or_path", "transformers_version", "_commit_hash"}
     settings = {k: v for k, v in config.items() if k not in read_from}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [*stored_tensors(model).items(), *model.named_buffers()]
     found = {
         "weights": _mark([(name, digest(t)) for name, t in tensors]),
         "configuration": _mark(json.dumps(settings, sort_keys=True, default=str)),
@@ -88,10 +129,14 @@ def _body(model: nn.Module) -> nn.Module:
     return getattr(inner, "base_model", inner)
 
 
-def _own_parameters(body: nn.Module) -> dict[str, nn.Parameter]:
-    "By name; slices in training and gates are no part of the model."
-    named = body.named_parameters()
-    return {name: p for name, p in named if not {"neurons", "neuron_gate"} & set(name.split("."))}
+def _own(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "Leave out slices in training and gates, which are no part of the model."
+    return {name: t for name, t in named.items() if not {"neurons", "neuron_gate"} & set(name.split("."))}
+
+
+def _own_parameters(body: nn.Module) -> dict[str, torch.Tensor]:
+    "Return the parameters by name, as plain tensors."
+    return _own({k: t for name, p in body.named_parameters() for k, t in _plain(name, p).items()})
 
 # %% ../../nbs/base/10_identity.ipynb #d44cbda6
 _CHECKSUMS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # backbone -> (its state, checksum)
@@ -109,10 +154,12 @@ def weights_checksum(model: nn.Module) -> str:
     parameters = _own_parameters(body)
     if any(p.device.type == "meta" for p in parameters.values()):
         return ""
-    state = [(name, _state(p)) for name, p in parameters.items()]
+    state: list = [(name, _state(p)) for name, p in parameters.items()]
+    state += [weakref.ref(m) for m in body.modules() if is_quantised(m)]  # some have no parameters
     known = _CHECKSUMS.get(body)
     if known is None or known[0] != state:
-        sums = [(name, str(p.dtype), tuple(p.shape), digest(_row_sums(p))) for name, p in parameters.items()]
+        stored = _own(stored_tensors(body))
+        sums = [(name, str(t.dtype), tuple(t.shape), digest(_row_sums(t))) for name, t in stored.items()]
         known = _CHECKSUMS[body] = (state, _mark(sums))
     return known[1]
 

@@ -9,6 +9,7 @@ __all__ = ['contrast_set', 'contrast_accuracy', 'Localizer', 'localize']
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from torch import nn
 from ..activations import capture
 from ..base.arguments import ArgumentError, check_choice, check_number, check_whole
 from ..base.files import load_tensors, save_tensors
+from ..base.quantised import gradients_through
 from ..base.statistics import mean_estimate, stream
 from llmfact_nb.base.tokens import (
     columns_of, evaluation_mode, input_device, length_batches, padded, text_tokenizer, token_lists,
@@ -375,7 +377,8 @@ def _probed(model: nn.Module, sites, inputs: dict, last, pairs, gradient: bool) 
         seen[i] = (x.detach(), torch.zeros_like(x, requires_grad=True) if gradient else None)
         return x + seen[i][1] if gradient else None
 
-    with evaluation_mode(model), torch.set_grad_enabled(gradient), attach(sites, probe, model):
+    through = gradients_through(model) if gradient else nullcontext()
+    with evaluation_mode(model), torch.set_grad_enabled(gradient), through, attach(sites, probe, model):
         logits = model(**inputs, use_cache=False).logits
         values = [seen[i][0] for i in range(len(sites))]
         if not gradient:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..ablation import Found, enough_texts
 from ..activations import longest_input
+from ..base.quantised import gradients_through
 from ..base.tokens import evaluation_mode, input_device, length_batches, padded
 from ..evaluate import EvalSet
 from ..sites import NeuronSite, attach, neuron_sites
@@ -41,7 +42,7 @@ def _activations_and_gradients(model: nn.Module, sites, ids: torch.Tensor, real:
         seen[i] = (x.detach(), torch.zeros_like(x, requires_grad=True))
         return x + seen[i][1]
 
-    with evaluation_mode(model), torch.enable_grad(), attach(sites, probe, model):
+    with evaluation_mode(model), torch.enable_grad(), gradients_through(model), attach(sites, probe, model):
         logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits[:, :-1]
         scored = real[:, 1:].bool()
         loss = torch.nn.functional.cross_entropy(logits[scored].float(), ids[:, 1:][scored], reduction="sum")

@@ -18,6 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ..base.arguments import ArgumentError, check_choice, check_number, refuse_masked
+from ..base.quantised import gradients_through
 from ..masked_model import MaskedModel, Passes, backbone
 from ..masks import Masks, NeuronMask, disjoint, n_shared, named_masks, union
 from ..sites import NeuronSites, attach, refuse_compiled
@@ -273,4 +274,5 @@ def _hang(gate: _Gates, model: nn.Module, sites: NeuronSites, for_a_block: bool)
             return gate(used[i], x)
 
         entering.enter_context(attach([sites[i] for i in used], gated, model))
+        entering.enter_context(gradients_through(model))
         return entering.pop_all()

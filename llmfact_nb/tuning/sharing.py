@@ -23,10 +23,11 @@ from torch import nn
 from ..base.files import digest, load_tensors, read_header, save_tensors, write_atomic, write_json
 from ..base.display import bars
 from ..base.hub import Shareable
-from ..base.identity import ModelCard, model_card, read_card
+from ..base.identity import ModelCard, model_card, read_card, stored_tensors
+from ..base.quantised import bias_of
 from ..finetune import NeuronSlices, NeuronTuning, NeuronTuningConfig, get_neuron_model
 from ..masks import Layout, NeuronMask, union
-from ..sites import neuron_sites
+from ..sites import linear_shape, neuron_sites
 
 # %% ../../nbs/tuning/04_sharing.ipynb #eb7062b1
 def describe_base(
@@ -35,11 +36,12 @@ def describe_base(
 ) -> dict:
     "Return model_type, dtype, widths, parameters (name -> [dtype, shape, digest or None]) and their checksum."
     tuning = getattr(model, "neuron_tuning", None)
-    names = [n for n, _ in model.named_parameters()] if tuning is None else list(tuning.requires_grad)
-    also = also if tuning is None else tuning.config.also
+    stored = stored_tensors(model)
+    if tuning is not None:
+        also, now = tuning.config.also, {n for n, _ in model.named_parameters()}
+        stored = {n: t for n, t in stored.items() if n in tuning.requires_grad or n not in now}
     table: dict[str, list] = {}
-    for name in names:
-        p = model.get_parameter(name)
+    for name, p in stored.items():
         if p.device.type == "meta" or hasattr(p, "full_tensor"):
             raise ValueError(f"{name} is offloaded or sharded, so its values cannot be read. Load the model whole.")
         counts = not any(f"{name}.".startswith(f"{part}.") for part in also)
@@ -196,7 +198,9 @@ def load_neurons(
         raise ValueError("base is already in neuron tuning; merge_and_unload(base) first, or take a fresh model.")
     tensors, meta = _read(base, path)
     try:
-        config = NeuronTuningConfig("selected", _networks(meta, tensors, base), also=meta["also"])
+        coarse = any(t.dtype == torch.bfloat16 for name, t in tensors.items() if ".neurons." in name)
+        dtype = torch.bfloat16 if coarse else torch.float32
+        config = NeuronTuningConfig("selected", _networks(meta, tensors, base), also=meta["also"], dtype=dtype)
         get_neuron_model(base, config, verbose=False, any_model=True)  # the base was compared bit by bit
         _fill(base.neuron_tuning, tensors)
     except Exception as e:
@@ -248,7 +252,8 @@ def _one_hot_lora(
 ) -> dict[str, torch.Tensor]:
     "The slices' change as LoRA weights: A (n, input width), B (output width, n), and the bias of B (output width,)."
     change = slices.change(owner, "weight")
-    places = F.one_hot(slices.index, owner.weight.shape[slices.axis]).to(change)
+    inputs, outputs = linear_shape(owner) or (0, 0)  # a map with slices is linear
+    places = F.one_hot(slices.index, outputs if slices.side == "in" else inputs).to(change)
     a, b = (places, change.T) if slices.side == "out" else (change, places.T)
     lora = {"lora_A.weight": a, "lora_B.weight": b}
     if with_bias:
@@ -305,7 +310,7 @@ def to_peft_lora(
 
     owners, whole, path = _selected(model).slices(), _whole_modules(model), Path(path)
     with_bias = any(s.biased for _, s in owners.values())
-    if with_bias and (without := [name for name, (owner, _) in owners.items() if owner.bias is None]):
+    if with_bias and (without := [name for name, (owner, _) in owners.items() if bias_of(owner) is None]):
         warnings.warn(
             f"{without[0]} has no bias while other maps need lora_bias; PEFT can apply this adapter but not merge it. "
             "Use merge_and_unload(model) for that.", stacklevel=2,
