@@ -1,12 +1,15 @@
 """Pins contrasts: pairs that differ as promised, answers compared by hand, planted neurons named by every score,
 attributions that add up, and tables that are refused by row."""
 
+from collections import Counter
+
 import families
 import planted
 import pytest
 import torch
 
 from llmfact_nb.base.arguments import ArgumentError
+from llmfact_nb.base.texts import load_cloze
 from llmfact_nb.networks import z_scores
 from llmfact_nb.scores.contrast import (
     SCORES, ContrastPair, ContrastSet, Localizer, contrast_accuracy, contrast_set, localize, text_means, token_pairs,
@@ -87,11 +90,13 @@ def test_means_leave_sinks_out_and_do_not_depend_on_company(model, contrast):
     assert together.shape == (5, layout.n_neurons)
 
 
-@pytest.mark.parametrize("name", ["agreement", "capitals", "sentences-nonwords", "sentences-shuffled", "reviews"])
+@pytest.mark.parametrize(
+    "name", ["agreement", "capitals", "opinions", "sentences-nonwords", "sentences-shuffled", "reviews"]
+)
 def test_sets_are_drawn_by_their_seed_and_keep_their_promise(name):
     some = contrast_set(name, 40)
     assert len(some) == 40 and some.pairs == contrast_set(name, 40).pairs != contrast_set(name, 40, seed=1).pairs
-    assert some.has_answers == (name in ("agreement", "capitals"))
+    assert some.has_answers == (name in ("agreement", "capitals", "opinions"))
     for p in some.pairs:
         a, b = p.a.split(), p.b.split()
         assert p.a != p.b
@@ -135,6 +140,39 @@ def test_what_cannot_be_compared_is_left_out_or_refused(model):
         with pytest.raises(ArgumentError) as e:
             call()
         assert e.value.argument == argument
+
+
+def test_answers_of_several_tokens_are_judged_by_the_first_and_counted(model, contrast):
+    some = ContrastSet("longer", tuple(ContrastPair(p.a, p.b, " w20 w4", " w21") for p in contrast.pairs))
+    solved, plain = (
+        contrast_accuracy(model, families.tokenizer(), some),
+        contrast_accuracy(model, families.tokenizer(), contrast),
+    )
+    assert torch.equal(solved.margins, plain.margins)
+    assert (solved.several, plain.several) == (len(contrast), 0) and repr(solved) != repr(plain)
+
+
+def test_a_set_with_an_empty_condition_is_refused():
+    for a, b in (("w4", ""), ("  ", "w4")):
+        with pytest.raises(ArgumentError) as e:
+            ContrastSet("half", (ContrastPair("w4", "w5"), ContrastPair(a, b)))
+        assert e.value.argument == "pairs"
+
+
+def test_a_model_that_reads_the_last_word_alone_is_at_chance_where_an_earlier_one_decides(model, contrast):
+    "The model has no attention to the past, so the difference of the pairs never reaches the answer."
+    pairs = [ContrastPair(f"{p.a} w15", f"{p.b} w15", p.answer_a, p.answer_b) for p in contrast.pairs]
+    early = ContrastSet("early", tuple(pairs))
+    solved = contrast_accuracy(model, families.tokenizer(), early)
+    assert not solved.above_chance and solved.logit_difference == pytest.approx(0, abs=1e-6)
+    for score in ("attribution", "integrated attribution"):
+        assert localize(model, families.tokenizer(), early, score=score).map_.abs().max() < 1e-6
+
+
+def test_capitals_come_once_before_any_comes_again():
+    there, some = Counter(load_cloze("capitals")["prompt"]), contrast_set("capitals", 100)
+    assert Counter(text for p in some.pairs for text in (p.a, p.b)) <= there
+    assert all(p.answer_a != p.answer_b for p in some.pairs)
 
 
 def test_masks_come_by_share_number_and_threshold_and_survive_a_file(model, contrast, tmp_path):
