@@ -514,6 +514,10 @@ def test_files_that_are_not_whole(tmp_path):
         json.dumps({**record, "removed": {"0": [99], "1": [], "2": []}}),
         json.dumps({**record, "removed": other, "widths": [5, 6, 7]}),
         json.dumps({**record, "architecture": "NoSuchModel"}),
+        json.dumps({**record, "biases made": ["model.layers.9.mlp.down_proj"]}),
+        json.dumps({**record, "biases made": ["model.norm"]}),
+        json.dumps({**record, "biases made": ["model.layers.1.mlp.down_proj"]}),
+        json.dumps({**record, "removed": {}}),
     ):
         (path / "pruning.json").write_text(changed)
         with pytest.raises(ValueError) as e:

@@ -65,3 +65,14 @@ def test_cloze_scores_are_those_of_the_accuracy(given):
     pairs = [("w4 w5 w6", " w7"), ("w9 w10", " w12"), ("w20 w21 w22", " w4")]
     expected = cloze_accuracy(model, tokenizer, pairs, progress=False).accuracy
     assert cloze_on("few", tokenizer, pairs).score(model).mean("accuracy") == pytest.approx(expected)
+
+
+def test_protected_layers_lose_nothing_and_the_share_stays(given, tmp_path):
+    model, tokenizer, found, scores = given
+    held_out = [loss_on("planted", EvalSet(tokenizer, planted.texts(4, seed=7), 20))]
+    few, cache = {"variance": scores["variance"]}, ScoreCache(model, progress=False)
+    table = pruning_study(cache, found, few, held_out, shares=(0.2,), protect=(1, 0))
+    arms = table[table.arm == "variance"]
+    assert all(counts.split()[0] == "0" for counts in arms.counts)
+    assert arms.share.tolist() == pytest.approx([0.2] * len(arms), abs=0.01)
+    assert not set(arms.setting) & set(pruning_study(cache, found, few, held_out, shares=(0.2,)).setting) - {"baseline"}

@@ -106,14 +106,17 @@ def cloze_on(
     return EvaluationSet(data, ("accuracy",), mark, tokens, score)
 
 # %% ../../nbs/study/09_pruning.ipynb #00b350af
-def _pruned(found: Found, name: str, score: torch.Tensor, share: float, per_layer: bool) -> list[Intervention]:
+def _pruned(
+    found: Found, name: str, score: torch.Tensor, share: float, per_layer: bool, protect: tuple[int, int]
+) -> list[Intervention]:
     "The arm of one score, plain and compensated."
     layout = found.networks.layout
     if not per_layer:
         score = torch.cat([(s - s.mean()) / s.std() for s in score.split(layout.widths)])
-    mask = pruning_mask(score, share, layout, per_layer)
+    mask = pruning_mask(score, share, layout, per_layer, protect)
     arm, _, seed = name.partition(" ") if name.startswith("random") else (name, "", "")
-    labels = {"fraction": share, "setting": "per layer" if per_layer else "global"}
+    whole = f", {protect[0]} and {protect[1]} whole" if any(protect) else ""  # first and last layers
+    labels = {"fraction": share, "setting": ("per layer" if per_layer else "global") + whole}
     drawn = int(seed) if seed else None
     return [
         Intervention(arm, mask, drawn, replace=replace, means=means, labels=labels)
@@ -129,6 +132,7 @@ def pruning_study(
     shares: Sequence[float] = (0.1, 0.2, 0.3),  # of all MLP neurons
     per_layer: Sequence[bool] = (True, False),  # True: the same share of every layer; False: wherever they are
     n_jobs: int = 1,  # processes
+    protect: tuple[int, int] = (0, 0),  # so many of the first and of the last layers stay whole
 ) -> "pd.DataFrame":
     'Remove each share of the neurons by each score, plain ("zero") and compensated ("mean"). Study "pruning".'
     arms = [
@@ -136,7 +140,7 @@ def pruning_study(
         for alike in per_layer
         for share in shares
         for name, score in scores.items()
-        for arm in _pruned(found, name, score, share, alike)
+        for arm in _pruned(found, name, score, share, alike, protect)
     ]
     return measure(cache, arms, evaluation_sets, "pruning", n_jobs=n_jobs)
 
