@@ -28,7 +28,7 @@ def further_settings(
 # %% ../../nbs/command/11_further_study.ipynb #ac79e0fb
 def check_further(settings: FurtherSettings, folder: str | os.PathLike, accept_licence: bool = False) -> None:
     "Raise if the study cannot begin, as far as can be told without the model's weights."
-    check_model(settings.find.model, accept_licence, settings.untrained.max_length)
+    check_model(settings.find.model, accept_licence)
     if kind_of(folder) != "further study":
         check_claim(folder, "further study", {})
 
