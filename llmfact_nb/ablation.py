@@ -528,7 +528,10 @@ class _KnownScores:
         return [pair for key, pair in wanted.items() if not self.has(key)]
 
 # %% ../nbs/09_ablation.ipynb #f66b2b8a
-def _scored(model: nn.Module, pair: tuple) -> Scores:
+def scored(
+    model: nn.Module,  # unmasked
+    pair: tuple,  # (intervention or None, evaluation set)
+) -> Scores:
     "Score one intervention on one evaluation set: a job."
     intervention, e = pair
     with nullcontext() if intervention is None else intervention.on(model):
@@ -538,7 +541,8 @@ def _scored(model: nn.Module, pair: tuple) -> Scores:
 def _measure_in_parallel(cache: "ScoreCache", todo: list[tuple], n_jobs: int, bar) -> None:
     cache.refuse_masked()
     todo = sorted(todo, key=lambda pair: -pair[1].tokens)
-    for i, scores in several(_scored, todo, cache.model, n_jobs, cache.folder):
+    spread = cache.spread or (lambda todo: several(scored, todo, cache.model, n_jobs, cache.folder))
+    for i, scores in spread(todo):
         intervention, e = todo[i]
         cache.keep(intervention, e, scores)
         bar.update(e.tokens)
@@ -556,12 +560,13 @@ def _measure_missing(cache: "ScoreCache", todo: list[tuple], description: str, n
     if not todo:
         return
     _refuse_others(cache.model, [i for i, _ in todo if i is not None])
+    alone = n_jobs == 1 and cache.spread is None
     with progress_bar(sum(e.tokens for _, e in todo), description, "tok", cache.progress) as bar:
-        for intervention, e in todo if n_jobs == 1 else ():
+        for intervention, e in todo if alone else ():
             bar.set_postfix_str("unmasked" if intervention is None else intervention.arm)
             cache.scores(intervention, e)
             bar.update(e.tokens)
-        if n_jobs != 1:
+        if not alone:
             _measure_in_parallel(cache, todo, n_jobs, bar)
 
 # %% ../nbs/09_ablation.ipynb #62969bf5
@@ -576,6 +581,7 @@ class ScoreCache(_KnownScores):
         progress: bool | Overall = True,  # show a progress bar
     ):
         self._model, self.progress = model, progress
+        self.spread: Callable | None = None  # measures a list of pairs in its own way, as `several` does
         self.refuse_masked()
         super().__init__(folder, model_fingerprint(self.model) if identity is None else identity)
 
@@ -601,7 +607,7 @@ class ScoreCache(_KnownScores):
         key = self.key(intervention, evaluation_set)
         self.asked[key] = intervention, evaluation_set
         if not self.has(key):
-            self.keep(intervention, evaluation_set, _scored(self.model, (intervention, evaluation_set)))
+            self.keep(intervention, evaluation_set, scored(self.model, (intervention, evaluation_set)))
         return self.kept(key)
 
     def keep(
@@ -923,6 +929,25 @@ def _network_facts(networks: FunctionalNetworks, settings: Settings) -> dict:
     facts["expected union of Gaussian maps"] = networks.expected_null(**null)
     return facts | {"threads": torch.get_num_threads()}
 
+# %% ../nbs/09_ablation.ipynb #0981e62c
+def described(
+    model: nn.Module,  # a causal language model
+    acts: Any,  # `Activations` on which the networks were fitted, or what has their facts and moments
+    networks: FunctionalNetworks,  # fitted
+    settings: Settings,  # that were used
+    n_texts: int,  # that were read
+) -> Found:
+    "Return networks with what masks and controls need, and with facts about tokens, neurons and fit."
+    facts = {
+        "model type": getattr(model.config, "model_type", type(model).__name__),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    mean, variance = acts.moments(networks.rows_)
+    facts |= {"texts": n_texts} | _token_facts(acts, networks.rows_, variance) | _network_facts(networks, settings)
+    if not torch.equal(networks.rows_, ~acts.sinks):
+        mean = acts.moments()[0]
+    return Found(networks, mean, variance, settings.threshold, facts=facts)
+
 # %% ../nbs/09_ablation.ipynb #a48de6fc
 def find_networks(
     model: nn.Module,  # a causal language model
@@ -940,16 +965,7 @@ def find_networks(
     shape = (settings.n_components, settings.kind, settings.standardize, settings.exclude)
     tries: dict[str, Any] = {"n_init": settings.n_init, "max_iter": settings.max_iter}
     networks = FunctionalNetworks(*shape, random_state=settings.ica_seed, device=device, **tries)
-    networks.fit(acts)
-    facts = {
-        "model type": getattr(model.config, "model_type", type(model).__name__),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    mean, variance = acts.moments(networks.rows_)
-    facts |= {"texts": len(chosen)} | _token_facts(acts, networks.rows_, variance) | _network_facts(networks, settings)
-    if not torch.equal(networks.rows_, ~acts.sinks):
-        mean = acts.moments()[0]
-    return Found(networks, mean, variance, settings.threshold, facts=facts)
+    return described(model, acts, networks.fit(acts), settings, len(chosen))
 
 # %% ../nbs/09_ablation.ipynb #e4a13ccc
 def search_flops(

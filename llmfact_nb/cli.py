@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/12_command.ipynb #a7676e07
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from llmfact_nb.command.terminal import (
 
 if TYPE_CHECKING:  # these import torch and transformers; help must not wait for them
     from llmfact_nb.ablation import Found
+    from llmfact_nb.base.ranks import LedRanks
     from llmfact_nb.command.cost import Cost
     from llmfact_nb.command.run import Sources
     from llmfact_nb.masks import NeuronMask
@@ -89,6 +91,23 @@ SETTINGS: dict[str, Option] = {
 }  # fmt: skip
 FIELD = {"k": "n_components", "seed": "ica_seed"}  # option: field of Settings, where the names differ
 
+# %% ../nbs/12_command.ipynb #57b2bb67
+_GROUP = "Group ICA: texts are read in shards, so that memory does not grow with their number."
+GROUPED = {
+    "group": Option(False, _GROUP, _FIND),
+    "shards": Option(int, "Shards of a group ICA.", _FIND, shown="one for 4,096 tokens", least=2),
+}
+
+# %% ../nbs/12_command.ipynb #cce30914
+def shards_asked(group: bool, shards: int | None, preset: str, fit_tokens: int | None) -> int | None:
+    "Return the number of shards; None without --group. Raises a usage error for --shards alone."
+    from llmfact_nb.ablation import PRESETS
+
+    if shards is not None and not group:
+        raise typer.BadParameter("belongs to --group.", param_hint="--shards")
+    n = max(2, -(-(fit_tokens or PRESETS[preset].fit_tokens) // 4096))
+    return (n if shards is None else shards) if group else None
+
 # %% ../nbs/12_command.ipynb #4863f587
 def check_asked(
     device: str | None = None,
@@ -117,7 +136,7 @@ def one_folder(folder: Path | None, out: Path | None) -> Path | None:
     return folder or out
 
 # %% ../nbs/12_command.ipynb #2d78f628
-def planned(preset: str, given: dict, out: Path, device: str | None, accept_licence: bool) -> "Sources":
+def planned(preset: str, given: dict, out: Path, device: str | None, accept_licence: bool, group=None) -> "Sources":
     "Return where the model and texts of a run with these options come from; everything is checked, nothing is written."
     from llmfact_nb.command.run import Sources, check_run, has_networks, settings_from
 
@@ -126,6 +145,7 @@ def planned(preset: str, given: dict, out: Path, device: str | None, accept_lice
     whole = has_networks(out)  # then model and texts may not be needed
     check_asked(device, model=None if whole else settings.model, texts=None if whole else settings.texts)
     sources = Sources(settings, device, progress(), **({"accept_licence": True} if accept_licence else {}))
+    sources.group = group
     check_run(sources, out)
     return sources
 
@@ -173,9 +193,22 @@ def check_room(
         need = f"up to {bytes_text(cost.memory or 0)}, and {bytes_text(free_memory())} are free"
         note(f"memory may run out: this may take {need}", progress())
 
+# %% ../nbs/12_command.ipynb #53168168
+def followed(ranks: "LedRanks", sources: "Sources") -> Answer:
+    "On any rank but the first: do what rank 0 orders; return an empty answer."
+    from llmfact_nb.command.run import follow
+
+    follow(ranks, sources)
+    return Answer([], {})
+
+# %% ../nbs/12_command.ipynb #fab89324
+def follower() -> Answer | None:
+    "Return an empty answer in a process that torchrun has started as any but the first: only rank 0 speaks."
+    return Answer([], {}) if int(os.environ.get("RANK", 0)) else None
+
 # %% ../nbs/12_command.ipynb #6fac6f26
-@command(**SETTINGS, out=OUT, preset=PRESET, jobs=JOBS, cluster=CLUSTER, **LOAD)
-def run(out, preset, jobs, cluster, device, accept_licence, dry_run, **given) -> Answer:
+@command(**SETTINGS, **GROUPED, out=OUT, preset=PRESET, jobs=JOBS, cluster=CLUSTER, **LOAD)
+def run(out, preset, group, shards, jobs, cluster, device, accept_licence, dry_run, **given) -> Answer:
     """Find networks, ablate them, write a report.
 
     The whole experiment on one model, with controls, as a table, figures, a report and an interactive page. It
@@ -184,19 +217,25 @@ def run(out, preset, jobs, cluster, device, accept_licence, dry_run, **given) ->
     \b
     llmfact run --dry-run
     llmfact run --model openai-community/gpt2 --texts my-texts.jsonl --out out/gpt2
+    torchrun --nproc-per-node 2 -m llmfact_nb run
     """
     from llmfact_nb.base.jobs import on_cluster
+    from llmfact_nb.base.ranks import started_ranks
     from llmfact_nb.command.cost import run_cost
     from llmfact_nb.command.run import has_networks, run_experiment
 
-    sources = planned(preset, given, out, device, accept_licence or dry_run)
+    group = shards_asked(group, shards, preset, given["fit_tokens"])
+    sources = planned(preset, given, out, device, accept_licence or dry_run, group)
     if dry_run:
-        return bill(run_cost(sources.settings, device=device), out, sources.settings.model, accept_licence)
+        cost = run_cost(sources.settings, device=device, group=group)
+        return follower() or bill(cost, out, sources.settings.model, accept_licence)
     if not has_networks(out):
-        check_room(run_cost(sources.settings, rate=1e9), out)
-    with on_cluster(cluster):
+        check_room(run_cost(sources.settings, rate=1e9, group=group), out)
+    with started_ranks() as ranks, on_cluster(cluster):
+        if ranks.rank:
+            return followed(ranks, sources)
         n_jobs = jobs if cluster is None else -1  # all workers
-        done = run_experiment(sources.settings, out, device, progress(), n_jobs, **sources.load_options)
+        done = run_experiment(sources.settings, out, device, progress(), n_jobs, ranks, group, **sources.load_options)
     return _run_told(done, out)
 
 
@@ -216,8 +255,8 @@ HTML = Option(Path, _PAGE, "Output", shown="networks.html in the folder", check=
 FINDING = {name: o for name, o in SETTINGS.items() if name != "control_seeds"}
 
 
-@command(**FINDING, out=OUT, preset=PRESET, html=HTML, **LOAD)
-def networks(out, preset, html, device, accept_licence, dry_run, **given) -> Answer:
+@command(**FINDING, **GROUPED, out=OUT, preset=PRESET, html=HTML, **LOAD)
+def networks(out, preset, html, group, shards, device, accept_licence, dry_run, **given) -> Answer:
     """Find functional networks, or list a folder's.
 
     The first half of a run: which neurons rise and fall together, where they are, at which tokens they are most
@@ -227,21 +266,30 @@ def networks(out, preset, html, device, accept_licence, dry_run, **given) -> Ans
     \b
     llmfact networks --texts sotu --k 16 --out out/speeches
     llmfact networks --out out/speeches --html speeches.html
+    llmfact networks --group --fit-tokens 200000 --out out/many-texts
     """
+    from llmfact_nb.base.ranks import started_ranks
     from llmfact_nb.command.cost import run_cost
     from llmfact_nb.command.run import Sources, find_into, has_networks, read_found
 
     known, given = has_networks(out), only_typed(given)
-    if known and preset == "recommended" and device is None and not given and not dry_run:
+    if known and preset == "recommended" and device is None and not (given or group or dry_run):
         settings, found = read_found(out)
-        return _networks_found(Sources(settings, None, progress()), found, out, html, True)
-    sources = planned(preset, given, out, device, accept_licence or dry_run)
+        return follower() or _networks_found(Sources(settings, None, progress()), found, out, html, True)
+    group = shards_asked(group, shards, preset, given.get("fit_tokens"))
+    sources = planned(preset, given, out, device, accept_licence or dry_run, group)
+    if dry_run and (silent := follower()):
+        return silent
     if dry_run:
-        cost = run_cost(sources.settings, networks_only=True, device=device)
+        cost = run_cost(sources.settings, networks_only=True, device=device, group=group)
         return bill(cost, out, sources.settings.model, accept_licence)
     if not known:
-        check_room(run_cost(sources.settings, networks_only=True, rate=1e9), out)
-    return _networks_found(sources, find_into(sources, out), out, html, False)
+        check_room(run_cost(sources.settings, networks_only=True, rate=1e9, group=group), out)
+    with started_ranks() as ranks:
+        if ranks.rank:
+            return followed(ranks, sources)
+        found = find_into(sources, out, ranks)
+    return _networks_found(sources, found, out, html, False)
 
 # %% ../nbs/12_command.ipynb #6636d4c3
 def aligned(table) -> str:

@@ -335,6 +335,36 @@ def _made_from(ica: "ICA", X: torch.Tensor, rows: torch.Tensor | None, solver: s
     made_from |= {"standardize": bool(ica.standardize), "dtype": str(as_dtype(ica.dtype)), "shape": list(X.shape)}
     return made_from | {"values": digest(*parts), "rows": "all" if rows is None else digest(rows)}
 
+# %% ../nbs/03_ica.ipynb #47b76a55
+def _seed(ica: "ICA") -> int:
+    return int(np.random.SeedSequence().generate_state(1)[0]) if ica.random_state is None else int(ica.random_state)
+
+# %% ../nbs/03_ica.ipynb #83e48c57
+def _leave(ica: "ICA", w: Whitened, found: Unmixed, solver: str, why: str) -> None:
+    "Leave the results on `ica`."
+    if ica.standardize and w.constant.any():
+        N, T = len(w.neurons), len(w.time)
+        share = f"{int(w.constant.sum()):,} of {N:,} neurons are constant over the {T:,} tokens used"
+        warnings.warn(f"{share}; they were left unscaled and carry no weight.", stacklevel=4)
+    parts = components(w, found.W, ica.kind)
+    ica.stability_ = found.stability[parts.pop("order")].float()
+    for name, value in parts.items():
+        setattr(ica, f"{name}_", value)
+    ica.n_iter_, ica.converged_, ica.convergence_ = found.n_iter, found.converged, found.convergence
+    ica.whiten_solver_, ica.whitening_report_ = solver, f"{solver}: {why}; {w.report}"
+
+# %% ../nbs/03_ica.ipynb #6a932bec
+def fit_whitened(
+    ica: "ICA",
+    w: Whitened,  # data that were whitened elsewhere, for example by many processes
+) -> "ICA":
+    "Unmix whitened data with the settings of `ica`; return it, fitted."
+    _checked(ica)
+    starts, w = first_starts(ica.n_components, ica.n_init, _seed(ica), ica.w_init), signed_like_sklearn(w, ica.kind)
+    found = unmix(w.white(ica.kind)[0].T.contiguous(), starts, ica.fun, ica.max_iter, ica.tol)
+    _leave(ica, w, found, "shared", "whitened before")
+    return ica
+
 # %% ../nbs/03_ica.ipynb #4d23f48e
 def _fit(ica: "ICA", X: torch.Tensor, rows, path: str | os.PathLike | None) -> None:
     "Whiten, unmix, and leave the results on `ica`."
@@ -342,7 +372,7 @@ def _fit(ica: "ICA", X: torch.Tensor, rows, path: str | os.PathLike | None) -> N
     if ica.backend == "sklearn" and path is not None:
         raise ArgumentError("path", os.fspath(path), "None with backend='sklearn', which whitens inside scikit-learn")
     rows, k = rows_used(rows, X), ica.n_components
-    seed = int(np.random.SeedSequence().generate_state(1)[0]) if ica.random_state is None else int(ica.random_state)
+    seed = _seed(ica)
     starts, (data, solver, why) = first_starts(k, ica.n_init, seed, ica.w_init), _plan(ica, X, rows)
     if ica.backend == "sklearn":
         w, found = by_sklearn(data, ica.kind, starts, ica.fun, ica.max_iter, ica.tol)
@@ -351,15 +381,7 @@ def _fit(ica: "ICA", X: torch.Tensor, rows, path: str | os.PathLike | None) -> N
         w = make() if path is None else kept_whitening(path, _made_from(ica, X, rows, solver), make)
         w = signed_like_sklearn(w.to(data.device), ica.kind)
         found = unmix(w.white(ica.kind)[0].T.contiguous(), starts, ica.fun, ica.max_iter, ica.tol)
-    if ica.standardize and w.constant.any():
-        share = f"{int(w.constant.sum()):,} of {data.N:,} neurons are constant over the {data.T:,} tokens used"
-        warnings.warn(f"{share}; they were left unscaled and carry no weight.", stacklevel=3)
-    parts = components(w, found.W, ica.kind)
-    ica.stability_ = found.stability[parts.pop("order")].float()
-    for name, value in parts.items():
-        setattr(ica, f"{name}_", value)
-    ica.n_iter_, ica.converged_, ica.convergence_ = found.n_iter, found.converged, found.convergence
-    ica.whiten_solver_, ica.whitening_report_ = solver, f"{solver}: {why}; {w.report}"
+    _leave(ica, w, found, solver, why)
 
 # %% ../nbs/03_ica.ipynb #6cc7ef6c
 @dataclass(eq=False, repr=False)

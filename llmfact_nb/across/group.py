@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ..activations import Activations, capture
 from ..base.arguments import ArgumentError, check_choice, check_whole, refuse_masked
 from ..base.files import digest, load_tensors, remember, save_tensors
 from ..base.identity import common_card
+from ..base.ranks import Ranks
 from ..base.tokens import text_list
 from llmfact_nb.base.whitening import (
     CentredX,
@@ -146,72 +147,6 @@ def _parts(acts: Activations, used: torch.Tensor, whole: bool) -> Iterator[tuple
         if here.any():
             yield acts.values[start : start + n], None if here.all() else here.nonzero()[:, 0]
         start += n
-
-# %% ../../nbs/across/01_group.ipynb #66392cf5
-class _Ranks:
-    "The processes that share a fit; one process alone exchanges nothing."
-
-    def __init__(self, distributed: bool):
-        import torch.distributed as dist
-
-        self.rank, self.size, self.device, self.dist = 0, 1, torch.device("cpu"), dist
-        if not distributed:
-            return
-        if not (dist.is_available() and dist.is_initialized()):
-            remedy = "Start with torchrun and call torch.distributed.init_process_group('gloo') ('nccl' between GPUs)."
-            raise ArgumentError("distributed", True, "False if there is no process group", remedy)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        if dist.get_backend() == "nccl":
-            self.device = torch.device("cuda", torch.cuda.current_device())
-
-    def gather(self, t: torch.Tensor) -> torch.Tensor:
-        "Return the tensors of all ranks, concatenated along the first axis, where they may differ in length."
-        if self.size == 1:
-            return t
-        lengths = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
-        self.dist.all_gather(lengths, torch.tensor([len(t)], device=self.device))
-        out = []
-        for rank, n in enumerate(map(int, lengths)):
-            empty = torch.empty(n, *t.shape[1:], dtype=t.dtype, device=self.device)
-            part = t.to(self.device).contiguous() if rank == self.rank else empty
-            if n:
-                self.dist.broadcast(part, src=rank)
-            out.append(part.to(t.device))
-        return torch.cat(out)
-
-    def total(self, t: torch.Tensor) -> torch.Tensor:
-        "Return the sum over ranks."
-        if self.size == 1:
-            return t
-        t = t.to(self.device, copy=True)
-        self.dist.all_reduce(t)
-        return t.cpu()
-
-    def of_first(self, t: torch.Tensor | None, width: int, dtype: torch.dtype) -> torch.Tensor:
-        "Return the (rows, width) tensor of rank 0 on every rank."
-        return self.gather(t if self.rank == 0 else torch.empty(0, width, dtype=dtype))
-
-    def messages(self, content) -> list:
-        "Return the message of each rank, sent as JSON."
-        text = torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
-        ends = self.gather(torch.tensor([len(text)])).cumsum(0).tolist()
-        everything = bytes(self.gather(text).tolist())
-        return [json.loads(everything[a:b]) for a, b in zip([0, *ends], ends)]
-
-    def together(self, work: Callable):
-        "Do `work` on every rank and return its result; if it raises on one rank, every rank raises."
-        result, error = None, None
-        try:
-            result = work()
-        except Exception as e:  # raised below, when the other ranks know
-            error = e
-        said = self.messages(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        failed = [f"rank {i} stopped with {m}" for i, m in enumerate(said) if m]
-        if failed:
-            raise RuntimeError("; ".join(failed))
-        return result
 
 # %% ../../nbs/across/01_group.ipynb #86a451eb
 def my_share(
@@ -394,7 +329,7 @@ class _Progress:
     "A fit in progress."
 
     how: GroupICA
-    ranks: _Ranks
+    ranks: Ranks
     kept: _Kept
     work: list[_Work]
     layout: Layout
@@ -460,7 +395,7 @@ _OF_FASTICA = ("fun", "n_init", "max_iter", "tol")
 
 def _begin(how: GroupICA, data, rows, folder: str | os.PathLike | None, distributed: bool) -> _Progress:
     "Compare the shards and settings of all ranks, and claim the folder."
-    ranks = _Ranks(distributed)
+    ranks = Ranks(distributed)
     shards, masks = ranks.together(lambda: _as_shards(data, rows))
     place = lambda s: "" if isinstance(s, (Activations, TextShard)) else f" ({os.fspath(s)})"
     names = [f"shard {i}{place(s)}" for i, s in enumerate(shards)]

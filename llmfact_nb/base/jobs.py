@@ -101,7 +101,7 @@ def active_cluster() -> Any:
     backend, _ = joblib.parallel.get_active_backend()
     return getattr(backend, "client", None)
 
-
+# %% ../../nbs/base/12_jobs.ipynb #23e855cf
 def jobs_at_once(
     n_jobs: int,  # as in joblib: -1 are all cores
     n: int,  # how many there are to do
@@ -125,7 +125,7 @@ def _question(path: str) -> Callable[[], tuple[str, bool]]:
 
     return answer
 
-
+# %% ../../nbs/base/12_jobs.ipynb #8344e0fc
 def refuse_workers(
     said: Mapping[str, Any],  # worker -> (version, whether it sees the file), or the error that its import raised
     path: str,  # the model's file
@@ -146,7 +146,7 @@ def _one(work: Callable, written: WrittenModel, i: int, job, threads: int | None
         torch.set_num_threads(threads)
     return i, work(model_here(written), job)
 
-
+# %% ../../nbs/base/12_jobs.ipynb #f21b6ea2
 def _rounds(work: Callable, left: dict[int, Any], written: WrittenModel, n: int, threads: int | None):
     "Yield (number, result); what was not done when a process died is done again."
     import joblib
@@ -184,7 +184,7 @@ def _model_in_file(model: nn.Module, folder: str | os.PathLike | None) -> Iterat
             refuse_workers(client.run(_question(written.path), on_error="return"), written.path)
         yield written
 
-
+# %% ../../nbs/base/12_jobs.ipynb #650dd584
 def several(
     work: Callable[[nn.Module, Any], Any],  # (model, job) -> result; model is as it was given
     jobs: Sequence,

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/command/03_cost.ipynb #76763cad
+import dataclasses
 import os
 import shutil
 import time
@@ -17,12 +18,14 @@ from typing import NamedTuple
 import torch
 
 from ..ablation import Settings, arm_plan
+from ..across.group import memory_bound
 from ..base.display import duration
 from ..base.downloads import RESOURCES, cached_file
 from ..base.models import auto_class, converted_path
 from ..base.statistics import LEAST_DRAWS
 from .checks import configuration, downloaded
 from ..sites import neuron_sites
+from ..study.search import MOST_ROWS
 
 # %% ../../nbs/command/03_cost.ipynb #88487382
 @dataclass(frozen=True)
@@ -246,12 +249,28 @@ def run_needs(
     memory = values + 4 * held_out * N + batch + working
     return Needs(2.0 * size.parameters * (fit + held_out * (1 + arms)) + ica, memory, disk, values)
 
+# %% ../../nbs/command/03_cost.ipynb #020f85fb
+def grouped_needs(
+    s: Settings,
+    size: ModelSize,
+    arms: int,  # that are measured on the held-out texts
+    group: int,  # shards
+) -> Needs:
+    "Return what a run needs whose networks come from a group ICA; its memory grows with the shard, not with the texts."
+    N, k, shard = size.neurons, s.n_components, -(-s.fit_tokens // group) + s.fit_length
+    plain, small = run_needs(s, size, arms), run_needs(dataclasses.replace(s, fit_tokens=max(shard, k + 2)), size, arms)
+    bound = memory_bound(s.fit_tokens, N, group, 2 * k, k, in_folder=True, max_rows=max(MOST_ROWS, k))
+    flops = plain.flops + 2.0 * size.parameters * s.fit_tokens + 24.0 * s.fit_tokens * N * k
+    disk = plain.disk + group * (2 * k + 8) * 4 * N + 4 * s.fit_tokens * (k + 16)
+    return Needs(flops, small.memory + sum(bound.values()) + 8 * 12 * N, disk)
+
 # %% ../../nbs/command/03_cost.ipynb #7a6cc678
 def run_cost(
     settings: Settings,  # what would be run
     networks_only: bool = False,  # stop when the networks are found
     device: str | None = None,  # where the model would run
     rate: float | None = None,  # floating-point operations a second; None: measured now
+    group: int | None = None,  # shards of a group ICA; None: an ordinary ICA
 ) -> Cost:
     "Return what a run, or only its networks, will cost."
     s, fit, held_out = settings, settings.fit_tokens + settings.fit_length, settings.eval_texts * settings.eval_length
@@ -261,8 +280,9 @@ def run_cost(
     words = f"{fit:,} to find the networks, {held_out:,} held out"
     words += "" if networks_only else f", those {arms} times more for the arms"
     assumed = f"fit texts of {s.fit_length} tokens and held-out texts of {s.eval_length}, the most that is read of them"
-    needs = lambda size: run_needs(s, size, arms)
-    return estimate(s.model, (s.texts,), tokens, words, needs, (assumed,), s.site, device, rate)
+    more_assumed = (f"the fit texts are read twice, in {group} shards",) if group else ()
+    needs = lambda size: grouped_needs(s, size, arms, group) if group else run_needs(s, size, arms)
+    return estimate(s.model, (s.texts,), tokens, words, needs, (assumed, *more_assumed), s.site, device, rate)
 
 # %% ../../nbs/command/03_cost.ipynb #4713c956
 def free_disk(

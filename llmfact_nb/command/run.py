@@ -12,8 +12,9 @@ import json
 import math
 import os
 import platform
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +24,8 @@ import torch
 
 from .. import __version__
 from llmfact_nb.ablation import (
-    FACTS, PRESETS, EvaluationSet, Found, ScoreCache, Settings, arm_plan, as_table, condition_name, find_networks,
-    first_texts, key_arms, loss_on, measure,
+    FACTS, PRESETS, EvaluationSet, Found, ScoreCache, Scores, Settings, arm_plan, as_table, condition_name,
+    find_networks, first_texts, key_arms, loss_on, measure,
 )  # fmt: skip
 from ..activations import capture, longest_input
 from ..base.arguments import ArgumentError, check_choice
@@ -34,6 +35,7 @@ from ..base.files import ClaimError, check_claim, claim, digest, from_home, load
 from ..base.files import read_json, reading, save_tensors, write_json, write_text
 from ..base.identity import model_fingerprint
 from ..base.models import load_model, resource_record
+from ..base.ranks import ALONE, LedRanks
 from ..base.statistics import LEAST_DRAWS, difference_to_draws, document_estimate
 from ..base.texts import texts_of
 from ..base.tokens import token_name
@@ -46,6 +48,7 @@ from ..masks import DRAWN
 from ..show import figures
 from ..show.network_page import write_network_page
 from ..show.report import headline, write_report
+from ..study.search import find_group, find_shared, shared_scores
 
 # %% ../../nbs/command/04_run.ipynb #bef8f158
 def settings_from(
@@ -85,6 +88,7 @@ class Sources:
         self.settings, self.device, self.progress, self.load_options = settings, device, progress, load_options
         self.load, self.read, self.texts = (functools.cache(f) for f in (self._load, self._read, self._texts))
         self.check: Callable[[tuple], None] = lambda loaded: None  # raises if this is not the expected model
+        self.group: int | None = None  # shards of a group ICA; None: an ordinary ICA
 
     def _load(self) -> tuple:
         "(model, tokenizer)"
@@ -123,6 +127,7 @@ def run_identity(
     content = {"model": named_content(s.model), "texts": named_content(s.texts)}
     options = {k: v for k, v in sources.load_options.items() if k not in ("accept_licence", "token", "use_auth_token")}
     identity = dataclasses.asdict(s) | content | {"device": sources.device, "llmfact_nb": __version__} | options
+    identity |= {"group": sources.group} if sources.group else {}
     return as_claimed(identity, folder)
 
 # %% ../../nbs/command/04_run.ipynb #ecb7aad2
@@ -187,15 +192,50 @@ def write_settings(
     folder: Path,  # of the run
 ) -> None:
     "Write what was asked for, unless it stands there: model and texts may have moved since."
-    beside = {"device": sources.device} | {k: v for k, v in sources.load_options.items() if "token" not in k}
+    beside = {"group": sources.group} if sources.group else {}
+    beside |= {"device": sources.device} | {k: v for k, v in sources.load_options.items() if "token" not in k}
     asked, path = json.loads(json.dumps(dataclasses.asdict(sources.settings) | beside)), folder / "settings.json"
     if not path.exists() or read_json(path) != asked:
         write_json(path, asked)
+
+# %% ../../nbs/command/04_run.ipynb #232b46e9
+def _begun(ranks: LedRanks, sources: Sources) -> tuple:
+    "Load the model on every rank and return (model, tokenizer). Raises RuntimeError for ranks that are not alike."
+    model, tokenizer = ranks.together(sources.load)
+    facts = {"llmfact_nb": __version__, "held-out texts": sources.held_out.fingerprint}
+    facts |= {name: version(name) for name in ("torch", "transformers")} | model_fingerprint(model, tokenizer)
+    ranks.check_alike(facts)
+    return model, tokenizer
+
+# %% ../../nbs/command/04_run.ipynb #e980fdc8
+def _share_of_search(ranks: LedRanks, sources: Sources, path: Path | None = None) -> Found:
+    model, tokenizer = _begun(ranks, sources)
+    given = ranks, model, tokenizer, sources.texts("fit"), sources.settings
+    return find_group(*given, sources.group, path) if sources.group else find_shared(*given, sources.progress, path)
+
+# %% ../../nbs/command/04_run.ipynb #cf7133cf
+def _share_of_scores(ranks: LedRanks, sources: Sources, arms: list) -> Iterator[tuple[int, Scores]]:
+    model, _ = _begun(ranks, sources)
+    yield from shared_scores(ranks, model, arms, loss_on(sources.settings.texts, sources.held_out))
+
+# %% ../../nbs/command/04_run.ipynb #563c47e9
+def follow(ranks: LedRanks, sources: Sources) -> None:
+    "On any rank but the first: do a share of what rank 0 orders, until it ends. Nothing is written."
+    sources.progress = False
+    for what, arms in ranks.orders():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rank 0 says it
+            if what == "search":
+                _share_of_search(ranks, sources)
+            else:
+                for _ in _share_of_scores(ranks, sources, arms):
+                    pass
 
 # %% ../../nbs/command/04_run.ipynb #3e01e946
 def search(
     sources: Sources,
     folder: Path,  # claimed
+    ranks: LedRanks = ALONE,  # processes that share the texts
 ) -> None:
     "Find the networks and keep them in the folder."
     s, fit_texts = sources.settings, sources.texts("fit")  # wrong texts are refused before the model is loaded
@@ -206,11 +246,16 @@ def search(
         note(f"texts are cut at {counted(most, 'token')}, the most that the model reads at once", sources.progress)
     matrix = run_cost(s, True, rate=1e9).activations or 0
     streamed = folder / "parts" / "activations"
-    path = streamed if matrix > free_memory() / 2 else None
+    path = streamed if not sources.group and matrix / ranks.size > free_memory() / 2 else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # `ica_said` says it beside every result
-        found = find_networks(model, tokenizer, fit_texts, s, sources.progress, path)
+        if ranks.size > 1 or sources.group:
+            ranks.order(("search", None))
+            found = _share_of_search(ranks, sources, folder / "parts" / "group" if sources.group else path)
+        else:
+            found = find_networks(model, tokenizer, fit_texts, s, sources.progress, path)
     streamed.unlink(missing_ok=True)  # by far the largest file, and no longer needed
+    shutil.rmtree(folder / "parts" / "group", ignore_errors=True)
     forget_networks(folder)
     write_settings(sources, folder)
     write_json(folder / _LOADED, loaded_facts(sources, found.facts["texts"]))
@@ -261,6 +306,7 @@ def read_found(
 def find_into(
     sources: Sources,
     folder: str | os.PathLike,  # becomes this run's, or is resumed
+    ranks: LedRanks = ALONE,  # processes that share the search
 ) -> Found:
     """Return the networks of the folder; find and keep them first if it has none.
 
@@ -269,7 +315,7 @@ def find_into(
     if not (check_claim(folder, "run", identity) and has_networks(folder)):
         with claim(folder, "run", identity) as path:
             if not has_networks(path):  # another process may have found them
-                search(sources, path)
+                search(sources, path, ranks)
     return read_found(folder)[1]
 
 # %% ../../nbs/command/04_run.ipynb #cfacfa8b
@@ -414,14 +460,22 @@ def arms_measured(
     folder: Path,  # of the run
     measurable: bool = True,  # False: raise KeyError if something is missing
     n_jobs: int = 1,  # processes that measure
+    ranks: LedRanks = ALONE,  # or ranks
 ) -> tuple[pd.DataFrame, ScoreCache]:
     "Return the table of all arms, with the differences to the key neurons, and the cache that holds the losses."
     cache, texts = _scoring(sources, folder, measurable)
     arms = _arms(found, sources.settings)
     if n_jobs != 1 and measurable and cache.missing([None, *arms], [texts]):
         texts = scored_texts(sources, texts.fingerprint, now=True)
+    if ranks.size > 1:
+        cache.spread = lambda todo: _spread(ranks, sources, [arm for arm, _ in todo])
     table = measure(cache, arms, [texts], "run", n_jobs=n_jobs)
     return _minus_rows(table, cache), cache
+
+# %% ../../nbs/command/04_run.ipynb #8b5512f5
+def _spread(ranks: LedRanks, sources: Sources, arms: list) -> Iterator[tuple[int, Scores]]:
+    ranks.order(("measure", arms))
+    yield from _share_of_scores(ranks, sources, arms)
 
 # %% ../../nbs/command/04_run.ipynb #010f2d35
 def differences(
@@ -627,6 +681,8 @@ def run_experiment(
     device: str | None = None,  # "cuda", "cpu"; None leaves the model where transformers puts it
     progress: bool = True,  # show progress bars and say what is done, on the error stream
     n_jobs: int = 1,  # processes that measure the arms
+    ranks: LedRanks = ALONE,  # processes that torchrun started and that share the work; this is the first
+    group: int | None = None,  # find the networks by a group ICA of so many shards
     **load_options,  # for `load_model`, e.g. revision, trust_remote_code, accept_licence
 ) -> Run:
     """Run the experiment into `out`; return the finished run.
@@ -634,13 +690,14 @@ def run_experiment(
     The same call after an interruption resumes where it stopped. Raises ValueError if the folder belongs to
     other settings, BlockingIOError while another process works there."""
     sources = Sources(settings, device, progress, **load_options)
+    sources.group = group
     with claim(out, "run", run_identity(sources, out)) as folder:
         if not has_networks(folder):
-            search(sources, folder)
+            search(sources, folder, ranks)
         write_settings(sources, folder)
         sources.check = lambda loaded: refuse_another_model(folder, settings.model, *loaded)
         found = read_found(folder)[1]
-        results, cache = arms_measured(found, sources, folder, n_jobs=n_jobs)
+        results, cache = arms_measured(found, sources, folder, n_jobs=n_jobs, ranks=ranks)
         courses = held_out_courses(found, folder, sources.read)
         run = Run(folder, settings, found, results, differences(results, cache), courses)
         if not (folder / "networks.html").exists():

@@ -370,7 +370,8 @@ def answered(
     try:
         with _notes():
             answer = work()
-        say(in_json(answer.facts) if _asked.json else "\n".join(answer.lines))
+        if answer.lines or answer.facts:  # a rank that follows another has nothing to say
+            say(in_json(answer.facts) if _asked.json else "\n".join(answer.lines))
         return answer.code
     except KeyboardInterrupt:
         say("\ninterrupted; what was finished is kept, and the same command resumes from there", sys.stderr)

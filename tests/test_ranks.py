@@ -1,0 +1,101 @@
+"""Pins ranks: two processes that torchrun starts find the same networks and scores as one, only the first writes, and
+none is left behind when one dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+from small_runs import small_world
+
+from llmfact_nb.ablation import Found
+from llmfact_nb.base.ranks import LedRanks, shared_whitening, started_ranks
+from llmfact_nb.base.whitening import CentredX, TooLittleData, whiten
+
+OPTIONS = {"k": 3, "n-init": 2, "fit-tokens": 300, "fit-length": 48, "eval-texts": 3, "eval-length": 30}
+OPTIONS |= {"control-seeds": 2, "fraction": 0.1}
+
+
+@pytest.mark.parametrize("shape", [(60, 200), (200, 60), (1500, 1300), (40, 40)])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_one_rank_whitens_as_one_process(shape, standardize):
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(shape[0], 20, generator=g) * torch.logspace(1, -1, 20) @ torch.randn(20, shape[1], generator=g)
+    X = X + 0.01 * torch.randn(*shape, generator=g) + 3
+    rows = torch.arange(shape[0])[shape[0] % 7 :]
+    mine = shared_whitening(LedRanks(False), X, rows, 6, standardize)
+    solver = "gram" if shape[0] <= shape[1] else "covariance"
+    theirs = whiten(CentredX(X, rows, standardize), 6, solver)
+    torch.testing.assert_close(mine.singular, theirs.singular, rtol=1e-3, atol=0)
+    for a, b in ((mine.time, theirs.time), (mine.neurons, theirs.neurons)):
+        assert ((a * b).sum(0).abs() > 0.99).all()
+    assert mine.total == pytest.approx(theirs.total, rel=1e-4)
+    torch.testing.assert_close(mine.mean, theirs.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine.scale, theirs.scale, rtol=1e-4, atol=1e-5)
+
+
+def test_too_few_directions_are_refused():
+    X = torch.randn(30, 2, generator=torch.Generator().manual_seed(0)) @ torch.ones(2, 40)
+    with pytest.raises(TooLittleData) as e:
+        shared_whitening(LedRanks(False), X, torch.arange(30), 4)
+    assert e.value.argument == "n_components"
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with started_ranks() as ranks:
+        assert (ranks.rank, ranks.size, ranks.share(5)) == (0, 1, slice(0, 5))
+        ranks.order("nobody hears this")
+        assert ranks.together(lambda: 4) == 4 and ranks.objects(3) == [3]
+    with pytest.raises(ZeroDivisionError):
+        ranks.together(lambda: 1 / 0)
+
+
+def start(world: Path, out: Path, *more, ranks: int = 2, **settings) -> subprocess.Popen:
+    options = [part for k, v in (OPTIONS | settings).items() for part in (f"--{k}", str(v))]
+    what = ["-m", "llmfact_nb", "run", "--model", world / "model", "--texts", world / "texts.jsonl", "--out", out]
+    many = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
+    return subprocess.Popen([sys.executable, *many, *what, *options, *more], start_new_session=True, **how)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_run_of_one(tmp_path):
+    world = small_world(tmp_path)
+    said = {}
+    for ranks in (1, 2):
+        process = start(world, tmp_path / f"out{ranks}", ranks=ranks)
+        said[ranks] = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, said[ranks]
+    one, two = (Found.load(tmp_path / f"out{n}") for n in (1, 2))
+    r = torch.corrcoef(torch.cat([one.networks.maps_, two.networks.maps_]))[:3, 3:].abs()
+    assert r.amax(1).min() > 0.999 and one.key == two.key and one.facts.keys() == two.facts.keys()
+    tables = [pd.read_csv(tmp_path / f"out{n}" / "results.csv") for n in (1, 2)]
+    pd.testing.assert_series_equal(tables[0].damage, tables[1].damage, rtol=0, atol=1e-4)
+    files = [{p.relative_to(tmp_path / f"out{n}") for p in (tmp_path / f"out{n}").rglob("*.csv")} for n in (1, 2)]
+    assert files[0] == files[1]
+    assert said[2].count("report: ") == 1, "only rank 0 speaks"
+
+
+@pytest.mark.slow
+def test_when_a_rank_is_killed_the_others_end_and_it_is_named(tmp_path):
+    world = small_world(tmp_path)
+    process = start(world, tmp_path / "out", **{"eval-texts": 12, "eval-length": 60, "control-seeds": 12})
+    try:
+        scores, until = tmp_path / "out" / "parts" / "scores", time.monotonic() + 300
+        while not list(scores.glob("*.safetensors")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children()}
+        ranks["1"].kill()
+        said = process.communicate(timeout=60)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0 and "rank      : 1" in said and "-9" in said
