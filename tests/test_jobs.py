@@ -17,7 +17,15 @@ from torch import nn
 from llmfact_nb import __version__
 from llmfact_nb.ablation import Intervention, ablation_study
 from llmfact_nb.base.arguments import ArgumentError
-from llmfact_nb.base.jobs import jobs_at_once, on_cluster, refuse_workers, several, with_tensors, write_model
+from llmfact_nb.base.jobs import (
+    jobs_at_once,
+    model_here,
+    on_cluster,
+    refuse_workers,
+    several,
+    with_tensors,
+    write_model,
+)
 from llmfact_nb.evaluate import EvalSet
 from llmfact_nb.masks import NeuronMask
 
@@ -37,6 +45,7 @@ class Wide(nn.Module):
         self.frozen = nn.Parameter(torch.randn(200, 200), requires_grad=False)
         self.register_buffer("table", torch.randn(300, 100), persistent=False)
         self.register_buffer("view", self.frozen.data[:])
+        self.register_buffer("part", self.frozen.data[10:])
 
 
 def test_a_copy_with_other_tensors_shares_no_weight_and_keeps_ties():
@@ -52,7 +61,7 @@ def test_a_copy_with_other_tensors_shares_no_weight_and_keeps_ties():
 def test_a_written_model_comes_back_bit_for_bit_and_mapped(tmp_path):
     wide = Wide()
     written = write_model(wide, tmp_path)
-    small = len(pickle.dumps(written)) - wide.frozen.nbytes  # two tensors in one memory are not for a file
+    small = len(pickle.dumps(written)) - 2 * wide.frozen.nbytes  # two in one memory with another are not for a file
     assert 0 < small < 100_000, "the others are in the file"
     back = written.load()
     for (name, a), (other, b) in zip(wide.state_dict().items(), back.state_dict().items(), strict=True):
@@ -64,6 +73,15 @@ def test_a_written_model_comes_back_bit_for_bit_and_mapped(tmp_path):
     os.unlink(written.path)
     with pytest.raises(FileNotFoundError):
         written.load()
+
+
+def test_after_a_model_that_cannot_be_opened_the_one_before_it_is_opened_again(tmp_path):
+    good, gone = write_model(Wide(), tmp_path / "good"), write_model(Wide(), tmp_path / "gone")
+    os.unlink(gone.path)
+    assert model_here(good) is model_here(good)
+    with pytest.raises(FileNotFoundError):
+        model_here(gone)
+    assert model_here(good).a.weight.shape == (200, 200)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here")
@@ -178,7 +196,8 @@ def test_a_cluster_gives_the_same_table_though_a_worker_is_killed(model, tmp_pat
     def kill():
         while len(list(begun.iterdir())) < 4:
             time.sleep(0.05)
-        os.kill(int(sorted(begun.iterdir())[-1].name.split("-")[0]), signal.SIGKILL)
+        last = max((p.name for p in begun.iterdir()), key=lambda name: int(name.split("-")[1]))  # surely not done yet
+        os.kill(int(last.split("-")[0]), signal.SIGKILL)
 
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         killer = Thread(target=kill)

@@ -51,15 +51,38 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with started_ranks() as ranks:
         assert (ranks.rank, ranks.size, ranks.share(5)) == (0, 1, slice(0, 5))
-        ranks.order("nobody hears this")
+        with ranks.order("nobody hears this"):
+            pass
         assert ranks.together(lambda: 4) == 4 and ranks.objects(3) == [3]
     with pytest.raises(ZeroDivisionError):
         ranks.together(lambda: 1 / 0)
 
 
-def start(world: Path, out: Path, *more, ranks: int = 2, **settings) -> subprocess.Popen:
+@pytest.mark.parametrize("n, size", [(2, 3), (1, 4), (5, 2), (7, 7), (10, 3)])
+def test_things_are_shared_so_that_the_first_rank_has_some(n, size):
+    ranks, parts = LedRanks(False), []
+    for ranks.rank in range(size):
+        ranks.size = size
+        parts.append(list(range(n))[ranks.share(n)])
+    assert sum(parts, []) == list(range(n)) and parts[0]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_ranks_in_the_middle_of_an_order_are_not_sent_another(monkeypatch):
+    ranks, sent = LedRanks(False), []
+    monkeypatch.setattr(ranks, "_send", sent.append)
+    with ranks.order("count"):
+        pass
+    ranks.dismiss()
+    with pytest.raises(OSError), ranks.order("measure"):
+        raise OSError
+    ranks.dismiss()
+    assert sent == ["count", None, "measure"]
+
+
+def start(world: Path, out: Path, *more, ranks: int = 2, program=("-m", "llmfact_nb"), **settings) -> subprocess.Popen:
     options = [part for k, v in (OPTIONS | settings).items() for part in (f"--{k}", str(v))]
-    what = ["-m", "llmfact_nb", "run", "--model", world / "model", "--texts", world / "texts.jsonl", "--out", out]
+    what = [*program, "run", "--model", world / "model", "--texts", world / "texts.jsonl", "--out", out]
     many = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
@@ -99,3 +122,33 @@ def test_when_a_rank_is_killed_the_others_end_and_it_is_named(tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0 and "rank      : 1" in said and "-9" in said
+
+
+FAILING = """
+from llmfact_nb.ablation import ScoreCache
+from llmfact_nb.cli import main
+
+keep, kept = ScoreCache.keep, []
+
+def fail(self, *of):
+    kept.append(keep(self, *of))
+    if len(kept) == 3:
+        raise OSError(28, "No space left on device")
+
+ScoreCache.keep = fail
+main()
+"""
+
+
+@pytest.mark.slow
+def test_when_the_first_rank_fails_the_others_end(tmp_path):
+    world, program = small_world(tmp_path), tmp_path / "failing.py"
+    program.write_text(FAILING)
+    process = start(world, tmp_path / "out", program=[program])
+    try:
+        said = process.communicate(timeout=300)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0 and "No space left on device" in said
+    assert len(list((tmp_path / "out" / "parts" / "scores").glob("*.safetensors"))) == 3

@@ -73,9 +73,10 @@ def write_model(
     large, seen = {}, set()
     for i, t in enumerate([*model.parameters(), *model.buffers()]):
         plain = type(t) in (torch.Tensor, nn.Parameter) and t.device.type != "meta"
-        if plain and t.nbytes >= _SMALL and t.data_ptr() not in seen:  # two tensors in one memory are not for a file
+        memory = t.untyped_storage().data_ptr() if plain else None
+        if plain and t.nbytes >= _SMALL and memory not in seen:  # two tensors in one memory are not for a file
             large[i] = t.detach()
-            seen.add(t.data_ptr())
+            seen.add(memory)
     path, places = Path(folder) / "weights.safetensors", {i: t.device for i, t in large.items()}
     with write_atomic(path) as p:
         save_file({str(i): t.cpu().contiguous() for i, t in large.items()}, p)
@@ -89,7 +90,7 @@ _HERE = threading.local()
 def model_here(written: WrittenModel) -> nn.Module:
     "Return this thread's copy of the model, opened when it is first needed."
     if getattr(_HERE, "path", None) != written.path:
-        _HERE.model = None  # the one before it is no longer needed
+        _HERE.model = _HERE.path = None  # the one before it is no longer needed
         _HERE.model, _HERE.path = written.load(), written.path
     return _HERE.model
 

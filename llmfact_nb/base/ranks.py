@@ -97,8 +97,22 @@ class Ranks:
 class LedRanks(Ranks):
     "Ranks of which the first gives orders to the others."
 
-    def order(self, what: Any) -> None:
-        "On rank 0: send an order to all others."
+    under_way = False  # on rank 0: have the others begun what they were ordered, and not ended it?
+
+    @contextmanager
+    def order(self, what: Any) -> Iterator[None]:
+        "On rank 0: send an order to all others; the block does this rank's share of it."
+        self.under_way = True
+        self._send(what)
+        yield
+        self.under_way = False  # not after an exception, which leaves the others in the middle of it
+
+    def dismiss(self) -> None:
+        "On rank 0: let the others end, unless they are in the middle of an order, where they hear nothing."
+        if not self.under_way:
+            self._send(None)
+
+    def _send(self, what: Any) -> None:
         if self.size > 1:
             self.dist.broadcast_object_list([what], src=0)
 
@@ -120,8 +134,8 @@ class LedRanks(Ranks):
         return found
 
     def share(self, n: int) -> slice:
-        "Return which of n consecutive things are this rank's."
-        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+        "Return which of n consecutive things are this rank's; if there are any, rank 0 has one."
+        return slice(-(-n * self.rank // self.size), -(-n * (self.rank + 1) // self.size))
 
     def check_alike(self, facts: dict) -> None:
         "Raise RuntimeError, naming the rank and what differs, unless all ranks say the same."
@@ -157,7 +171,7 @@ def started_ranks() -> Iterator[LedRanks]:
     finally:
         with suppress(RuntimeError):  # ranks that have gone need not be told
             if ranks.rank == 0:
-                ranks.order(None)
+                ranks.dismiss()
         dist.destroy_process_group()
 
 # %% ../../nbs/base/14_ranks.ipynb #81cce598

@@ -250,8 +250,8 @@ def search(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # `ica_said` says it beside every result
         if ranks.size > 1 or sources.group:
-            ranks.order(("search", None))
-            found = _share_of_search(ranks, sources, folder / "parts" / "group" if sources.group else path)
+            with ranks.order(("search", None)):
+                found = _share_of_search(ranks, sources, folder / "parts" / "group" if sources.group else path)
         else:
             found = find_networks(model, tokenizer, fit_texts, s, sources.progress, path)
     streamed.unlink(missing_ok=True)  # by far the largest file, and no longer needed
@@ -474,8 +474,8 @@ def arms_measured(
 
 # %% ../../nbs/command/04_run.ipynb #8b5512f5
 def _spread(ranks: LedRanks, sources: Sources, arms: list) -> Iterator[tuple[int, Scores]]:
-    ranks.order(("measure", arms))
-    yield from _share_of_scores(ranks, sources, arms)
+    with ranks.order(("measure", arms)):
+        yield from _share_of_scores(ranks, sources, arms)
 
 # %% ../../nbs/command/04_run.ipynb #010f2d35
 def differences(
