@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../nbs/12_command.ipynb #a7676e07
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,7 +203,9 @@ def followed(ranks: "LedRanks", sources: "Sources") -> Answer:
 # %% ../nbs/12_command.ipynb #fab89324
 def follower() -> Answer | None:
     "Return an empty answer in a process that torchrun has started as any but the first: only rank 0 speaks."
-    return Answer([], {}) if int(os.environ.get("RANK", 0)) else None
+    from llmfact_nb.base.ranks import rank_of_many
+
+    return Answer([], {}) if rank_of_many()[0] else None
 
 # %% ../nbs/12_command.ipynb #6fac6f26
 @command(**SETTINGS, **GROUPED, out=OUT, preset=PRESET, jobs=JOBS, cluster=CLUSTER, **LOAD)
@@ -220,10 +221,12 @@ def run(out, preset, group, shards, jobs, cluster, device, accept_licence, dry_r
     torchrun --nproc-per-node 2 -m llmfact_nb run
     """
     from llmfact_nb.base.jobs import on_cluster
-    from llmfact_nb.base.ranks import started_ranks
+    from llmfact_nb.base.ranks import rank_of_many, started_ranks
     from llmfact_nb.command.cost import run_cost
     from llmfact_nb.command.run import has_networks, run_experiment
 
+    if rank_of_many()[1] and (jobs != 1 or cluster is not None):
+        raise typer.BadParameter("not under torchrun, whose ranks divide the arms.", param_hint="--jobs, --cluster")
     group = shards_asked(group, shards, preset, given["fit_tokens"])
     sources = planned(preset, given, out, device, accept_licence or dry_run, group)
     if dry_run:

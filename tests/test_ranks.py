@@ -12,10 +12,10 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from small_runs import small_world
+from small_runs import llmfact, small_world
 
 from llmfact_nb.ablation import Found
-from llmfact_nb.base.ranks import LedRanks, shared_whitening, started_ranks
+from llmfact_nb.base.ranks import LedRanks, rank_of_many, shared_whitening, started_ranks
 from llmfact_nb.base.whitening import CentredX, TooLittleData, whiten
 
 OPTIONS = {"k": 3, "n-init": 2, "fit-tokens": 300, "fit-length": 48, "eval-texts": 3, "eval-length": 30}
@@ -56,6 +56,15 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
         assert ranks.together(lambda: 4) == 4 and ranks.objects(3) == [3]
     with pytest.raises(ZeroDivisionError):
         ranks.together(lambda: 1 / 0)
+
+
+def test_a_rank_is_one_of_several(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "1"}.items():  # as some schedulers set them for a process alone
+        monkeypatch.setenv(name, value)
+    assert rank_of_many() == (0, False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert rank_of_many() == (1, True)
+    assert "--jobs" in llmfact("run --jobs 2", 2)[1]
 
 
 @pytest.mark.parametrize("n, size", [(2, 3), (1, 4), (5, 2), (7, 7), (10, 3)])

@@ -156,12 +156,18 @@ def _begin_group() -> None:
     dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(days=10))
 
 # %% ../../nbs/base/14_ranks.ipynb #f277d11b
+def rank_of_many() -> tuple[int, bool]:
+    "Return this process's number, and whether torchrun, or what works like it, has started it beside others."
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
+    return (int(os.environ["RANK"]) if many else 0), many
+
+
 @contextmanager
 def started_ranks() -> Iterator[LedRanks]:
     "Give the ranks that torchrun has started, for the block; without it, one process alone."
     import torch.distributed as dist
 
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or "RANK" not in os.environ:
+    if not rank_of_many()[1]:
         yield LedRanks(False)
         return
     _begin_group()
