@@ -26,7 +26,7 @@ def main() -> str:
         for file in ("settings.ini", "pyproject.toml"):
             shutil.copy(ROOT / file, copy)
         for path in (copy / "llmfact_nb").rglob("*.py"):
-            if path.name != "__init__.py":
+            if path.name not in ("__init__.py", "__main__.py"):  # kept by hand
                 path.unlink()
         subprocess.run([Path(sys.executable).with_name("nbdev-export")], cwd=copy, check=True)
         ours, theirs = modules(ROOT), modules(copy)
