@@ -266,10 +266,12 @@ def without_ballast(page: str) -> str:
     page = re.sub(
         r'<symbol id="([\w-]+)".*?</symbol>', lambda m: m[0] if f'"#{m[1]}"' in page else "", page, flags=re.S
     )
-    return "".join(
+    page = "".join(
         part if part.startswith(("<pre", "<script")) else re.sub(r"\s*\n\s*", "\n", part)
         for part in re.split(r"(<pre.*?</pre>|<script.*?</script>)", page, flags=re.S)
     )
+    parts = re.split(r"(<pre.*?</pre>|<script.*?</script>)", page, flags=re.S)  # spaces count within these alone
+    return "".join(part if i % 2 else re.sub(r"\n\s+", "\n", part) for i, part in enumerate(parts))
 
 
 def write_source(files: dict[str, bytes], folder: Path) -> None:
