@@ -23,6 +23,7 @@ from .base.display import always_shown, bars, card, site_name
 from .base.files import load_tensors, reading, save_tensors, write_text
 from .base.hub import Shareable
 from .base.identity import ModelCard, common_card, read_card
+from .base.whitening import tensor_view
 from .sites import SITES, NeuronSites
 
 # %% ../nbs/04_masks.ipynb #fc9132b8
@@ -488,13 +489,16 @@ def drawn_alike(
     score: Row | None = None,  # (N,) to be matched too, e.g. each neuron's variance
     bins: int = 10,  # quantile bins of the score within a layer; more match more closely, and leave less to chance
     disjoint: bool = True,  # draw from the units outside the mask; False: from all units
+    tell: bool = True,  # warn of bins with too few candidates; False: the caller reports `score_match`
 ):
     """Return a random mask with as many units in every layer as `mask` has; of whole heads, as many heads.
 
     With `score`, every unit is replaced by one from the same quantile bin of its layer; report what `score_match` says.
     Warns when bins had too few candidates (then the nearest scores are taken), and when a layer has more units in the
     mask than outside (then that layer is drawn from all). The draw depends on the seed and the layer's number only."""
-    if (by_head := _by_head(mask, score, lambda heads, s: drawn_alike(heads, seed, s, bins, disjoint))) is not None:
+    if (
+        by_head := _by_head(mask, score, lambda heads, s: drawn_alike(heads, seed, s, bins, disjoint, tell))
+    ) is not None:
         return by_head
     seed, bins = check_whole("seed", seed, least=0), check_whole("bins", bins, least=1)
     scores = [None] * len(mask.widths) if score is None else mask.layout.split(_numbers(score, mask.n_neurons))
@@ -507,7 +511,7 @@ def drawn_alike(
         drawn, missed = _draw(selected, free, row_score, bins, np.random.default_rng([seed, depth]))
         rows.append(drawn)
         left_over += missed
-    _warn_of_draw(mask, crowded, left_over)
+    _warn_of_draw(mask, crowded, left_over if tell else 0)
     return type(mask)(np.concatenate(rows).tobytes(), mask.layout)
 
 # %% ../nbs/04_masks.ipynb #d80bcafc
@@ -582,16 +586,12 @@ def control(
     if score is None and name != "random":
         what = "activity" if name == "least active" else "variance"
         raise ArgumentError(what, None, f"one number for each neuron, for the control {name!r}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"[\d,]+ of [\d,]+ units found no unused candidate")
-        if name == "random":
-            return mask.matched_random(seed)
-        if name in DRAWN:
-            heads = mask.as_heads()
-            least = min(mask.widths) // 15 if heads is None else min(heads.widths) // 3
-            bins = max(1, min(100, least))
-            return mask.matched_random(seed, score, bins, disjoint=name == "matched random")
-        return mask.matched_top(score if name == "top variance" else -_numbers(score, mask.n_neurons))
+    if name in DRAWN:
+        heads = mask.as_heads()
+        least = min(mask.widths) // 15 if heads is None else min(heads.widths) // 3
+        bins, matched = max(1, min(100, least)), None if name == "random" else score
+        return drawn_alike(mask, seed, matched, bins, name != "matched permuted", tell=False)
+    return mask.matched_top(score if name == "top variance" else -_numbers(score, mask.n_neurons))
 
 # %% ../nbs/04_masks.ipynb #f7a71542
 def _as_matrix(
@@ -608,11 +608,7 @@ def _as_matrix(
         raise TypeError(f"X must be a torch tensor or a plain numpy array, got {type(X).__name__}.")
     if X.ndim != 2 or X.shape[1] != layout.n_neurons:
         raise ValueError(f"X must have shape (tokens, {layout.n_neurons:,}), as the masks have, got {tuple(X.shape)}.")
-    if isinstance(X, np.ndarray):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # it is only read
-            X = torch.from_numpy(X)
-    return X, masks
+    return tensor_view(X), masks
 
 # %% ../nbs/04_masks.ipynb #3b4e9270
 def apply_mask_and_average(

@@ -30,14 +30,20 @@ class TooLittleData(ArgumentError, DataError):
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def tensor_view(X):
+    "Return an array as a tensor in the same memory, for reading only; anything else as it is."
+    if not isinstance(X, np.ndarray):
+        return X
+    with warnings.catch_warnings():  # torch warns of writing to a read-only memory map, and nothing here writes
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(X)
+
+
 def as_matrix(X, name: str = "X") -> torch.Tensor:
     "Return a torch view of a matrix (tokens, neurons). Raises TypeError or ValueError for anything else."
     if isinstance(X, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be ignored. Leave tokens out with rows=.")
-    if isinstance(X, np.ndarray):
-        with warnings.catch_warnings():  # X is only read, so a read-only memory map is accepted
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            X = torch.from_numpy(X)
+    X = tensor_view(X)
     if not isinstance(X, torch.Tensor):
         raise TypeError(f"{name} is a {type(X).__name__}; accepted: a tensor or array. For Activations, give .values.")
     if X.ndim != 2 or 0 in X.shape:

@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from ..across.untrained import UntrainedSettings, untrained_study
 from ..activations import capture, longest_input
 from ..base.arguments import ArgumentError, check_whole
 from ..base.display import Overall, duration, note
-from ..base.files import claim, from_home, load_tensors, save_tensors, write_json, write_text
+from ..base.files import claim, from_home, load_tensors, save_tensors
 from ..base.identity import model_fingerprint
 from ..base.statistics import LEAST_DRAWS
 from ..evaluate import EvalSet
@@ -35,7 +35,7 @@ from .further import further_verdicts
 from .localizers import best_network, contrast_on, localizer_study
 from .plan import Wanted, found_networks, kept_networks
 from .pruning import pruning_contrasts, pruning_scores, pruning_study
-from .whole import plain, score_identity, table_file
+from .whole import score_identity, study_terms, write_study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -326,17 +326,12 @@ def further_study(
     settings = settings or FurtherSettings()
     texts, identity = texts or FurtherTexts.default(settings), model_fingerprint(model, tokenizer)
     name = from_home(model_name or str(getattr(model, "name_or_path", "")) or type(model).__name__)
-    named = plain(asdict(replace(settings, find=replace(settings.find, model=name))))
-    unnamed = {"find": {k: v for k, v in named["find"].items() if k != "model"}}
-    asked = named | unnamed | {"model": name, "texts": texts.fingerprint} | identity
+    named, asked = study_terms(settings, ("find",), name, texts.fingerprint, identity)
     with claim(folder, "further study", asked) as folder:
         begun = time.perf_counter()
         tables, expected = _all_tables(model, tokenizer, folder, settings, texts, identity, n_jobs, progress)
-        for table in tables:
-            write_text(folder / "tables" / table_file(table), tables[table].to_csv(index=False))
         took = time.perf_counter() - begun
-        record = {"settings": named, "model": identity, "threads": torch.get_num_threads()}
-        record |= {"seconds expected": round(expected), "seconds of the last call": round(took)}
-        write_json(folder / "study.json", record)
+        seconds = {"seconds expected": expected, "seconds of the last call": took}
+        write_study(folder, tables, named, identity, seconds)
     note(f"{len(tables)} tables in {folder / 'tables'}; took {duration(took)}, expected {duration(expected)}", progress)
     return tables

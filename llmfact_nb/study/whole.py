@@ -298,6 +298,33 @@ def _all_tables(model, tokenizer, folder: Path, s: StudySettings, texts, identit
         tables["recurrence"] = _recurrence(model, tokenizer, texts, s, folder, work, n_jobs)
     return tables | {"verdicts": verdict_table(tables, s.published.alpha, s.ks[0])}
 
+# %% ../../nbs/study/07_whole.ipynb #c27cf8d9
+def study_terms(
+    settings,  # a dataclass
+    parts: Sequence[str],  # its fields that are `Settings`, which name the model
+    name: str,  # what the model is called
+    texts: str,  # checksum of the texts
+    identity: Mapping,  # `model_fingerprint(model, tokenizer)`
+) -> tuple[dict, dict]:
+    "Return the settings as the record has them, and what the folder is claimed by, which knows a model by its weights."
+    named = plain(asdict(replace(settings, **{part: replace(getattr(settings, part), model=name) for part in parts})))
+    unnamed = {part: {k: v for k, v in named[part].items() if k != "model"} for part in parts}
+    return named, named | unnamed | {"model": name, "texts": texts} | identity
+
+# %% ../../nbs/study/07_whole.ipynb #e6fa9441
+def write_study(
+    folder: Path,  # of the study, claimed
+    tables: "Mapping[str, pd.DataFrame]",  # by name
+    named: Mapping,  # from `study_terms`
+    identity: Mapping,
+    seconds: Mapping[str, float],  # what was measured or expected
+) -> None:
+    "Write the tables, and then the record of what was measured."
+    for table in tables:
+        write_text(folder / "tables" / table_file(table), tables[table].to_csv(index=False))
+    record = {"settings": named, "model": identity, "threads": torch.get_num_threads()}
+    write_json(folder / "study.json", record | {what: round(took) for what, took in seconds.items()})
+
 # %% ../../nbs/study/07_whole.ipynb #759a046b
 def paper_study(
     model: nn.Module,  # a causal language model
@@ -316,16 +343,10 @@ def paper_study(
     settings = settings or StudySettings()
     texts, identity = texts or StudyTexts.default(settings), model_fingerprint(model, tokenizer)
     name = from_home(model_name or str(getattr(model, "name_or_path", "")) or type(model).__name__)
-    find, published = (replace(of, model=name) for of in (settings.find, settings.published))
-    named = plain(asdict(replace(settings, find=find, published=published)))
-    unnamed = {part: {k: v for k, v in named[part].items() if k != "model"} for part in ("find", "published")}
-    asked = named | unnamed | {"model": name, "texts": texts.fingerprint} | identity
+    named, asked = study_terms(settings, ("find", "published"), name, texts.fingerprint, identity)
     with claim(folder, "study", asked) as folder:
         started = time.perf_counter()
         tables = _all_tables(model, tokenizer, folder, settings, texts, identity, n_jobs, progress)
-        for table in tables:
-            write_text(folder / "tables" / table_file(table), tables[table].to_csv(index=False))
-        record = {"settings": named, "model": identity, "threads": torch.get_num_threads()}
-        write_json(folder / "study.json", record | {"seconds of the last call": round(time.perf_counter() - started)})
+        write_study(folder, tables, named, identity, {"seconds of the last call": time.perf_counter() - started})
     note(f"{len(tables)} tables in {folder / 'tables'}", progress)
     return _labelled(tables, name, settings.quick)
