@@ -31,7 +31,7 @@ from .base.display import Overall, progress_bar
 from .base.jobs import several
 from .base.statistics import document_estimate, levels
 from .base.texts import DOCUMENTS
-from .evaluate import EvalSet, check_words, label_accuracy, labelled_texts, perplexity
+from .evaluate import EvalSet, LabelAccuracy, check_words, label_accuracy, labelled_texts, perplexity
 from .base.whitening import TooLittleData
 from .masked_model import MaskedModel, is_masked, late_bound
 from .masks import CONTROLS, DRAWN, NeuronMask, control, score_match
@@ -426,6 +426,14 @@ def loss_on(
 
     return EvaluationSet(data, ("nats",), texts.fingerprint, sum(map(len, texts.ids)), score)
 
+# %% ../nbs/09_ablation.ipynb #448547fb
+def answer_scores(result: LabelAccuracy) -> Scores:
+    'Return the measures "accuracy" and "label nats": minus the log-probability of the right label among the labels.'
+    chosen = result.log_likelihoods.double()
+    nats = (chosen.logsumexp(1) - chosen.gather(1, result.labels[:, None])[:, 0]).numpy()
+    sums = {"accuracy": (result.predictions == result.labels).double().numpy(), "label nats": nats}
+    return Scores(sums, np.ones(len(nats), dtype=int), bool(~np.isfinite(nats).all()))
+
 # %% ../nbs/09_ablation.ipynb #9c16177d
 def answers_on(
     data: str,  # name of the texts, for tables
@@ -448,11 +456,7 @@ def answers_on(
     parts = (labels, prompts, template, words, names or None, type(tokenizer).__name__, len(tokenizer))
 
     def score(model: nn.Module) -> Scores:
-        result = label_accuracy(model, tokenizer, labelled, template, label_words, progress=False)
-        chosen = result.log_likelihoods.double()
-        nats = (chosen.logsumexp(1) - chosen.gather(1, result.labels[:, None])[:, 0]).numpy()
-        sums = {"accuracy": (result.predictions == result.labels).double().numpy(), "label nats": nats}
-        return Scores(sums, np.ones(len(nats), dtype=int), bool(~np.isfinite(nats).all()))
+        return answer_scores(label_accuracy(model, tokenizer, labelled, template, label_words, progress=False))
 
     fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
     chance, majority = levels(labels, len(words or names))

@@ -7,7 +7,8 @@ __all__ = []
 
 # %% ../nbs/12_command.ipynb #a7676e07
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,28 @@ def follower() -> Answer | None:
 
     return Answer([], {}) if rank_of_many()[0] else None
 
+
+def refuse_jobs_of_ranks(jobs: int, cluster: str | None) -> None:
+    "Raise if jobs are asked for under torchrun."
+    from llmfact_nb.base.ranks import rank_of_many
+
+    if rank_of_many()[1] and (jobs != 1 or cluster is not None):
+        raise typer.BadParameter("not under torchrun, whose ranks divide the arms.", param_hint="--jobs, --cluster")
+
+
+@contextmanager
+def measuring(sources: "Sources", cluster: str | None) -> "Iterator[tuple[LedRanks, Any, Any]]":
+    "Give the ranks, the model and its tokenizer to the process that leads a study; any other measures until it ends."
+    from llmfact_nb.base.jobs import on_cluster
+    from llmfact_nb.base.ranks import follow_jobs, started_ranks
+    from llmfact_nb.command.run import loaded_on
+
+    with started_ranks() as ranks, on_cluster(cluster):
+        model, tokenizer = loaded_on(ranks, sources)
+        if ranks.rank:
+            follow_jobs(ranks, model)
+        yield ranks, model, tokenizer
+
 # %% ../nbs/12_command.ipynb #6fac6f26
 @command(**SETTINGS, **GROUPED, out=OUT, preset=PRESET, jobs=JOBS, cluster=CLUSTER, **LOAD)
 def run(out, preset, group, shards, jobs, cluster, device, accept_licence, dry_run, **given) -> Answer:
@@ -221,12 +244,11 @@ def run(out, preset, group, shards, jobs, cluster, device, accept_licence, dry_r
     torchrun --nproc-per-node 2 -m llmfact_nb run
     """
     from llmfact_nb.base.jobs import on_cluster
-    from llmfact_nb.base.ranks import rank_of_many, started_ranks
+    from llmfact_nb.base.ranks import started_ranks
     from llmfact_nb.command.cost import run_cost
     from llmfact_nb.command.run import has_networks, run_experiment
 
-    if rank_of_many()[1] and (jobs != 1 or cluster is not None):
-        raise typer.BadParameter("not under torchrun, whose ranks divide the arms.", param_hint="--jobs, --cluster")
+    refuse_jobs_of_ranks(jobs, cluster)
     group = shards_asked(group, shards, preset, given["fit_tokens"])
     sources = planned(preset, given, out, device, accept_licence or dry_run, group)
     if dry_run:
@@ -644,6 +666,8 @@ PRUNE = {
     "share": Option(0.2, "Share of all MLP neurons that is removed.", _WHICH, check=above_zero),
     "anywhere": Option(False, "The lowest scores wherever they are, not the same share of every layer.", _WHICH),
     "protect": Option(0, "So many of the first and of the last layers stay whole.", _WHICH, least=0),
+    "multiple": Option(16, "Every layer keeps a multiple of this, which is faster; without --anywhere.", _WHICH,
+                       least=1),
     "keep_networks": Option(False, "The units of all networks stay, whatever their score.", _WHICH),
     "seed": Option(0, "Of random scores.", _WHICH, least=0),
     "uncompensated": Option(False, "Without the biases that make up for the means of the removed neurons.", _DONE),
@@ -787,27 +811,29 @@ def paper(model, jobs, cluster, out, device, accept_licence, dry_run, quick, **g
     llmfact study paper --dry-run
     llmfact study paper --quick --out out/small-paper
     llmfact study paper --model openai-community/gpt2 --out out/gpt2-paper
+    torchrun --nproc-per-node 2 -m llmfact_nb study paper
     """
-    from llmfact_nb.base.jobs import on_cluster
     from llmfact_nb.command.paper_study import check_study, draw_study, paper_cost, paper_settings
     from llmfact_nb.command.run import Sources
     from llmfact_nb.paper import published_frames
     from llmfact_nb.study.whole import paper_study
 
+    refuse_jobs_of_ranks(jobs, cluster)
     check_asked(device, model=model, texts=given["texts"])
     with typed():
         settings = paper_settings(quick, model=model, **given)
     check_study(settings, out, accept_licence or dry_run)
     cost = paper_cost(settings, device, None if dry_run else 1e9)
     if dry_run:
-        return bill(cost, out, model, accept_licence)
+        return follower() or bill(cost, out, model, accept_licence)
     check_room(cost, out)
     more: dict[str, Any] = {"accept_licence": True} if accept_licence else {}
     sources = Sources(settings.find, device, progress(), **more)
-    net, tokenizer = sources.load()
     how = {"n_jobs": jobs if cluster is None else -1, "progress": progress(), "model_name": model}
-    with on_cluster(cluster):
-        tables = paper_study(net, tokenizer, out, settings, **how)
+    with measuring(sources, cluster) as (ranks, net, tokenizer):
+        if ranks.rank:
+            return Answer([], {})
+        tables = paper_study(net, tokenizer, out, settings, ranks=ranks, **how)
     drawn = draw_study(out, published_frames(), sources)
     lines = [f"{row.id} {row.verdict.upper()}: {row.claim}\n    {row.why}" for row in tables["verdicts"].itertuples()]
     files = list(drawn.values())
@@ -818,13 +844,13 @@ def paper(model, jobs, cluster, out, device, accept_licence, dry_run, quick, **g
 FURTHER = {
     "model": Option("smollm2-135m", "The model.", "What"),
     "quick": Option(False, "Fewer copies, controls and tokens, in minutes. The tables say so.", "What"),
-    "jobs": JOBS,
+    "jobs": JOBS, "cluster": CLUSTER,
     "out": Option(Path("out/further"), "Folder of the studies. The same command again resumes them.", "Where"), **LOAD,
 }  # fmt: skip
 
 
 @command(study, **FURTHER)
-def further(model, quick, jobs, out, device, accept_licence, dry_run) -> Answer:
+def further(model, quick, jobs, cluster, out, device, accept_licence, dry_run) -> Answer:
     """Run the studies that the paper does not have, on one model.
 
     Do networks come from training, do neurons named by a task's contrast matter more than others of their variance,
@@ -834,21 +860,27 @@ def further(model, quick, jobs, out, device, accept_licence, dry_run) -> Answer:
     llmfact study further --dry-run
     llmfact study further --quick --out out/small-further
     llmfact study further --model gemma-3-270m --accept-licence --out out/gemma-further
+    torchrun --nproc-per-node 2 -m llmfact_nb study further
     """
-    from llmfact_nb.base.models import load_model
     from llmfact_nb.command.further_study import check_further, further_cost, further_settings
+    from llmfact_nb.command.run import Sources
     from llmfact_nb.study.further_study import further_study
 
+    refuse_jobs_of_ranks(jobs, cluster)
     check_asked(device, model=model)
     settings = further_settings(model, quick)
     check_further(settings, out, accept_licence or dry_run)
     cost = further_cost(settings, device, None if dry_run else 1e9)
     if dry_run:
-        return bill(cost, out, model, accept_licence)
+        return follower() or bill(cost, out, model, accept_licence)
     check_room(cost, out)
     more: dict[str, Any] = {"accept_licence": True} if accept_licence else {}
-    net, tokenizer = load_model(model, device=device, **more)
-    tables = further_study(net, tokenizer, out, settings, None, jobs, progress(), model)
+    sources = Sources(settings.find, device, progress(), **more)
+    how = {"n_jobs": jobs if cluster is None else -1, "progress": progress(), "model_name": model}
+    with measuring(sources, cluster) as (ranks, net, tokenizer):
+        if ranks.rank:
+            return Answer([], {})
+        tables = further_study(net, tokenizer, out, settings, ranks=ranks, **how)
     return _further_told(tables["verdicts"], out, quick)
 
 

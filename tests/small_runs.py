@@ -9,13 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import families
+import planted
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from llmfact_nb.ablation import Settings
+from llmfact_nb.across.untrained import UntrainedSettings
 from llmfact_nb.command.run import Run, run_experiment
 from llmfact_nb.cli import app
+from llmfact_nb.scores.contrast import ContrastPair, ContrastSet
+from llmfact_nb.study.further_study import QUICK_FURTHER, FurtherTexts
 
 SMALL = dict(
     n_components=3,
@@ -75,8 +79,6 @@ def llmfact(line: str, code: int = 0) -> tuple[str, str]:
 
 def study_texts():
     "Texts of two kinds for a study on the planted model."
-    import planted
-
     from llmfact_nb.study.plan import StudyTexts
 
     return StudyTexts(
@@ -90,8 +92,6 @@ def study_texts():
 
 def study_job(out: Path, model=None) -> None:
     "A whole study on the planted model, as small as it can be."
-    import planted
-
     from llmfact_nb.ablation import PRESETS
     from llmfact_nb.study.plan import StudySettings
     from llmfact_nb.study.whole import paper_study
@@ -104,3 +104,35 @@ def study_job(out: Path, model=None) -> None:
         sample_tokens=40,
     )  # fmt: skip
     paper_study(model or planted.model(), families.tokenizer(), out, settings, study_texts(), progress=False)
+
+
+SMALL_FURTHER = replace(
+    QUICK_FURTHER,
+    find=Settings(fit_tokens=300, fit_length=40, n_components=4, n_init=1, exclude="first", fraction=0.05),
+    untrained=UntrainedSettings(n_components=4, n_init=2, n_splits=1, exclude="first", max_length=20),
+    seeds=(0,),
+    draws=2,
+    fit_texts=6,
+    articles=4,
+    length=12,
+    sentences=6,
+    pairs=8,
+    tested=4,
+    layer_networks=3,
+)
+TOPICS = [f"w{4 + planted.WORDS * t} w{5 + planted.WORDS * t} w{6 + planted.WORDS * t}" for t in range(8)]
+
+
+def further_texts() -> FurtherTexts:
+    pairs = [
+        ContrastPair(TOPICS[i], TOPICS[(i + 1) % 8], f" w{8 + 5 * i}", f" w{8 + 5 * ((i + 1) % 8)}") for i in range(8)
+    ]
+    language = ContrastSet("words", tuple(ContrastPair(t, " ".join(reversed(t.split()))) for t in TOPICS))
+    return FurtherTexts(
+        planted.texts(12, 50), planted.texts(4, 20, seed=3), language, ContrastSet("topics", tuple(pairs))
+    )
+
+
+def further_texts_in(world: Path) -> FurtherTexts:
+    texts = [json.loads(line)["text"] for line in (world / "texts.jsonl").read_text().splitlines()]
+    return replace(further_texts(), fit=texts[:20], held_out=texts[20:24])

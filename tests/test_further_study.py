@@ -9,17 +9,14 @@ import families
 import pandas as pd
 import planted
 import pytest
-from small_runs import llmfact, small_world
+from small_runs import SMALL_FURTHER, further_texts, further_texts_in, llmfact, small_world
 
-from llmfact_nb.ablation import ScoreCache, Settings
-from llmfact_nb.across.untrained import UntrainedSettings
+from llmfact_nb.ablation import ScoreCache
 from llmfact_nb.base.arguments import ArgumentError
-
 from llmfact_nb.scores.contrast import ContrastPair, ContrastSet
 from llmfact_nb.study import further_study as module
 from llmfact_nb.study.further import FURTHER
 from llmfact_nb.study.further_study import (
-    QUICK_FURTHER,
     FurtherSettings,
     FurtherTexts,
     further_passes,
@@ -29,37 +26,13 @@ from llmfact_nb.study.further_study import (
 )
 from llmfact_nb.study.whole import read_study
 
-SMALL = replace(
-    QUICK_FURTHER,
-    find=Settings(fit_tokens=300, fit_length=40, n_components=4, n_init=1, exclude="first", fraction=0.05),
-    untrained=UntrainedSettings(n_components=4, n_init=2, n_splits=1, exclude="first", max_length=20),
-    seeds=(0,),
-    draws=2,
-    fit_texts=6,
-    articles=4,
-    length=12,
-    sentences=6,
-    pairs=8,
-    tested=4,
-    layer_networks=3,
-)
-TOPICS = [f"w{4 + planted.WORDS * t} w{5 + planted.WORDS * t} w{6 + planted.WORDS * t}" for t in range(8)]
-
-
-def study_texts() -> FurtherTexts:
-    pairs = [
-        ContrastPair(TOPICS[i], TOPICS[(i + 1) % 8], f" w{8 + 5 * i}", f" w{8 + 5 * ((i + 1) % 8)}") for i in range(8)
-    ]
-    language = ContrastSet("words", tuple(ContrastPair(t, " ".join(reversed(t.split()))) for t in TOPICS))
-    return FurtherTexts(
-        planted.texts(12, 50), planted.texts(4, 20, seed=3), language, ContrastSet("topics", tuple(pairs))
-    )
-
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("further") / "study"
-    return folder, further_study(planted.model(), families.tokenizer(), folder, SMALL, study_texts(), progress=False)
+    return folder, further_study(
+        planted.model(), families.tokenizer(), folder, SMALL_FURTHER, further_texts(), progress=False
+    )
 
 
 def test_every_study_leaves_its_table_with_the_columns_of_the_single_study(done):
@@ -70,7 +43,7 @@ def test_every_study_leaves_its_table_with_the_columns_of_the_single_study(done)
     for name in {path.stem for path in committed.glob("*.csv")} & set(kept):
         assert list(kept[name].columns) == list(pd.read_csv(committed / f"{name}.csv").columns), name
     assert kept["verdicts"].attrs["mark"] and len(kept["untrained"]) == 3
-    assert (kept["localizers"].seeds == SMALL.draws).all() and len(kept["tasks"].setting.unique()) == 5
+    assert (kept["localizers"].seeds == SMALL_FURTHER.draws).all() and len(kept["tasks"].setting.unique()) == 5
     assert kept["verdicts"].verdict.isin(["supported", "not supported", "undecided"]).all()
     why = kept["verdicts"].set_index("claim").why
     judged = {claim.split()[0] for claim in why.index[~why.str.startswith("there is no table")]}
@@ -88,14 +61,14 @@ def test_what_is_finished_is_not_measured_again(done, monkeypatch):
     monkeypatch.setattr("llmfact_nb.study.plan.find_networks", never)
     monkeypatch.setattr("llmfact_nb.across.untrained.untrained", never)
     before = {path: path.stat().st_mtime_ns for path in (folder / "scores").iterdir()}
-    again = further_study(planted.model(), families.tokenizer(), folder, SMALL, study_texts(), progress=False)
+    again = further_study(planted.model(), families.tokenizer(), folder, SMALL_FURTHER, further_texts(), progress=False)
     assert {path: path.stat().st_mtime_ns for path in (folder / "scores").iterdir()} == before
     assert again["verdicts"].why.tolist() == tables["verdicts"].why.tolist()
 
 
 def test_no_more_is_measured_than_was_counted(done):
     folder, _ = done
-    counted = sum(sum(sets.values()) for sets in further_passes(SMALL).values())
+    counted = sum(sum(sets.values()) for sets in further_passes(SMALL_FURTHER).values())
     assert 0.7 * counted < len(list((folder / "scores").glob("*.safetensors"))) <= counted
 
 
@@ -103,8 +76,8 @@ def test_foreign_folders_and_other_work_are_refused(done, tmp_path):
     folder, _ = done
     (tmp_path / "letters.txt").write_text("mine")
     given = planted.model(), families.tokenizer()
-    others = [(tmp_path, SMALL, study_texts()), (folder, replace(SMALL, draws=3), study_texts())]
-    others += [(folder, SMALL, replace(study_texts(), fit=planted.texts(12, 50, seed=9)))]
+    others = [(tmp_path, SMALL_FURTHER, further_texts()), (folder, replace(SMALL_FURTHER, draws=3), further_texts())]
+    others += [(folder, SMALL_FURTHER, replace(further_texts(), fit=planted.texts(12, 50, seed=9)))]
     for place, settings, texts in others:
         with pytest.raises(ValueError):
             further_study(*given, place, settings, texts, progress=False)
@@ -112,9 +85,9 @@ def test_foreign_folders_and_other_work_are_refused(done, tmp_path):
 
 
 def test_a_study_that_the_model_does_not_admit_is_named_and_the_others_go_on(tmp_path, capsys):
-    unknown = ContrastSet("unknown", tuple(ContrastPair(t, t, " positive", " positive") for t in TOPICS))
-    texts = replace(study_texts(), agreement=unknown)
-    some = replace(SMALL, layer_networks=500)
+    unknown = ContrastSet("unknown", tuple(ContrastPair(t, t, " positive", " positive") for t in ("w4", "w9", "w14")))
+    texts = replace(further_texts(), agreement=unknown)
+    some = replace(SMALL_FURTHER, layer_networks=500)
     tables = further_study(planted.model(), families.tokenizer(), tmp_path / "f", some, texts)
     said = capsys.readouterr().err
     assert "tasks is left out" in said and "pruning is left out" in said and "expected" in said
@@ -141,10 +114,8 @@ def test_settings_that_cannot_work_are_refused(name):
 
 def test_the_command_runs_resumes_and_refuses(tmp_path, monkeypatch):
     tiny, out = small_world(tmp_path), tmp_path / "further"
-    texts = [json.loads(line)["text"] for line in (tiny / "texts.jsonl").read_text().splitlines()]
-    given = replace(study_texts(), fit=texts[:20], held_out=texts[20:24])
-    monkeypatch.setattr(FurtherTexts, "default", lambda settings: given)
-    monkeypatch.setattr("llmfact_nb.command.further_study.QUICK_FURTHER", SMALL)
+    monkeypatch.setattr(FurtherTexts, "default", lambda settings: further_texts_in(tiny))
+    monkeypatch.setattr("llmfact_nb.command.further_study.QUICK_FURTHER", SMALL_FURTHER)
     line = f"study further --quick --model {tiny / 'model'} --out {out}"
     bill = json.loads(llmfact(f"{line} --dry-run --json")[0])
     assert bill["dry_run"] and not out.exists()
@@ -165,8 +136,8 @@ def test_the_command_runs_resumes_and_refuses(tmp_path, monkeypatch):
 def test_the_estimate_counts_what_is_left(tmp_path):
     model, tokenizer = planted.model(), families.tokenizer()
     cache = ScoreCache(model, tmp_path / "scores", progress=False)
-    new = module._work(model, tokenizer, cache, tmp_path, SMALL, study_texts())
+    new = module._work(model, tokenizer, cache, tmp_path, SMALL_FURTHER, further_texts())
     assert new.amounts["model"] == 3 and new.amounts["tok"] > 0 < new.amounts["s"]
     (tmp_path / "untrained").mkdir()
     (tmp_path / "untrained" / "mlp_hidden-trained-None.json").write_text("{}")
-    assert module._work(model, tokenizer, cache, tmp_path, SMALL, study_texts()).amounts["model"] == 2
+    assert module._work(model, tokenizer, cache, tmp_path, SMALL_FURTHER, further_texts()).amounts["model"] == 2

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import families
+import filelock
 import joblib
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from llmfact_nb.base.jobs import (
     jobs_at_once,
     model_here,
     on_cluster,
+    passing_folder,
     refuse_workers,
     several,
     with_tensors,
@@ -161,6 +163,22 @@ def test_a_process_that_dies_costs_its_job(model, tmp_path):
 def test_a_job_that_always_kills_its_process_ends_the_study(model, tmp_path):
     with pytest.raises(RuntimeError):
         list(several(Dying(tmp_path / "died", True), [None, None], model, 2))
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    for name in (".model-dead", ".model-young", ".model-alive"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_bytes(b"0" * 100)
+        (tmp_path / name / "lock").touch()
+        if name != ".model-young":
+            os.utime(tmp_path / name / "lock", (0, 0))
+    with filelock.FileLock(tmp_path / ".model-alive" / "lock"), passing_folder(tmp_path) as place:
+        (place / "weights.safetensors").write_bytes(b"1")
+        os.utime(place / "lock", (0, 0))
+        with passing_folder(tmp_path) as second:
+            assert place.exists() and second != place
+        assert {p.name for p in tmp_path.iterdir()} == {".model-young", ".model-alive", place.name}
+    assert not place.exists()
 
 
 # a cluster

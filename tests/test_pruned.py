@@ -31,7 +31,8 @@ def test_the_smaller_model_is_saved_and_told(run, tmp_path):
     facts = json.loads(llmfact(f"{line} --json")[0])
     model, left = load_pruned(out), facts["neurons_left"]
     assert sum(left) == facts["neurons"] - facts["removed"] and tuple(left) == model.neuron_pruning.widths
-    assert facts["removed"] == pytest.approx(0.25 * facts["neurons"], abs=len(left))
+    assert all(n % 16 == 0 for n in left)
+    assert facts["removed"] == pytest.approx(0.25 * facts["neurons"], abs=8 * len(left))
     assert facts["ci"][0] <= facts["difference"] <= facts["ci"][1]
     assert facts["loss_after"] - facts["loss_before"] == pytest.approx(facts["difference"], abs=1e-9)
     made = lambda name, p: name.endswith(("gate_proj.bias", "up_proj.bias")) and not p.any()  # by the format, all zero
@@ -60,8 +61,14 @@ def test_networks_can_be_kept_and_leave_only_so_many(run, tmp_path):
     assert "--share" in said and not (tmp_path / "l").exists()
 
 
+def test_the_share_is_exact_without_blocks(run, tmp_path):
+    line = f"prune --run {run} --share 0.3 --multiple 1 --score random --out {tmp_path / 'p'} --json"
+    facts = json.loads(llmfact(line)[0])
+    assert facts["removed"] == pytest.approx(0.3 * facts["neurons"], abs=0.5 * len(facts["neurons_left"]))
+
+
 def test_what_cannot_be_pruned_is_refused_before_anything(run, tmp_path):
-    for options in ("--share 1.5", "--score best", "--protect 9", "--share 0"):
+    for options in ("--share 1.5", "--score best", "--protect 9", "--share 0", "--multiple 0"):
         llmfact(f"prune --run {run} {options} --out {tmp_path / 'no'}", 2)
         assert not (tmp_path / "no").exists()
     llmfact(f"prune --run {tmp_path / 'nothing'} --out {tmp_path / 'no'}", 1)

@@ -15,7 +15,7 @@ import torch
 from small_runs import llmfact, small_world
 
 from llmfact_nb.ablation import Found
-from llmfact_nb.base.ranks import LedRanks, rank_of_many, shared_whitening, started_ranks
+from llmfact_nb.base.ranks import LedRanks, led_jobs, rank_of_many, shared_whitening, started_ranks
 from llmfact_nb.base.whitening import CentredX, TooLittleData, whiten
 
 OPTIONS = {"k": 3, "n-init": 2, "fit-tokens": 300, "fit-length": 48, "eval-texts": 3, "eval-length": 30}
@@ -92,13 +92,18 @@ def test_ranks_in_the_middle_of_an_order_are_not_sent_another(monkeypatch):
 def start(world: Path, out: Path, *more, ranks: int = 2, program=("-m", "llmfact_nb"), **settings) -> subprocess.Popen:
     options = [part for k, v in (OPTIONS | settings).items() for part in (f"--{k}", str(v))]
     what = [*program, "run", "--model", world / "model", "--texts", world / "texts.jsonl", "--out", out]
-    many = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return started([*what, *options, *more], ranks)
+
+
+def started(what: list, ranks: int) -> subprocess.Popen:
+    "A process, or what torchrun makes of it on a free port."
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env}
-    return subprocess.Popen([sys.executable, *many, *what, *options, *more], start_new_session=True, **how)
+    return subprocess.Popen([sys.executable, *many, *what], start_new_session=True, **how)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_two_ranks_give_the_run_of_one(tmp_path):
     world = small_world(tmp_path)
     said = {}
@@ -114,6 +119,48 @@ def test_two_ranks_give_the_run_of_one(tmp_path):
     files = [{p.relative_to(tmp_path / f"out{n}") for p in (tmp_path / f"out{n}").rglob("*.csv")} for n in (1, 2)]
     assert files[0] == files[1]
     assert said[2].count("report: ") == 1, "only rank 0 speaks"
+
+
+STUDY = """
+import sys
+from pathlib import Path
+
+tests, world = sys.argv[1:3]
+sys.path.insert(0, tests)
+from small_runs import SMALL_FURTHER, further_texts_in
+
+from llmfact_nb.cli import main
+from llmfact_nb.command import further_study
+from llmfact_nb.study.further_study import FurtherTexts
+
+further_study.QUICK_FURTHER, FurtherTexts.default = SMALL_FURTHER, lambda settings: further_texts_in(Path(world))
+sys.argv[1:] = ["study", "further", "--quick", "--model", f"{world}/model", *sys.argv[3:]]
+main()
+"""
+
+
+@pytest.mark.extra
+def test_two_ranks_give_the_study_of_one(tmp_path):
+    world, program, tables = small_world(tmp_path), tmp_path / "study.py", {}
+    program.write_text(STUDY)
+    for ranks in (1, 2):
+        out = tmp_path / f"study{ranks}"
+        process = started([program, Path(__file__).parent, world, "--out", out], ranks)
+        said = process.communicate(timeout=600)[0]
+        assert process.returncode == 0, said
+        assert said.count("tables: ") == 1, said
+        tables[ranks] = {path.name: pd.read_csv(path) for path in (out / "tables").glob("*.csv")}
+    assert tables[1].keys() == tables[2].keys() >= {"tasks.csv", "pruning.csv", "verdicts.csv"}
+    for name, one in tables[1].items():
+        pd.testing.assert_frame_equal(one, tables[2][name], atol=1e-5, rtol=1e-5)
+
+
+def test_jobs_that_all_ranks_share():
+    ranks = LedRanks(False)
+    assert dict(led_jobs(ranks, lambda model, job: model * job, [1, 2, 3], 10)) == {0: 10, 1: 20, 2: 30}
+    with pytest.raises(ZeroDivisionError):
+        list(led_jobs(ranks, lambda model, job: model / job, [1, 0], 10))
+    assert ranks.under_way, "the others wait for numbers, not for an order"
 
 
 @pytest.mark.slow

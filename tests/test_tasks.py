@@ -17,7 +17,13 @@ from llmfact_nb.masks import NeuronMask
 from llmfact_nb.scores.contrast import ContrastPair, ContrastSet, contrast_accuracy, localize, token_pairs
 from llmfact_nb.study.confidence import by_confidence, confidence_study, questions_of, questions_on
 from llmfact_nb.study.contrasts import contrasts
-from llmfact_nb.study.further import further_verdicts, judge_confidence, judge_localized, judge_specific
+from llmfact_nb.study.further import (
+    further_verdicts,
+    judge_confidence,
+    judge_localized,
+    judge_network_for_task,
+    judge_specific,
+)
 from llmfact_nb.study.localizers import contrast_on, localizer_study
 from llmfact_nb.study.tasks import circuit_areas, circuit_study, neuron_scores, specificity
 from llmfact_nb.study.verdicts import NOT_SUPPORTED, SUPPORTED, UNDECIDED
@@ -120,9 +126,37 @@ def test_damage_is_specific_where_it_was_planted_so_and_not_where_neurons_are_sh
     assert verdicts[False] == SUPPORTED and verdicts[True] != SUPPORTED
 
 
+def specific_tasks(**of_two):
+    "Two tasks with all the signs of specific damage, but for what is said of the second."
+    own = {"accuracy_low": 0.7, "to_lose_low": 0.2, "lost": 0.5, "lost_low": 0.4, "lost_high": 0.6, "p": 0.05}
+    other = {"lost": 0.0, "lost_low": -0.1, "lost_high": 0.1, "own_less": 0.5, "own_low": 0.4, "own_high": 0.6}
+    rows = []
+    for a in ("one", "two"):
+        for b in ("one", "two", "wiki"):
+            row = {"setting": a, "data": b, "own_less": math.nan, "own_low": math.nan, "own_high": math.nan}
+            row |= own | (of_two if b == "two" else {}) | ({} if a == b else other)
+            rows.append(row | ({"accuracy_low": math.nan} if b == "wiki" else {}))
+    return pd.DataFrame(rows)
+
+
+def test_a_task_without_anything_to_lose_does_not_count():
+    assert judge_specific(specific_tasks()).verdict == SUPPORTED
+    near_guessing = specific_tasks(to_lose_low=-0.1, lost_low=-30.0, lost_high=30.0)
+    assert judge_specific(near_guessing).why.startswith("1 tasks")
+    assert judge_specific(specific_tasks(p=0.3)).verdict == UNDECIDED
+
+
+@pytest.mark.parametrize(
+    "low, high, verdict", [(0.4, 0.6, SUPPORTED), (0.1, 0.9, UNDECIDED), (0.0, 0.2, NOT_SUPPORTED)]
+)
+def test_a_network_serves_a_task_better_only_with_its_whole_interval(low, high, verdict):
+    rows = [("network 3", (low + high) / 2, low, high)] + [(name, 0.3, 0.2, 0.4) for name in "abcd"]
+    table = pd.DataFrame(rows, columns=["setting", "difference", "ci_low", "ci_high"])
+    assert judge_network_for_task(table.assign(data="agreement", measure="label nats")).verdict == verdict
+
+
 def test_tasks_at_chance_or_absent_leave_the_claim_undecided():
-    row = {"setting": "one", "data": "one", "accuracy_low": 0.4, "lost": 0.5, "lost_low": 0.4, "lost_high": 0.6}
-    table = pd.DataFrame([row | {"own_less": math.nan, "own_low": math.nan, "own_high": math.nan, "p": 0.05}])
+    table = specific_tasks(accuracy_low=0.4)
     assert judge_specific(table).verdict == UNDECIDED
     verdicts = further_verdicts({"specificity": table}).set_index("claim").verdict
     assert (verdicts == UNDECIDED).all()
@@ -219,7 +253,7 @@ def cells(unsure, sure, n=6):
         (["helps"] * 3 + ["nothing"] * 3, ["nothing"] * 6, SUPPORTED),
         (["helps"] * 3 + ["nothing"] * 3, ["helps"] * 3 + ["nothing"] * 3, UNDECIDED),
         (["helps"] * 2 + ["nothing"] * 4, ["nothing"] * 6, UNDECIDED),
-        (["nothing"] * 6, ["nothing"] * 6, NOT_SUPPORTED),
+        (["nothing"] * 6, ["nothing"] * 6, UNDECIDED),
         (["helps"] + ["harms"] * 3 + ["nothing"] * 2, ["nothing"] * 6, NOT_SUPPORTED),
     ],
 )

@@ -8,12 +8,14 @@ __all__ = []
 # %% ../../nbs/base/12_jobs.ipynb #1bfe12a7
 import copy
 import os
+import shutil
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,15 +173,32 @@ def _rounds(work: Callable, left: dict[int, Any], written: WrittenModel, n: int,
 
 _DIED = "Memory may be short: use fewer jobs."
 
+# %% ../../nbs/base/12_jobs.ipynb #be11e5c0
+_LEFT = 60  # seconds: a younger folder may still be about to be locked
+
+
+@contextmanager
+def passing_folder(where: str | os.PathLike) -> Iterator[Path]:
+    "Give a folder that exists during the block; folders of processes that were killed go first."
+    import filelock
+
+    where = Path(where).absolute()
+    where.mkdir(parents=True, exist_ok=True)
+    for lock in where.glob(".model-*/lock"):
+        with suppress(OSError, filelock.Timeout):
+            if time.time() - lock.stat().st_mtime > _LEFT:
+                with filelock.FileLock(lock, timeout=0):
+                    shutil.rmtree(lock.parent)
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=where) as place, filelock.FileLock(Path(place) / "lock"):
+        yield Path(place)
+
 # %% ../../nbs/base/12_jobs.ipynb #371b0f19
 @contextmanager
 def _model_in_file(model: nn.Module, folder: str | os.PathLike | None) -> Iterator[WrittenModel]:
     "Give the model, written to a file that exists during the block; on a cluster every worker must see it."
     client = active_cluster()
-    shared = None if client is None or folder is None else Path(folder).absolute()
-    if shared is not None:
-        shared.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=shared) as place:
+    shared = tempfile.gettempdir() if client is None or folder is None else folder
+    with passing_folder(shared) as place:
         written = write_model(model, place)
         if client is not None:
             refuse_workers(client.run(_question(written.path), on_error="return"), written.path)

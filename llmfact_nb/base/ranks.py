@@ -9,7 +9,8 @@ __all__ = []
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -182,6 +183,36 @@ def started_ranks() -> Iterator[LedRanks]:
 
 # %% ../../nbs/base/14_ranks.ipynb #81cce598
 ALONE = LedRanks(False)  # a process that shares its work with no other
+
+# %% ../../nbs/base/14_ranks.ipynb #eae1e07a
+def shared_jobs(
+    ranks: LedRanks,
+    work: Callable[[Any, Any], Any],  # (model, job) -> result
+    jobs: Sequence,  # the same on every rank
+    model: Any,  # likewise
+) -> Iterator[tuple[int, Any]]:
+    "Yield (number of the job, result) on every rank, each of which does its share; if one raises, all do."
+    for start in range(0, len(jobs), ranks.size):
+        i = start + ranks.rank
+        mine = ranks.together(lambda i=i: work(model, jobs[i]) if i < len(jobs) else None)
+        yield from zip(range(start, len(jobs)), ranks.objects(mine))
+
+
+def led_jobs(ranks: LedRanks, work: Callable, jobs: Sequence, model: Any) -> Iterator[tuple[int, Any]]:
+    "On rank 0: yield (number of the job, result) of jobs that all ranks share."
+    from joblib import wrap_non_picklable_objects
+
+    with ranks.order(wrap_non_picklable_objects((work, jobs), keep_wrapper=False)):
+        yield from shared_jobs(ranks, work, jobs, model)
+
+
+def follow_jobs(ranks: LedRanks, model: Any) -> None:
+    "On any other rank: do a share of the jobs that rank 0 orders, until it ends."
+    for work, jobs in ranks.orders():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rank 0 says it
+            for _ in shared_jobs(ranks, work, jobs, model):
+                pass
 
 # %% ../../nbs/base/14_ranks.ipynb #238ea196
 def shared_moments(

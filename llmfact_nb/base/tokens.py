@@ -262,6 +262,7 @@ def length_batches(
 
 # %% ../../nbs/base/04_tokens.ipynb #7a7edf45
 _SEEN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> {(question, state): answer}
+_MOST_SEEN = 64  # answers that are kept of one model
 _FLAGS = {bool, str, types.FunctionType, types.MethodType, functools.partial}
 
 
@@ -273,6 +274,8 @@ def once_per_model(
     "Return what `look` finds without masks, and remember it for this model until its state changes."
     seen, key = _SEEN.setdefault(model, {}), (question, state_mark(model))
     if key not in seen:
+        while len(seen) >= _MOST_SEEN:  # a hook that is registered anew is another state
+            del seen[next(iter(seen))]
         with evaluation_mode(model), own_hooks_aside(model):
             seen[key] = look()
     return seen[key]

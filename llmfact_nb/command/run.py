@@ -25,7 +25,7 @@ import torch
 from .. import __version__
 from llmfact_nb.ablation import (
     FACTS, PRESETS, EvaluationSet, Found, ScoreCache, Scores, Settings, arm_plan, as_table, condition_name,
-    find_networks, first_texts, key_arms, loss_on, measure,
+    find_networks, first_texts, key_arms, loss_on, measure, scored,
 )  # fmt: skip
 from ..activations import capture, longest_input
 from ..base.arguments import ArgumentError, check_choice
@@ -35,7 +35,7 @@ from ..base.files import ClaimError, check_claim, claim, digest, from_home, load
 from ..base.files import read_json, reading, save_tensors, write_json, write_text
 from ..base.identity import model_fingerprint
 from ..base.models import load_model, resource_record
-from ..base.ranks import ALONE, LedRanks
+from ..base.ranks import ALONE, LedRanks, shared_jobs
 from ..base.statistics import LEAST_DRAWS, difference_to_draws, document_estimate
 from ..base.texts import texts_of
 from ..base.tokens import token_name
@@ -48,7 +48,7 @@ from ..masks import DRAWN
 from ..show import figures
 from ..show.network_page import write_network_page
 from ..show.report import headline, write_report
-from ..study.search import find_group, find_shared, shared_scores
+from ..study.search import find_group, find_shared
 
 # %% ../../nbs/command/04_run.ipynb #bef8f158
 def settings_from(
@@ -199,13 +199,18 @@ def write_settings(
         write_json(path, asked)
 
 # %% ../../nbs/command/04_run.ipynb #232b46e9
-def _begun(ranks: LedRanks, sources: Sources) -> tuple:
+def loaded_on(ranks: LedRanks, sources: Sources) -> tuple:
     "Load the model on every rank and return (model, tokenizer). Raises RuntimeError for ranks that are not alike."
     model, tokenizer = ranks.together(sources.load)
-    facts = {"llmfact_nb": __version__, "held-out texts": sources.held_out.fingerprint}
-    facts |= {name: version(name) for name in ("torch", "transformers")} | model_fingerprint(model, tokenizer)
-    ranks.check_alike(facts)
+    facts = {"llmfact_nb": __version__} | {name: version(name) for name in ("torch", "transformers")}
+    ranks.check_alike(facts | model_fingerprint(model, tokenizer))
     return model, tokenizer
+
+
+def _begun(ranks: LedRanks, sources: Sources) -> tuple:
+    loaded = loaded_on(ranks, sources)
+    ranks.check_alike({"held-out texts": sources.held_out.fingerprint})
+    return loaded
 
 # %% ../../nbs/command/04_run.ipynb #e980fdc8
 def _share_of_search(ranks: LedRanks, sources: Sources, path: Path | None = None) -> Found:
@@ -216,7 +221,8 @@ def _share_of_search(ranks: LedRanks, sources: Sources, path: Path | None = None
 # %% ../../nbs/command/04_run.ipynb #cf7133cf
 def _share_of_scores(ranks: LedRanks, sources: Sources, arms: list) -> Iterator[tuple[int, Scores]]:
     model, _ = _begun(ranks, sources)
-    yield from shared_scores(ranks, model, arms, loss_on(sources.settings.texts, sources.held_out))
+    texts = loss_on(sources.settings.texts, sources.held_out)
+    yield from shared_jobs(ranks, scored, [(arm, texts) for arm in arms], model)
 
 # %% ../../nbs/command/04_run.ipynb #563c47e9
 def follow(ranks: LedRanks, sources: Sources) -> None:

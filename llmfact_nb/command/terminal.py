@@ -311,7 +311,12 @@ def group(name: str, help: str) -> typer.Typer:
 
 
 def progress() -> bool:
-    "Return whether progress and notes are wanted."
+    "Return whether progress and notes are wanted; of the processes that torchrun started only the first gives them."
+    if "RANK" in os.environ:
+        from llmfact_nb.base.ranks import rank_of_many
+
+        if rank_of_many()[0]:
+            return False
     return not _asked.quiet
 
 # %% ../../nbs/command/07_terminal.ipynb #2dc07b02

@@ -48,17 +48,16 @@ def judge_localized(table: "pd.DataFrame", score: str = "t") -> Verdict:
 
 # %% ../../nbs/study/11_further.ipynb #c5d3f2cc
 def judge_network_for_task(table: "pd.DataFrame") -> Verdict:
-    """excess of the damage to the choice between two verbs over variance-matched draws; supported if that of the best
-    network lies above those of all four scores, not supported if it lies below one of them with its whole interval,
-    undecided otherwise"""
+    """excess of the damage to the choice between two verbs over variance-matched draws; the best network against the
+    best of four scores: supported if it lies above that with its whole interval, not supported if below it, undecided
+    otherwise"""
     rows = table[(table.data == "agreement") & (table.measure == "label nats")].set_index("setting")
     (name,) = (s for s in rows.index if s.startswith("network"))
     ours, others = rows.loc[name], rows.drop(name)
     best = others.loc[others.difference.idxmax()]
     why = f"{name} {ours.difference:+.3f} ({ours.ci_low:+.3f} to {ours.ci_high:+.3f}), best score {best.name} "
     why += f"{best.difference:+.3f} ({best.ci_low:+.3f} to {best.ci_high:+.3f}), nats over matched draws"
-    above, below = ours.difference > others.difference.max(), ours.ci_high < best.difference
-    verdict = SUPPORTED if above else NOT_SUPPORTED if below else UNDECIDED
+    verdict = _excess(ours.ci_low - best.difference, ours.ci_high - best.difference)
     return Verdict(verdict, why, ours.difference, ours.ci_low, ours.ci_high)
 
 # %% ../../nbs/study/11_further.ipynb #a8bb22fc
@@ -77,13 +76,14 @@ def _specific(tasks: "pd.DataFrame", every: "pd.DataFrame") -> tuple[bool, bool,
 
 
 def judge_specific(table: "pd.DataFrame") -> Verdict:
-    """0.1 % of the neurons by integrated attribution, mean after the first token; for every task that is solved: the
-    own share lost above that of every other task and of Wikipedia without overlap of the intervals, damaged more by
-    its own neurons than by those of each other task with the whole interval, and more than by all 19 variance-matched
-    draws; supported if all hold, not supported if one of the first two is reversed, undecided otherwise"""
-    tasks = table[(table.setting == table.data) & (table.accuracy_low > 0.5)]
+    """0.1 % of the neurons by integrated attribution, mean after the first token; for every task that is solved, with
+    accuracy above chance and loss below that of guessing: the own share lost above that of every other task and of
+    Wikipedia without overlap of the intervals, damaged more by its own neurons than by those of each other task with
+    the whole interval, and more than by all 19 variance-matched draws; supported if all hold, not supported if one of
+    the first two is reversed, undecided otherwise"""
+    tasks = table[(table.setting == table.data) & (table.accuracy_low > 0.5) & (table.to_lose_low > 0)]
     if len(tasks) < 2:
-        return Verdict(UNDECIDED, f"{len(tasks)} tasks are solved above chance, two are needed")
+        return Verdict(UNDECIDED, f"{len(tasks)} tasks are solved, two are needed")
     solved = table[table.setting.isin(tasks.setting) & (table.data.isin(tasks.data) | table.accuracy_low.isna())]
     holds, reversed_, said = _specific(tasks, solved)
     return Verdict(SUPPORTED if holds else NOT_SUPPORTED if reversed_ else UNDECIDED, "; ".join(said))
@@ -93,7 +93,7 @@ def judge_confidence(table: "pd.DataFrame") -> Verdict:
     """gain 1.5 of networks and of localized neurons on three sets of questions; amplification helps in a third of the
     questions if the gain in log-probability and its difference to the variance-matched draws both lie above 0;
     supported if it helps the unsure third in at least half of the cells and in more than the sure third, not supported
-    if in none or if it harms at least half, undecided otherwise and with fewer than four cells"""
+    if it harms at least half, undecided otherwise and with fewer than four cells"""
     helps, harms = (table.gain_low > 0) & (table.ci_low > 0), (table.gain_high < 0) & (table.ci_high < 0)
     unsure, sure = table.stratum == "unsure", table.stratum == "sure"
     n, helped, harmed, also = unsure.sum(), (helps & unsure).sum(), (harms & unsure).sum(), (helps & sure).sum()
@@ -101,7 +101,7 @@ def judge_confidence(table: "pd.DataFrame") -> Verdict:
     if n < 4:
         return Verdict(UNDECIDED, f"{why}; four cells are needed")
     supported = 2 * helped >= n and helped > also
-    return Verdict(SUPPORTED if supported else NOT_SUPPORTED if not helped or 2 * harmed >= n else UNDECIDED, why)
+    return Verdict(SUPPORTED if supported else NOT_SUPPORTED if 2 * harmed >= n else UNDECIDED, why)
 
 # %% ../../nbs/study/11_further.ipynb #1f22f362
 def judge_pruning(table: "pd.DataFrame") -> Verdict:

@@ -25,6 +25,7 @@ from ..base.arguments import ArgumentError, check_whole
 from ..base.display import Overall, duration, note
 from ..base.files import claim, from_home, load_tensors, save_tensors
 from ..base.identity import model_fingerprint
+from ..base.ranks import ALONE, LedRanks
 from ..base.statistics import LEAST_DRAWS
 from ..evaluate import EvalSet
 from ..ica import DataError
@@ -35,7 +36,7 @@ from .further import further_verdicts
 from .localizers import best_network, contrast_on, localizer_study
 from .plan import Wanted, found_networks, kept_networks
 from .pruning import pruning_contrasts, pruning_scores, pruning_study
-from .whole import score_identity, study_terms, write_study
+from .whole import study_cache, study_terms, write_study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -291,10 +292,9 @@ def _after_networks(model, tokenizer, cache, s, texts, folder: Path, n_jobs: int
     return tables
 
 # %% ../../nbs/study/12_further_study.ipynb #f729075e
-def _all_tables(model, tokenizer, folder: Path, s: FurtherSettings, texts, identity, n_jobs: int, progress: bool):
+def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: FurtherSettings, texts, n_jobs: int, progress: bool):
     "Return the tables by name, and the seconds that they were expected to take."
-    cache = ScoreCache(model, folder / "scores", score_identity(identity), False)
-    expected = 0.0
+    model, expected = cache.model, 0.0
     if progress:
         cache.progress = work = _work(model, tokenizer, cache, folder, s, texts)
         expected = work.left
@@ -318,6 +318,7 @@ def further_study(
     n_jobs: int = 1,  # processes that measure, as in joblib
     progress: bool = True,  # print an estimate first, show progress
     model_name: str | None = None,  # what the model is called in `study.json`; None: as it was loaded
+    ranks: LedRanks = ALONE,  # processes that torchrun started and that share the measuring; this is the first
 ) -> dict[str, "pd.DataFrame"]:
     """Measure untrained copies, localizers and pruning, and judge the claims; return the tables by name.
 
@@ -329,7 +330,8 @@ def further_study(
     named, asked = study_terms(settings, ("find",), name, texts.fingerprint, identity)
     with claim(folder, "further study", asked) as folder:
         begun = time.perf_counter()
-        tables, expected = _all_tables(model, tokenizer, folder, settings, texts, identity, n_jobs, progress)
+        cache = study_cache(model, folder, identity, ranks, False)
+        tables, expected = _all_tables(cache, tokenizer, folder, settings, texts, n_jobs, progress)
         took = time.perf_counter() - begun
         seconds = {"seconds expected": expected, "seconds of the last call": took}
         write_study(folder, tables, named, identity, seconds)

@@ -9,7 +9,7 @@ __all__ = []
 import copy
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ablation import EvaluationSet, Found, Intervention, Scores, Settings, described, enough_texts, scored
+from ..ablation import Found, Settings, described, enough_texts
 from ..across.group import GroupICA, TextShard, text_shards
 from ..activations import Activations, capture, longest_input, sink_tokens
 from ..base.arguments import ArgumentError
@@ -142,21 +142,6 @@ def find_shared(
     shape = (s.n_components, s.kind, s.standardize, s.exclude)
     fitted = fit_shared(FunctionalNetworks(*shape, random_state=s.ica_seed, **tries), acts)
     return described(model, acts, fitted, s, len(chosen))
-
-# %% ../../nbs/study/15_search.ipynb #e4610d11
-def shared_scores(
-    ranks: LedRanks,
-    model: nn.Module,
-    arms: Sequence[Intervention | None],  # the same on every rank
-    texts: EvaluationSet,
-) -> Iterator[tuple[int, Scores]]:
-    "Yield (number of the arm, scores) on every rank; each scores its share."
-    for start in range(0, len(arms), ranks.size):
-        i = start + ranks.rank
-        mine = ranks.together(lambda i=i: scored(model, (arms[i], texts)) if i < len(arms) else None)
-        for j, scores in enumerate(ranks.objects(mine), start):
-            if scores is not None:
-                yield j, scores
 
 # %% ../../nbs/study/15_search.ipynb #4cc88ac7
 KINDS_OF_TOKENS = ("first", "sink", "ordinary")

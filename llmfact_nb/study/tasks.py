@@ -153,7 +153,8 @@ def specificity(
     vocabulary: int,  # tokens that the model chooses from
 ) -> "pd.DataFrame":
     """Return one row per selection and evaluation set: damage, share lost, excess over variance-matched draws, and how
-    much more the set's own neurons damage it. `accuracy_low` is the lower end of the unmasked model's accuracy."""
+    much more the set's own neurons damage it. `accuracy_low` and `to_lose_low` are the lower ends of the unmasked
+    model's accuracy and of what it has to lose until it guesses, in nats."""
     import pandas as pd
 
     table, rows = table[table.note == ""], []
@@ -166,8 +167,9 @@ def specificity(
         )
         base = cache.kept(unmasked.part)
         solved = mean_estimate(base.sums["accuracy"], base.counts).low if "accuracy" in base.sums else math.nan
+        to_lose = guess - mean_estimate(base.sums[row.measure], base.counts).high
         found = {"setting": row.setting, "data": row.data, "units": row.units, "damage": row.damage}
-        found |= {"accuracy_low": solved} | _share_lost(cache, row, unmasked, guess)
+        found |= {"accuracy_low": solved, "to_lose_low": to_lose} | _share_lost(cache, row, unmasked, guess)
         found |= _less_than_own(cache, row, here[(here.arm == "localized") & (here.setting == row.data)])
         of = excess[(excess.setting == row.setting) & (excess.data == row.data) & (excess.measure == row.measure)]
         rows.append(found | of[["seeds", "against_damage", "difference", "ci_low", "ci_high", "p"]].iloc[0].to_dict())

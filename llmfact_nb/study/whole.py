@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from llmfact_nb.ablation import (
-    COLUMNS, EvaluationSet, Found, ScoreCache, Settings, as_table, enough_texts, search_flops,
+    COLUMNS, EvaluationSet, Found, ScoreCache, Settings, as_table, enough_texts, scored, search_flops,
 )  # fmt: skip
 from ..across.recurrence import recurrence_study
 from ..activations import Activations, capture, positions_of
 from ..base.files import claim, from_home, read_json, reading, write_json, write_text
 from ..base.identity import model_fingerprint
 from ..base.display import Overall, duration, note
+from ..base.ranks import ALONE, LedRanks, led_jobs
 from ..ica import ConvergenceWarning
 from ..masks import DRAWN
 from ..networks import Threshold
@@ -280,9 +281,23 @@ def _tell(work: Overall, sets, s: StudySettings, kinds) -> None:
     note(f"in all about {duration(work.left)} for one process, without what is known already")
 
 # %% ../../nbs/study/07_whole.ipynb #8b2dc293
-def _all_tables(model, tokenizer, folder: Path, s: StudySettings, texts, identity, n_jobs: int, progress: bool) -> dict:
-    "Find, measure, judge."
+def study_cache(
+    model: nn.Module,
+    folder: Path,  # of the study
+    identity: Mapping,  # `model_fingerprint(model, tokenizer)`
+    ranks: LedRanks,  # that measure what is missing, if they are several
+    progress: bool,
+) -> ScoreCache:
+    "Return the scores of a study."
     cache = ScoreCache(model, folder / "scores", score_identity(identity), progress)
+    if ranks.size > 1:
+        cache.spread = lambda todo: led_jobs(ranks, scored, todo, model)
+    return cache
+
+
+def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: StudySettings, texts, n_jobs: int) -> dict:
+    "Find, measure, judge."
+    model, progress = cache.model, cache.progress
     kinds, sets = list(texts.held_out), evaluation_sets(tokenizer, texts, s, positions_of(model))
     wanted = wanted_networks(s, kinds)
     work: bool | Overall = False
@@ -335,6 +350,7 @@ def paper_study(
     n_jobs: int = 1,  # processes that measure, as in joblib
     progress: bool = True,  # print an estimate first, show progress
     model_name: str | None = None,  # what the model is called in `study.json`; None: as it was loaded
+    ranks: LedRanks = ALONE,  # processes that torchrun started and that share the measuring; this is the first
 ) -> dict[str, "pd.DataFrame"]:
     """Find all networks, measure all studies, judge all claims; return the tables by name.
 
@@ -346,7 +362,8 @@ def paper_study(
     named, asked = study_terms(settings, ("find", "published"), name, texts.fingerprint, identity)
     with claim(folder, "study", asked) as folder:
         started = time.perf_counter()
-        tables = _all_tables(model, tokenizer, folder, settings, texts, identity, n_jobs, progress)
+        cache = study_cache(model, folder, identity, ranks, progress)
+        tables = _all_tables(cache, tokenizer, folder, settings, texts, n_jobs)
         write_study(folder, tables, named, identity, {"seconds of the last call": time.perf_counter() - started})
     note(f"{len(tables)} tables in {folder / 'tables'}", progress)
     return _labelled(tables, name, settings.quick)

@@ -250,9 +250,12 @@ def pruning_mask(
     layout: Layout,  # of the neurons, e.g. `activations.layout`
     per_layer: bool = True,  # the same share of every layer; False: the lowest scores wherever they are
     protect: tuple[int, int] = (0, 0),  # so many of the first and of the last layers stay whole
+    multiple: int = 1,  # every layer that is cut keeps a multiple of this; with per_layer
 ) -> NeuronMask:
     "Return the neurons to remove. Raises ArgumentError if the layers that are not protected have too few."
     first, last = (check_whole("protect", n, least=0) for n in protect)
+    if check_whole("multiple", multiple, least=1) > 1 and not per_layer:
+        raise ArgumentError("multiple", multiple, "1 where per_layer is False, since every layer keeps another number")
     check_number("share", share, above=0, below=1)
     if scores.shape != (layout.n_neurons,):
         raise ArgumentError("scores", f"of shape {tuple(scores.shape)}", f"one for each of {layout.n_neurons} neurons")
@@ -261,18 +264,24 @@ def pruning_mask(
     room, wanted = sum(layout.widths[i] for i in free), round(share * layout.n_neurons)
     if wanted >= room:
         raise ArgumentError("share", share, f"less than {room / layout.n_neurons:.3g} with protect={protect}")
-    return _lowest(scores, layout, free, wanted / room, per_layer)
+    return _lowest(scores, layout, [[i] for i in free] if per_layer else [free], wanted / room, multiple)
 
 
-def _lowest(scores: torch.Tensor, layout: Layout, free: list[int], share: float, per_layer: bool) -> NeuronMask:
-    "The lowest `share` of the free layers' neurons, of each layer or of all together."
+def _lowest(scores: torch.Tensor, layout: Layout, groups: list[list[int]], share: float, multiple: int) -> NeuronMask:
+    "The lowest `share` of the neurons of each group of layers."
     parts, chosen = list(scores.split(layout.widths)), torch.zeros(layout.n_neurons, dtype=torch.bool)
     places = list(torch.arange(layout.n_neurons).split(layout.widths))
-    groups = [[i] for i in free] if per_layer else [free]
     for group in groups:
         score, place = (torch.cat([of[i] for i in group]) for of in (parts, places))
-        chosen[place[score.argsort(stable=True)[: round(share * len(score))]]] = True
+        chosen[place[score.argsort(stable=True)[: _number(len(score), share, multiple)]]] = True
     return NeuronMask.from_flat(chosen, layout)
+
+
+def _number(n: int, share: float, multiple: int) -> int:
+    "How many of n neurons to remove, so that a multiple of `multiple` is left; in a layer as narrow as that, as asked."
+    if n <= multiple:
+        return round(share * n)
+    return n - min(max(1, round(n * (1 - share) / multiple)), (n - 1) // multiple) * multiple
 
 # %% ../../nbs/tuning/03_pruning.ipynb #b6bab8d2
 _FILE = "pruning.json"
