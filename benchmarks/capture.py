@@ -66,7 +66,9 @@ def compare(model, tokenizer, texts: list[str], length: int, repeats: int, sites
             )
             batches = batches_of(model, read)
             n_tokens = sum(int(b["attention_mask"].sum()) for b in batches)
-            every = {f"{site} to memory": read, f"{site} to disk": lambda: read(file)}
+            every = {f"{site} to memory": read}
+            if site.startswith("mlp"):
+                every[f"{site} to disk"] = lambda: read(file)
             for name, numbers in in_turns(lambda: bare(model, batches, last), every, repeats).items():
                 rows.append(
                     dict(
@@ -108,14 +110,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=int, default=32, help="texts, each cut to --length tokens")
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", choices=["memory", "disk"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.child, args)
         raise SystemExit
     texts = load_texts("wiki", "fit", n=args.texts)["text"][:]
-    times, peaks = compare(*load_model(), texts, args.length, args.repeats), memory(args)
+    half = texts[: args.texts // 2]
+    times, peaks = compare(*load_model(), half, args.length, args.repeats), memory(args)
     rows = [
         [
             f"time, {r['what']}",
@@ -143,8 +146,8 @@ if __name__ == "__main__":
         for r in peaks
     ]
     note = (
-        f"smollm2-135m, {args.texts} articles of {args.length} tokens. Time: bare forward pass, and capture with "
-        f"everything it does, medians of {args.repeats} repetitions in turns. "
+        f"smollm2-135m, articles of {args.length} tokens. Time: bare forward pass, and capture with "
+        f"everything it does, medians of {args.repeats} repetitions in turns on {args.texts // 2} articles. "
         "Memory: the whole matrix, and the growth of peak memory in a fresh process (one batch is at most 2,048 "
         "tokens, 360 MB at this site)."
     )

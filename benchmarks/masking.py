@@ -59,12 +59,12 @@ def compare(model, tokenizer, texts: list[str], ids: torch.Tensor, site: str, sh
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument(
         "--share", type=float, default=0.01, help="share of neurons in the mask, drawn at random over all layers"
     )
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sites", nargs="+", default=["mlp_hidden", "mlp_out", "attn_heads"])
     args = parser.parse_args()
 
