@@ -18,8 +18,8 @@ test: .venv/installed-dev .venv/installed-docs  ## check that notebooks, library
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 	$(PYTEST) tests -m "not slow and not extra" -n $(WORKERS) --dist loadfile --durations 25 $(TESTS)
 
-test-extras: .venv/installed-dev .venv/installed-bench .venv/installed-lm_eval .venv/installed-cluster .venv/installed-quantized nbdev3  ## what needs further packages: lm-eval, nilearn, dask, torchao, bitsandbytes, and nbdev 3; a few minutes
-	$(PYTEST) tests -m "extra and not slow" $(TESTS)
+test-extras: .venv/installed-dev .venv/installed-bench .venv/installed-lm_eval .venv/installed-cluster .venv/installed-quantized nbdev3  ## what needs further packages (lm-eval, nilearn, dask, torchao, bitsandbytes, nbdev 3) or many processes; a few minutes
+	$(PYTEST) tests -m "extra and not slow" -n $(WORKERS) --dist loadfile --durations 25 $(TESTS)
 
 check: .venv/installed-dev  ## one notebook and its tests: make check NB=03_ica, make check NB=study/06_verdicts
 	@test -f nbs/$(NB).ipynb || { echo "NB=$(NB) is no notebook; say NB=03_ica or NB=study/06_verdicts"; exit 1; }

@@ -35,7 +35,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes long; `make test` leaves it out, `make slow` runs it")
     config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped without one; `make test-gpu` runs it")
     needs = "lm-eval, nilearn, dask, torchao or bitsandbytes"
-    config.addinivalue_line("markers", f"extra: needs {needs}; `make test-extras` runs it")
+    takes = "starts processes and kills some, or does the same again and again"
+    config.addinivalue_line("markers", f"extra: needs {needs}, or {takes}; `make test-extras` runs it")
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -153,6 +153,7 @@ def test_key_neurons_are_compared_document_by_document(whole):
     assert len(table) == 9 and results[results.operation == "keep"].key_minus.isna().all()
 
 
+@pytest.mark.extra
 def test_two_processes_give_the_same_run(tiny, whole, tmp_path):
     llmfact(run_line(tiny, tmp_path / "two") + " --jobs 2")
     two, one = (pd.read_csv(folder / "differences.csv") for folder in (tmp_path / "two", whole[0]))

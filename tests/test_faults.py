@@ -783,6 +783,7 @@ def survived(trials, kills):
     assert found["killed"] >= kills and found["finished"] >= 1, found
 
 
+@pytest.mark.extra
 def test_five_kills(trials):
     survived(trials, 5)
 
@@ -795,10 +796,12 @@ def wrote_whole_or_not_at_all(trials):
     assert {t["code"] for t in trials["full"] if t["limit"] < 10_000} == {3}, "the limit was felt"
 
 
+@pytest.mark.extra
 def test_a_disk_that_is_full_in_the_middle_of_a_file(trials):
     wrote_whole_or_not_at_all(trials)
 
 
+@pytest.mark.extra
 def test_two_processes_in_one_folder(trials):
     "The second is refused while the first is at work, who never notices; afterwards the folder takes another."
     for trial in trials["two"]:
@@ -806,10 +809,12 @@ def test_two_processes_in_one_folder(trials):
         assert trial["same"] and not trial["broken"], trial
 
 
+@pytest.mark.extra
 def test_four_processes_fetch_one_file(trials):
     assert trials["fetch"] == {"codes": [0, 0, 0, 0], "whole": True, "left": ["files/toy/toy-1.0.whl"]}
 
 
+@pytest.mark.extra
 def test_a_hold_ends_with_its_process(trials):
     assert trials["held"] == [5, 0], "refused while the other lives, free when it is killed"
 

@@ -542,6 +542,7 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", ["even", "uneven", "empty", "spatial", "folder", "folder again", "seedless"])
+@pytest.mark.extra
 def test_two_processes_equal_one(two_processes, case):
     from types import SimpleNamespace
 
@@ -558,6 +559,7 @@ def test_two_processes_equal_one(two_processes, case):
     assert torch.equal(results[0].maps_, results[1].maps_)
 
 
+@pytest.mark.extra
 def test_two_processes_do_nothing_twice(two_processes):
     for report in two_processes[1]:
         assert (
@@ -586,6 +588,7 @@ def test_two_processes_do_nothing_twice(two_processes):
         ("none", "no shard", "no shard"),
     ],
 )
+@pytest.mark.extra
 def test_no_process_stops_alone(two_processes, case, first, second):
     _, reports = two_processes
     assert first in reports[0][case] and second in reports[1][case]

@@ -126,6 +126,7 @@ def ways(model) -> dict:
 
 
 @pytest.mark.parametrize("way", ["captures", "masks", "generations", "copies", "trainings", "failures", "networks"])
+@pytest.mark.extra
 def test_doing_it_again_and_again_leaves_nothing(way):
     model = families.build("llama")
     state = families.state(model)
@@ -134,6 +135,7 @@ def test_doing_it_again_and_again_leaves_nothing(way):
 
 
 @pytest.mark.parametrize("leak", ["tensor", "object", "bytes"])
+@pytest.mark.extra
 def test_a_leak_is_noticed(leak):
     kept = []
     leaks = {

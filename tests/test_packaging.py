@@ -53,6 +53,7 @@ def outside(folder: Path, *command, **environment) -> str:
     return subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.extra
 def test_wheel_works_outside_the_repository(wheel, tmp_path):
     target = tmp_path / "site"
     outside(tmp_path, sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel))
@@ -60,6 +61,7 @@ def test_wheel_works_outside_the_repository(wheel, tmp_path):
     assert "run" in outside(tmp_path, sys.executable, str(target / "bin" / "llmfact"), "--help", PYTHONPATH=str(target))
 
 
+@pytest.mark.extra
 def test_wheel_holds_the_package_and_its_metadata(wheel):
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
