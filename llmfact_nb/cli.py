@@ -216,7 +216,7 @@ def refuse_jobs_of_ranks(jobs: int, cluster: str | None) -> None:
     if rank_of_many()[1] and (jobs != 1 or cluster is not None):
         raise typer.BadParameter("not under torchrun, whose ranks divide the arms.", param_hint="--jobs, --cluster")
 
-
+# %% ../nbs/12_command.ipynb #2c9f9bd5
 @contextmanager
 def measuring(sources: "Sources", cluster: str | None) -> "Iterator[tuple[LedRanks, Any, Any]]":
     "Give the ranks, the model and its tokenizer to the process that leads a study; any other measures until it ends."

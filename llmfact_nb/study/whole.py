@@ -294,7 +294,7 @@ def study_cache(
         cache.spread = lambda todo: led_jobs(ranks, scored, todo, model)
     return cache
 
-
+# %% ../../nbs/study/07_whole.ipynb #4d8c3ef8
 def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: StudySettings, texts, n_jobs: int) -> dict:
     "Find, measure, judge."
     model, progress = cache.model, cache.progress
