@@ -219,7 +219,7 @@ def refuse_jobs_of_ranks(jobs: int, cluster: str | None) -> None:
 # %% ../nbs/12_command.ipynb #2c9f9bd5
 @contextmanager
 def measuring(sources: "Sources", cluster: str | None) -> "Iterator[tuple[LedRanks, Any, Any]]":
-    "Give the ranks, the model and its tokenizer to the process that leads a study; any other measures until it ends."
+    "Give the ranks, the model and its tokenizer; any rank but the first has done its share of the study by then."
     from llmfact_nb.base.jobs import on_cluster
     from llmfact_nb.base.ranks import follow_jobs, started_ranks
     from llmfact_nb.command.run import loaded_on
@@ -666,8 +666,8 @@ PRUNE = {
     "share": Option(0.2, "Share of all MLP neurons that is removed.", _WHICH, check=above_zero),
     "anywhere": Option(False, "The lowest scores wherever they are, not the same share of every layer.", _WHICH),
     "protect": Option(0, "So many of the first and of the last layers stay whole.", _WHICH, least=0),
-    "multiple": Option(16, "Every layer keeps a multiple of this, which is faster; without --anywhere.", _WHICH,
-                       least=1),
+    "multiple": Option(int, "A layer that is wider keeps a multiple of this, which is faster.", _WHICH, least=1,
+                       shown="16, and 1 with --anywhere"),
     "keep_networks": Option(False, "The units of all networks stay, whatever their score.", _WHICH),
     "seed": Option(0, "Of random scores.", _WHICH, least=0),
     "uncompensated": Option(False, "Without the biases that make up for the means of the removed neurons.", _DONE),
@@ -819,13 +819,15 @@ def paper(model, jobs, cluster, out, device, accept_licence, dry_run, quick, **g
     from llmfact_nb.study.whole import paper_study
 
     refuse_jobs_of_ranks(jobs, cluster)
+    if dry_run and (silent := follower()):
+        return silent
     check_asked(device, model=model, texts=given["texts"])
     with typed():
         settings = paper_settings(quick, model=model, **given)
     check_study(settings, out, accept_licence or dry_run)
     cost = paper_cost(settings, device, None if dry_run else 1e9)
     if dry_run:
-        return follower() or bill(cost, out, model, accept_licence)
+        return bill(cost, out, model, accept_licence)
     check_room(cost, out)
     more: dict[str, Any] = {"accept_licence": True} if accept_licence else {}
     sources = Sources(settings.find, device, progress(), **more)
@@ -867,12 +869,14 @@ def further(model, quick, jobs, cluster, out, device, accept_licence, dry_run) -
     from llmfact_nb.study.further_study import further_study
 
     refuse_jobs_of_ranks(jobs, cluster)
+    if dry_run and (silent := follower()):
+        return silent
     check_asked(device, model=model)
     settings = further_settings(model, quick)
     check_further(settings, out, accept_licence or dry_run)
     cost = further_cost(settings, device, None if dry_run else 1e9)
     if dry_run:
-        return follower() or bill(cost, out, model, accept_licence)
+        return bill(cost, out, model, accept_licence)
     check_room(cost, out)
     more: dict[str, Any] = {"accept_licence": True} if accept_licence else {}
     sources = Sources(settings.find, device, progress(), **more)

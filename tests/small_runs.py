@@ -14,12 +14,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from llmfact_nb.ablation import Settings
+from llmfact_nb.ablation import PRESETS, Settings
 from llmfact_nb.across.untrained import UntrainedSettings
 from llmfact_nb.command.run import Run, run_experiment
 from llmfact_nb.cli import app
 from llmfact_nb.scores.contrast import ContrastPair, ContrastSet
 from llmfact_nb.study.further_study import QUICK_FURTHER, FurtherTexts
+from llmfact_nb.study.plan import StudySettings
 
 SMALL = dict(
     n_components=3,
@@ -90,20 +91,20 @@ def study_texts():
     )
 
 
+SMALL_PAPER = StudySettings(
+    find=Settings(n_components=6, n_init=2, fit_tokens=1000, fit_length=40, fraction=0.125),
+    published=replace(PRESETS["paper"], alpha=2.0, fit_tokens=400, fit_length=80), eval_tokens=120,
+    sentences=6, short_length=12, short_sentences=4, seeds=1, draws=1, ks=(4,), fractions=(0.05,), kept=(0.1,),
+    gains=(2.0,), adds=(1.0,), networks=1, more_seeds=(), more_texts=0, variant_restarts=1, recurrence_texts=1,
+    sample_tokens=40,
+)  # fmt: skip
+
+
 def study_job(out: Path, model=None) -> None:
     "A whole study on the planted model, as small as it can be."
-    from llmfact_nb.ablation import PRESETS
-    from llmfact_nb.study.plan import StudySettings
     from llmfact_nb.study.whole import paper_study
 
-    find = Settings(n_components=6, n_init=2, fit_tokens=1000, fit_length=40, fraction=0.125)
-    settings = StudySettings(
-        find=find, published=replace(PRESETS["paper"], alpha=2.0, fit_tokens=400, fit_length=80), eval_tokens=120,
-        sentences=6, short_length=12, short_sentences=4, seeds=1, draws=1, ks=(4,), fractions=(0.05,), kept=(0.1,),
-        gains=(2.0,), adds=(1.0,), networks=1, more_seeds=(), more_texts=0, variant_restarts=1, recurrence_texts=1,
-        sample_tokens=40,
-    )  # fmt: skip
-    paper_study(model or planted.model(), families.tokenizer(), out, settings, study_texts(), progress=False)
+    paper_study(model or planted.model(), families.tokenizer(), out, SMALL_PAPER, study_texts(), progress=False)
 
 
 SMALL_FURTHER = replace(

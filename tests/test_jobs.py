@@ -19,6 +19,8 @@ from llmfact_nb import __version__
 from llmfact_nb.ablation import Intervention, ablation_study
 from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.base.jobs import (
+    PASSING,
+    WEIGHTS,
     jobs_at_once,
     model_here,
     on_cluster,
@@ -166,18 +168,21 @@ def test_a_job_that_always_kills_its_process_ends_the_study(model, tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
-    for name in (".model-dead", ".model-young", ".model-alive"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "weights.safetensors").write_bytes(b"0" * 100)
-        (tmp_path / name / "lock").touch()
-        if name != ".model-young":
-            os.utime(tmp_path / name / "lock", (0, 0))
-    with filelock.FileLock(tmp_path / ".model-alive" / "lock"), passing_folder(tmp_path) as place:
-        (place / "weights.safetensors").write_bytes(b"1")
+    dead, young, alive, foreign = (
+        tmp_path / name
+        for name in (f"{PASSING}dead", f"{PASSING}young", f"{PASSING}alive", ".llmfact-model-other-host-x")
+    )
+    for folder in (dead, young, alive, foreign):
+        folder.mkdir()
+        (folder / WEIGHTS).write_bytes(b"0" * 100)
+        (folder / "lock").touch()
+        if folder != young:
+            os.utime(folder / "lock", (0, 0))
+    with filelock.FileLock(alive / "lock"), passing_folder(tmp_path) as place:
         os.utime(place / "lock", (0, 0))
         with passing_folder(tmp_path) as second:
             assert place.exists() and second != place
-        assert {p.name for p in tmp_path.iterdir()} == {".model-young", ".model-alive", place.name}
+        assert set(tmp_path.iterdir()) == {young, alive, foreign, place}
     assert not place.exists()
 
 

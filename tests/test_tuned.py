@@ -1,5 +1,5 @@
-"""Pins the study of a model that was fine-tuned first: the copy learns, the model given stays, both kinds of answers
-are scored alike, and the rules read the loss of the right label."""
+"""Pins the study of a model that was fine-tuned first: the copy learns, the model given stays, a seed decides all, and
+the rules read the loss of the right label."""
 
 import families
 import pytest
@@ -8,8 +8,8 @@ import torch
 from llmfact_nb.ablation import ScoreCache, Settings, answers_on, find_networks
 from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.evaluate import label_accuracy
-from llmfact_nb.scores.head import classifier_accuracy
-from llmfact_nb.study.tuned import classes_on, taught, tuned_study, tuned_verdicts
+from llmfact_nb.study.verdicts import SUPPORTED
+from llmfact_nb.study.tuned import taught, tuned_study, tuned_verdicts
 
 TOKENIZER = families.tokenizer()
 WORDS, TEMPLATE = ["w10", "w11"], "{text} w12"
@@ -24,9 +24,7 @@ def labelled(n, seed=0):
 def models():
     before = families.build("llama", num_hidden_layers=2)
     kept = {name: p.clone() for name, p in before.state_dict().items()}
-    after = taught(
-        before, TOKENIZER, labelled(16), TEMPLATE, WORDS, steps=40, lr=5e-3, texts_per_step=8, progress=False
-    )
+    after = taught(before, TOKENIZER, labelled(16), TEMPLATE, WORDS, steps=40, lr=5e-3, texts_per_step=8)
     assert all(torch.equal(p, kept[name]) for name, p in before.state_dict().items())
     return before, after
 
@@ -37,11 +35,11 @@ def test_the_copy_learns_what_the_model_did_not_know(models):
     assert accuracy[1] >= 0.9 > accuracy[0] + 0.2 and not models[1].training
 
 
-def test_two_copies_of_one_seed_are_equal(models):
-    twice = [
-        taught(models[0], TOKENIZER, labelled(8), TEMPLATE, WORDS, steps=2, seed=seed, progress=False)
-        for seed in (3, 3, 4)
-    ]
+def test_two_copies_of_one_seed_are_equal_also_with_dropout():
+    model = families.build("gpt2", resid_pdrop=0.3, embd_pdrop=0.3)
+    model.transformer.wte.weight.requires_grad_(False)
+    twice = [taught(model, TOKENIZER, labelled(8), TEMPLATE, WORDS, steps=2, seed=seed) for seed in (3, 3, 4)]
+    assert all(torch.equal(m.transformer.wte.weight, model.transformer.wte.weight) for m in twice), "it is frozen"
     a, b, other = (torch.cat([p.flatten() for p in m.parameters()]) for m in twice)
     assert torch.equal(a, b) and not torch.equal(a, other)
 
@@ -52,22 +50,10 @@ def test_labels_need_words(models):
     assert e.value.argument == "label_words"
 
 
-def test_a_classification_head_is_scored_like_answers():
-    model = families.build("llama", "classification", num_hidden_layers=2, num_labels=2)
-    model.config.pad_token_id = TOKENIZER.pad_token_id
-    scores, result = (
-        classes_on("x", TOKENIZER, labelled(10)).score(model),
-        classifier_accuracy(model, TOKENIZER, labelled(10)),
-    )
-    assert scores.mean("accuracy") == pytest.approx(result.accuracy)
-    right = -result.log_likelihoods.gather(1, result.labels[:, None]).double()[:, 0]
-    assert scores.sums["label nats"] == pytest.approx(right.numpy(), abs=1e-6)
-
-
 def test_the_rules_read_the_loss_of_the_right_label(models):
     after = models[1]
     settings = Settings(fit_tokens=120, fit_length=8, n_components=2, n_init=1, exclude="first", fraction=0.1)
-    found = find_networks(after, TOKENIZER, [text for text, _ in labelled(40)], settings, progress=False)
+    found = find_networks(after, TOKENIZER, [text for text, _ in labelled(40)], settings)
     answers = answers_on("x", TOKENIZER, labelled(12, 200), TEMPLATE, WORDS)
     tables = tuned_study(ScoreCache(after, progress=False), found, {2: found}, answers, draws=19)
     verdicts = tuned_verdicts(tables).set_index("id")
@@ -79,3 +65,8 @@ def test_the_rules_read_the_loss_of_the_right_label(models):
     kept = tables["preservation"]
     kept = kept[(kept.arm == "keep key") & (kept.measure == "label nats")]
     assert len(kept) == 1 and verdicts.here["T9"] == pytest.approx(kept.recovered.iloc[0])
+    invented = {name: table.copy() for name, table in tables.items()}
+    row = (invented["contrasts"].measure == "label nats") & (invented["contrasts"].against == "random")
+    numbers = {"damage": 0.9, "against_damage": 0.1, "difference": 0.8, "ci_low": 0.7, "ci_high": 0.9, "p": 0.05}
+    invented["contrasts"].loc[row, list(numbers)] = list(numbers.values())
+    assert tuned_verdicts(invented).set_index("id").verdict["T6"] == SUPPORTED

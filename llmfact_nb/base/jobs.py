@@ -9,6 +9,7 @@ __all__ = []
 import copy
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -63,6 +64,7 @@ _SHARED = "Keep the results (folder=, --out) on a disk that all workers see."
 
 # %% ../../nbs/base/12_jobs.ipynb #a26d1cbb
 _SMALL = 2**16  # bytes: smaller tensors travel with the modules
+WEIGHTS = "weights.safetensors"
 
 
 def write_model(
@@ -79,7 +81,7 @@ def write_model(
         if plain and t.nbytes >= _SMALL and memory not in seen:  # two tensors in one memory are not for a file
             large[i] = t.detach()
             seen.add(memory)
-    path, places = Path(folder) / "weights.safetensors", {i: t.device for i, t in large.items()}
+    path, places = Path(folder) / WEIGHTS, {i: t.device for i, t in large.items()}
     with write_atomic(path) as p:
         save_file({str(i): t.cpu().contiguous() for i, t in large.items()}, p)
     rest = with_tensors(model, lambda i, t: torch.empty_like(t, device="meta") if i in large else t)
@@ -174,22 +176,24 @@ def _rounds(work: Callable, left: dict[int, Any], written: WrittenModel, n: int,
 _DIED = "Memory may be short: use fewer jobs."
 
 # %% ../../nbs/base/12_jobs.ipynb #be11e5c0
+PASSING = f".llmfact-model-{socket.gethostname()}-"  # another machine may not see a lock of this one
 _LEFT = 60  # seconds: a younger folder may still be about to be locked
 
 
 @contextmanager
 def passing_folder(where: str | os.PathLike) -> Iterator[Path]:
-    "Give a folder that exists during the block; folders of processes that were killed go first."
+    "Give a folder that exists during the block; those of killed processes of this machine go first."
     import filelock
 
     where = Path(where).absolute()
     where.mkdir(parents=True, exist_ok=True)
-    for lock in where.glob(".model-*/lock"):
+    for lock in where.glob(f"{PASSING}*/lock"):
         with suppress(OSError, filelock.Timeout):
             if time.time() - lock.stat().st_mtime > _LEFT:
                 with filelock.FileLock(lock, timeout=0):
+                    (lock.parent / WEIGHTS).unlink(missing_ok=True)  # first what is large
                     shutil.rmtree(lock.parent)
-    with tempfile.TemporaryDirectory(prefix=".model-", dir=where) as place, filelock.FileLock(Path(place) / "lock"):
+    with tempfile.TemporaryDirectory(prefix=PASSING, dir=where) as place, filelock.FileLock(Path(place) / "lock"):
         yield Path(place)
 
 # %% ../../nbs/base/12_jobs.ipynb #371b0f19

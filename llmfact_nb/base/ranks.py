@@ -9,6 +9,7 @@ __all__ = []
 import json
 import math
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -185,6 +186,18 @@ def started_ranks() -> Iterator[LedRanks]:
 ALONE = LedRanks(False)  # a process that shares its work with no other
 
 # %% ../../nbs/base/14_ranks.ipynb #eae1e07a
+def _tried(work: Callable, model: Any, job: Any) -> tuple[Any, Exception | None]:
+    "The result of a job, or the error that it raised, which can be sent."
+    try:
+        return work(model, job), None
+    except Exception as e:
+        try:
+            pickle.loads(pickle.dumps(e))
+        except Exception:
+            return None, RuntimeError(f"{type(e).__name__}: {e}")
+        return None, e
+
+
 def shared_jobs(
     ranks: LedRanks,
     work: Callable[[Any, Any], Any],  # (model, job) -> result
@@ -194,23 +207,32 @@ def shared_jobs(
     "Yield (number of the job, result) on every rank, each of which does its share; if one raises, all do."
     for start in range(0, len(jobs), ranks.size):
         i = start + ranks.rank
-        mine = ranks.together(lambda i=i: work(model, jobs[i]) if i < len(jobs) else None)
-        yield from zip(range(start, len(jobs)), ranks.objects(mine))
+        mine = _tried(work, model, jobs[i]) if i < len(jobs) else None
+        for j, (result, error) in zip(range(start, len(jobs)), ranks.objects(mine)):
+            if error is not None:
+                raise error
+            yield j, result
 
-
+# %% ../../nbs/base/14_ranks.ipynb #d9e6e5fb
 def led_jobs(ranks: LedRanks, work: Callable, jobs: Sequence, model: Any) -> Iterator[tuple[int, Any]]:
     "On rank 0: yield (number of the job, result) of jobs that all ranks share."
     from joblib import wrap_non_picklable_objects
 
+    failed = None
     with ranks.order(wrap_non_picklable_objects((work, jobs), keep_wrapper=False)):
-        yield from shared_jobs(ranks, work, jobs, model)
+        try:
+            yield from shared_jobs(ranks, work, jobs, model)
+        except Exception as e:  # which all ranks know: the order has ended
+            failed = e
+    if failed is not None:
+        raise failed
 
 
 def follow_jobs(ranks: LedRanks, model: Any) -> None:
     "On any other rank: do a share of the jobs that rank 0 orders, until it ends."
     for work, jobs in ranks.orders():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # rank 0 says it
+        with warnings.catch_warnings(), suppress(Exception):  # rank 0 tells both
+            warnings.simplefilter("ignore")
             for _ in shared_jobs(ranks, work, jobs, model):
                 pass
 

@@ -31,7 +31,7 @@ class PruneSettings:
     score: str = "networks"  # one of SCORES: the lowest are removed
     share: float = 0.2  # of all MLP neurons
     per_layer: bool = True  # the same share of every layer; False: the lowest scores wherever they are
-    multiple: int = 16  # with per_layer every layer keeps a multiple of this, which a processor's blocks divide
+    multiple: int | None = None  # a layer keeps a multiple of this; None: of 16 with per_layer, of 1 without
     protect: int = 0  # so many first layers, and so many last ones, stay whole
     keep_networks: bool = False  # the units of all networks stay, whatever their score
     compensate: bool = True  # biases make up for the means of what was removed
@@ -41,7 +41,7 @@ class PruneSettings:
         check_choice("score", self.score, SCORES)
         check_number("share", self.share, above=0, below=1)
         check_whole("protect", self.protect, least=0)
-        check_whole("multiple", self.multiple, least=1)
+        check_whole("multiple", 1 if self.multiple is None else self.multiple, least=1)
         check_whole("seed", self.seed, least=0)
 
 # %% ../../nbs/command/10_pruned.ipynb #cbcc4079
@@ -55,11 +55,12 @@ def neurons_to_remove(
     if s.keep_networks:
         held = union(found.network_masks())
         scores[held.flat] = torch.inf
-    multiple = s.multiple if s.per_layer else 1
+    multiple = s.multiple or (16 if s.per_layer else 1)
     mask = pruning_mask(scores, s.share, layout, s.per_layer, (s.protect, s.protect), multiple)
     if s.keep_networks and (mask & held).n:
         free = 1 - held.n / held.n_neurons
-        raise ArgumentError("share", s.share, f"less, since the networks leave {free:.1%} of the neurons")
+        short = f"less, since the networks leave {free:.1%} of the neurons, and fewer in some layers"
+        raise ArgumentError("share", s.share, short)
     return mask
 
 

@@ -6,7 +6,7 @@
 __all__ = ['fit_classifier', 'classifier_accuracy']
 
 # %% ../../nbs/scores/03_head.ipynb #cd7bba1d
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -207,15 +207,21 @@ def fit_classifier(
             head.weight.copy_(weight)
             if head.bias is not None:
                 head.bias.copy_(bias)
-    losses = _finetune(model, ids, labels, steps, lr, texts_per_step, seed) if trains == "all" else []
+    losses = _finetune(model, found, steps, lr, texts_per_step, seed) if trains == "all" else []
     hits = int((_read_all(model, ids, batch_size).argmax(1) == torch.tensor(labels)).sum())
     return ClassifierFit(trains, len(ids), found.n_too_long, hits / len(ids), tuple(losses))
 
 # %% ../../nbs/scores/03_head.ipynb #ef163191
-def _finetune(
-    model: nn.Module, ids: list[list[int]], labels: list[int], steps: int, lr: float, texts_per_step: int, seed: int
+def learn(
+    model: nn.Module,  # changed in place
+    loss_of: Callable[[list[int]], torch.Tensor],  # numbers of some examples -> their mean loss, with its graph
+    n: int,  # examples
+    steps: int,  # of AdamW
+    lr: float,  # learning rate
+    per_step: int,  # examples in a step
+    seed: int,  # of the order of the examples and of dropout
 ) -> list[float]:
-    "Some AdamW steps on all parameters that may learn; return the loss of each."
+    "Take some AdamW steps on all parameters that may learn; return the loss of each."
     device, rng, losses = input_device(model), np.random.default_rng(seed), []
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     queue: list[int] = []
@@ -225,11 +231,10 @@ def _finetune(
         model.train()
         try:
             for _ in range(steps):
-                while len(queue) < texts_per_step:
-                    queue += rng.permutation(len(ids)).tolist()
-                batch, queue = queue[:texts_per_step], queue[texts_per_step:]
-                logits, _ = _logits(model, [ids[b] for b in batch])
-                loss = F.cross_entropy(logits.float(), torch.tensor([labels[b] for b in batch], device=logits.device))
+                while len(queue) < per_step:
+                    queue += rng.permutation(n).tolist()
+                batch, queue = queue[:per_step], queue[per_step:]
+                loss = loss_of(batch)
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -240,6 +245,16 @@ def _finetune(
                 m.training = mode
             optimizer.zero_grad()
     return losses
+
+
+def _finetune(model: nn.Module, found: _Examples, *how) -> list[float]:
+    "`learn` the labels of the examples; how: steps, lr, texts in a step, seed."
+
+    def loss_of(batch: list[int]) -> torch.Tensor:
+        logits, _ = _logits(model, [found.ids[b] for b in batch])
+        return F.cross_entropy(logits.float(), torch.tensor([found.labels[b] for b in batch], device=logits.device))
+
+    return learn(model, loss_of, len(found.ids), *how)
 
 # %% ../../nbs/scores/03_head.ipynb #b22a1555
 def classifier_accuracy(

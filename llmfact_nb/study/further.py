@@ -9,6 +9,7 @@ __all__ = ['further_verdicts']
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from ..base.display import counted
 from .verdicts import NOT_SUPPORTED, SUPPORTED, UNDECIDED, Verdict
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def judge_training(table: "pd.DataFrame") -> Verdict:
     here = table[table.site == "mlp_hidden"]
     of = {kind: rows.r for kind, rows in here.groupby("model")}
     ours, rest = float(of.pop("trained").iloc[0]), of
-    said = [f"{kind} {r.min():.2f} to {r.max():.2f} over {len(r)} seeds" for kind, r in rest.items()]
+    said = [f"{kind} {r.min():.2f} to {r.max():.2f} over {counted(len(r), 'seed')}" for kind, r in rest.items()]
     why = f"r over halves of the texts: trained {ours:.2f}, {', '.join(said)}"
     if all(r.max() < ours for r in rest.values()):
         return Verdict(SUPPORTED, why, ours)
@@ -49,7 +50,7 @@ def judge_localized(table: "pd.DataFrame", score: str = "t") -> Verdict:
 # %% ../../nbs/study/11_further.ipynb #c5d3f2cc
 def judge_network_for_task(table: "pd.DataFrame") -> Verdict:
     """excess of the damage to the choice between two verbs over variance-matched draws; the best network against the
-    best of four scores: supported if it lies above that with its whole interval, not supported if below it, undecided
+    best of four scores: supported if its whole interval lies above the other's, not supported if below it, undecided
     otherwise"""
     rows = table[(table.data == "agreement") & (table.measure == "label nats")].set_index("setting")
     (name,) = (s for s in rows.index if s.startswith("network"))
@@ -57,7 +58,7 @@ def judge_network_for_task(table: "pd.DataFrame") -> Verdict:
     best = others.loc[others.difference.idxmax()]
     why = f"{name} {ours.difference:+.3f} ({ours.ci_low:+.3f} to {ours.ci_high:+.3f}), best score {best.name} "
     why += f"{best.difference:+.3f} ({best.ci_low:+.3f} to {best.ci_high:+.3f}), nats over matched draws"
-    verdict = _excess(ours.ci_low - best.difference, ours.ci_high - best.difference)
+    verdict = _excess(ours.ci_low - best.ci_high, ours.ci_high - best.ci_low)
     return Verdict(verdict, why, ours.difference, ours.ci_low, ours.ci_high)
 
 # %% ../../nbs/study/11_further.ipynb #a8bb22fc
@@ -83,7 +84,7 @@ def judge_specific(table: "pd.DataFrame") -> Verdict:
     the first two is reversed, undecided otherwise"""
     tasks = table[(table.setting == table.data) & (table.accuracy_low > 0.5) & (table.to_lose_low > 0)]
     if len(tasks) < 2:
-        return Verdict(UNDECIDED, f"{len(tasks)} tasks are solved, two are needed")
+        return Verdict(UNDECIDED, f"{counted(len(tasks), 'task')} solved, two are needed")
     solved = table[table.setting.isin(tasks.setting) & (table.data.isin(tasks.data) | table.accuracy_low.isna())]
     holds, reversed_, said = _specific(tasks, solved)
     return Verdict(SUPPORTED if holds else NOT_SUPPORTED if reversed_ else UNDECIDED, "; ".join(said))
@@ -93,15 +94,15 @@ def judge_confidence(table: "pd.DataFrame") -> Verdict:
     """gain 1.5 of networks and of localized neurons on three sets of questions; amplification helps in a third of the
     questions if the gain in log-probability and its difference to the variance-matched draws both lie above 0;
     supported if it helps the unsure third in at least half of the cells and in more than the sure third, not supported
-    if it harms at least half, undecided otherwise and with fewer than four cells"""
+    if it harms at least half, undecided otherwise, if both hold, and with fewer than four cells"""
     helps, harms = (table.gain_low > 0) & (table.ci_low > 0), (table.gain_high < 0) & (table.ci_high < 0)
     unsure, sure = table.stratum == "unsure", table.stratum == "sure"
     n, helped, harmed, also = unsure.sum(), (helps & unsure).sum(), (harms & unsure).sum(), (helps & sure).sum()
     why = f"helps the unsure third in {helped} of {n} cells and harms it in {harmed}; helps the sure third in {also}"
     if n < 4:
         return Verdict(UNDECIDED, f"{why}; four cells are needed")
-    supported = 2 * helped >= n and helped > also
-    return Verdict(SUPPORTED if supported else NOT_SUPPORTED if 2 * harmed >= n else UNDECIDED, why)
+    supported, against = 2 * helped >= n and helped > also, 2 * harmed >= n
+    return Verdict(UNDECIDED if supported == against else SUPPORTED if supported else NOT_SUPPORTED, why)
 
 # %% ../../nbs/study/11_further.ipynb #1f22f362
 def judge_pruning(table: "pd.DataFrame") -> Verdict:

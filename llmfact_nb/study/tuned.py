@@ -10,17 +10,14 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
-from ..ablation import EvaluationSet, Found, ScoreCache, Scores, answer_scores
+from ..ablation import EvaluationSet, Found, ScoreCache
 from ..base.arguments import ArgumentError, check_number, check_whole
-from ..base.display import progress_bar
 from ..base.statistics import LEAST_DRAWS
-from ..base.tokens import token_lists
-from ..evaluate import fingerprint_of, labelled_texts, levels
-from ..scores.head import classifier_accuracy
+from ..evaluate import labelled_texts
+from ..scores.head import learn
 from .contrasts import contrasts
 from .studies import preservation_study, union_study
 from .verdicts import verdict_table
@@ -36,13 +33,12 @@ def taught(
     labelled,  # texts to learn from: a Dataset with columns "text" and "label", or a list of (text, label)
     template: str = "{text}\nSentiment:",  # the prompt; the label word follows after a space
     label_words: Sequence[str] | None = None,  # in the order of the labels; None: the names of the classes
-    steps: int = 150,  # of AdamW
+    steps: int = 100,  # of AdamW
     lr: float = 2e-5,  # learning rate
     texts_per_step: int = 16,  # batch size
-    seed: int = 0,  # of the order of the texts
-    progress: bool = True,  # show a progress bar
+    seed: int = 0,  # of the order of the texts and of dropout
 ) -> nn.Module:
-    """Return a copy of the model whose weights were all trained to say the right label word.
+    """Return a copy of the model that was trained to say the right label word.
 
     Raises ArgumentError for labels without words."""
     check_whole("steps", steps, least=1)
@@ -52,38 +48,11 @@ def taught(
     words = list(label_words or names)
     if len(words) <= max(labels):
         raise ArgumentError("label_words", words, f"a word for each of the labels 0 to {max(labels)}")
-    examples = labelled_examples(tokenizer, texts, labels, template, words, max_length=96)
-    learner, rng = copy.deepcopy(model).train(), np.random.default_rng(seed)
-    queue: list[int] = []
-    optimizer = torch.optim.AdamW(learner.parameters(), lr=lr)
-    with progress_bar(steps, "fine-tuning", "step", progress) as bar:
-        for _ in range(steps):
-            while len(queue) < texts_per_step:
-                queue += rng.permutation(len(examples)).tolist()
-            batch, queue = [examples[i] for i in queue[:texts_per_step]], queue[texts_per_step:]
-            loss = torch.cat(batch_nats(learner, [(e.ids, e.start) for e in batch])).mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.update(1)
+    rows = [(e.ids, e.start) for e in labelled_examples(tokenizer, texts, labels, template, words, max_length=96)]
+    learner = copy.deepcopy(model)
+    loss_of = lambda batch: torch.cat(batch_nats(learner, [rows[i] for i in batch])).mean()
+    learn(learner, loss_of, len(rows), steps, lr, texts_per_step, seed)
     return learner.eval()
-
-# %% ../../nbs/study/16_tuned.ipynb #d2423428
-def classes_on(
-    data: str,  # name of the texts, for tables
-    tokenizer,  # of the model
-    labelled,  # Dataset with columns "text" and "label", or a list of (text, label)
-) -> EvaluationSet:
-    'Return the evaluation set with the measures "accuracy" and "label nats" for a model with a classification head.'
-    texts, labels, names = labelled_texts(labelled)
-    ids = token_lists(tokenizer, texts)
-
-    def score(model: nn.Module) -> Scores:
-        return answer_scores(classifier_accuracy(model, tokenizer, labelled))
-
-    known = dict(zip(("chance", "majority"), levels(labels, len(names) or max(labels) + 1)))
-    mark, tokens = fingerprint_of("head", ids, labels), sum(map(len, ids))
-    return EvaluationSet(data, ("accuracy", "label nats"), mark, tokens, score, known)
 
 # %% ../../nbs/study/16_tuned.ipynb #a60da960
 def tuned_study(

@@ -250,7 +250,7 @@ def pruning_mask(
     layout: Layout,  # of the neurons, e.g. `activations.layout`
     per_layer: bool = True,  # the same share of every layer; False: the lowest scores wherever they are
     protect: tuple[int, int] = (0, 0),  # so many of the first and of the last layers stay whole
-    multiple: int = 1,  # every layer that is cut keeps a multiple of this; with per_layer
+    multiple: int = 1,  # every layer wider than this keeps a multiple of it; with per_layer
 ) -> NeuronMask:
     "Return the neurons to remove. Raises ArgumentError if the layers that are not protected have too few."
     first, last = (check_whole("protect", n, least=0) for n in protect)
@@ -278,8 +278,8 @@ def _lowest(scores: torch.Tensor, layout: Layout, groups: list[list[int]], share
 
 
 def _number(n: int, share: float, multiple: int) -> int:
-    "How many of n neurons to remove, so that a multiple of `multiple` is left; in a layer as narrow as that, as asked."
-    if n <= multiple:
+    "How many of n neurons to remove. With a multiple at least one block goes and one stays, if there are two."
+    if multiple == 1 or n <= multiple:
         return round(share * n)
     return n - min(max(1, round(n * (1 - share) / multiple)), (n - 1) // multiple) * multiple
 
