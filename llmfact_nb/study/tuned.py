@@ -19,7 +19,7 @@ from ..base.statistics import LEAST_DRAWS
 from ..evaluate import labelled_texts
 from ..scores.head import learn
 from .contrasts import contrasts
-from .studies import preservation_study, union_study
+from .studies import union_study
 from .verdicts import verdict_table
 from ..tuning.tasks import batch_nats, labelled_examples
 
@@ -58,22 +58,20 @@ def taught(
 def tuned_study(
     cache: ScoreCache,  # of the model that was fine-tuned
     found: Found,  # networks in it, whose key neurons are ablated
-    at_k: Mapping[int, Found],  # number of networks -> what was found in it, for what is kept
     answers: EvaluationSet,  # held-out sentences of the task
     draws: int = LEAST_DRAWS,  # of each control
     n_jobs: int = 1,  # processes
 ) -> dict[str, "pd.DataFrame"]:
-    "Return the tables `union`, `contrasts` and `preservation`."
+    "Ablate the key neurons and their controls; return the tables `union` and `contrasts`."
     controls = {"random": draws, "matched permuted": draws}
     union = union_study(cache, found, [answers], controls, selections=["key"], keep=False, n_jobs=n_jobs)
-    kept = preservation_study(cache, at_k, [answers], fractions=(), late_binding=[False], n_jobs=n_jobs)
-    return {"union": union, "contrasts": contrasts(union, cache, ["key"]), "preservation": kept}
+    return {"union": union, "contrasts": contrasts(union, cache, ["key"])}
 
 # %% ../../nbs/study/16_tuned.ipynb #a08120a6
 def tuned_verdicts(
     tables: Mapping[str, "pd.DataFrame"],  # from `tuned_study`
 ) -> "pd.DataFrame":
-    "Judge T6, T6b and T9 by the loss of the right label; return one row per claim, as `verdict_table` does."
+    "Judge T6 and T6b by the loss of the right label; return one row per claim, as `verdict_table` does."
     loss = {name: of[of.measure == "label nats"].assign(measure="nats") for name, of in tables.items()}
     judged = verdict_table(loss)
-    return judged[judged.id.isin(["T6", "T6b", "T9"])].reset_index(drop=True)
+    return judged[judged.id.isin(["T6", "T6b"])].reset_index(drop=True)
