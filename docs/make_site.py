@@ -262,10 +262,11 @@ def smaller(png: bytes) -> bytes:
 
 
 def without_ballast(page: str) -> str:
-    "The same page without the theme's indentation, and without the icons that nothing on it uses."
+    "The same page without the theme's indentation, icons that nothing on it uses, and spans around words of code."
     page = re.sub(
         r'<symbol id="([\w-]+)".*?</symbol>', lambda m: m[0] if f'"#{m[1]}"' in page else "", page, flags=re.S
     )
+    page = re.sub(r'<span class="pre">([^<]*)</span>', r"\1", page)
     return "".join(
         part if part.startswith(("<pre", "<script")) else re.sub(r"\s*\n\s*", "\n", part)
         for part in re.split(r"(<pre.*?</pre>|<script.*?</script>)", page, flags=re.S)

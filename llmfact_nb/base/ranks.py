@@ -6,10 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/base/14_ranks.ipynb #dbf5b9b7
+import copy
 import json
 import math
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -192,7 +192,7 @@ def _tried(work: Callable, model: Any, job: Any) -> tuple[Any, Exception | None]
         return work(model, job), None
     except Exception as e:
         try:
-            pickle.loads(pickle.dumps(e))
+            copy.deepcopy(e)  # made again from its arguments, as on the other ranks
         except Exception:
             return None, RuntimeError(f"{type(e).__name__}: {e}")
         return None, e
