@@ -17,6 +17,7 @@ from torch import nn
 
 from .base.arguments import ArgumentError
 from .base.identity import ModelCard, is_quantised, model_card
+from .base.quantised import unpacked
 
 # %% ../nbs/01_sites.ipynb #6f2250e8
 @dataclass(frozen=True)
@@ -297,6 +298,8 @@ def neuron_sites(
     site: str | Sequence[str] = "mlp_out",  # "mlp_out", "mlp_hidden", "attn_heads", "attn_out", "residual"; or names
 ) -> NeuronSites:
     "Return the model's neuron sites in order of depth. Raises NotImplementedError if they cannot be located."
+    if isinstance(model, nn.Module):
+        unpacked(model)
     if not isinstance(site, str):
         return _named_sites(model, site)
     if site not in SITES:

@@ -19,7 +19,7 @@ from llmfact_nb.activations import capture
 from llmfact_nb.across.untrained import untrained
 from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.base.identity import is_quantised, stored_tensors, weights_checksum
-from llmfact_nb.base.quantised import bias_of, dequantised, gradients_through, quantised_maps, unquantise
+from llmfact_nb.base.quantised import bias_of, dequantised, gradients_through, quantised_maps, unpacked, unquantise
 from llmfact_nb.finetune import NeuronTuningConfig, get_neuron_model, merge_and_unload, neuron_training
 from llmfact_nb.masked_model import MaskedModel
 from llmfact_nb.masks import NeuronMask
@@ -372,6 +372,7 @@ def test_peft_applies_the_export_to_the_same_base(kind, tmp_path):
     train(model)
     to_peft_lora(model, tmp_path)
     base = KINDS[kind]().eval()
+    unpacked(base)  # else bitsandbytes computes in bfloat16 on some processors
     before = base(IDS).logits
     adapted = peft.PeftModel.from_pretrained(base, tmp_path).eval()(IDS).logits
     expected = model.eval()(IDS).logits
@@ -385,6 +386,28 @@ def test_a_block_that_reverts_leaves_the_quantised_model_as_it_was(make):
         losses = train(model)
     assert losses[-1] < losses[0] and torch.equal(model(IDS).logits, before)
     assert stored.keys() == stored_tensors(model).keys()
+
+
+class Packed(nn.Linear):
+    "A map like a 4-bit one of bitsandbytes on a CPU with a faster kernel, after its first pass."
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.support_avx512bf16_for_cpu, self.packed = True, True
+        self.weight.quant_state = type("State", (), {"packing_format_for_cpu": True})()
+
+    def _save_to_state_dict(self, *args):
+        self.weight.quant_state.packing_format_for_cpu = self.packed = False
+
+
+def test_bytes_that_were_reordered_are_put_back_and_stay_so():
+    plain, model = nn.Linear(2, 2), nn.Sequential(Packed(), nn.Linear(2, 2))
+    unpacked(model)
+    unpacked(plain)
+    assert not model[0].packed and not model[0].support_avx512bf16_for_cpu
+    model[0].packed = True
+    unpacked(model)
+    assert model[0].packed, "what cannot reorder its bytes is left alone"
 
 
 def test_gates_learn_below_quantised_maps():

@@ -50,9 +50,20 @@ def bias_of(linear: nn.Module) -> Any:  # a linear map, quantised or not
 def _of_four_bits(module: nn.Module) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-        module._save_to_state_dict({}, "", False)  # puts the bytes back in the order that can be read
+    unpacked(module)
     return dequantize_4bit(module.weight.data, module.weight.quant_state)
+
+# %% ../../nbs/base/13_quantised.ipynb #c3c7d367
+_FAST = "support_avx512bf16_for_cpu"  # what a 4-bit map of bitsandbytes calls it
+
+
+def unpacked(model: nn.Module) -> None:
+    "Let the 4-bit maps of bitsandbytes compute from the bytes that were loaded, also on a CPU that has a faster way."
+    for m in model.modules():
+        if vars(m).get(_FAST, False):
+            if getattr(getattr(m.weight, "quant_state", None), "packing_format_for_cpu", False):
+                m._save_to_state_dict({}, "", False)  # puts the bytes back in their order
+            setattr(m, _FAST, False)
 
 # %% ../../nbs/base/13_quantised.ipynb #2382a7e7
 def _unknown(what: str) -> ArgumentError:
