@@ -388,7 +388,7 @@ def test_a_block_that_reverts_leaves_the_quantised_model_as_it_was(make):
     assert stored.keys() == stored_tensors(model).keys()
 
 
-class Packed(nn.Linear):
+class Reordered(nn.Linear):
     "A map like a 4-bit one of bitsandbytes on a CPU with a faster kernel, after its first pass."
 
     def __init__(self):
@@ -401,7 +401,7 @@ class Packed(nn.Linear):
 
 
 def test_bytes_that_were_reordered_are_put_back_and_stay_so():
-    plain, model = nn.Linear(2, 2), nn.Sequential(Packed(), nn.Linear(2, 2))
+    plain, model = nn.Linear(2, 2), nn.Sequential(Reordered(), nn.Linear(2, 2))
     unpacked(model)
     unpacked(plain)
     assert not model[0].packed and not model[0].support_avx512bf16_for_cpu
