@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -198,6 +197,17 @@ def _tried(work: Callable, model: Any, job: Any) -> tuple[Any, Exception | None]
         return None, e
 
 
+def _outcomes(ranks: LedRanks, work: Callable, jobs: Sequence, model: Any) -> Iterator[tuple[int, Any, Any]]:
+    "Yield (number of the job, result, error or None) on every rank, up to the first error."
+    for start in range(0, len(jobs), ranks.size):
+        i = start + ranks.rank
+        mine = _tried(work, model, jobs[i]) if i < len(jobs) else None
+        for j, (result, error) in zip(range(start, len(jobs)), ranks.objects(mine)):
+            yield j, result, error
+            if error is not None:
+                return
+
+
 def shared_jobs(
     ranks: LedRanks,
     work: Callable[[Any, Any], Any],  # (model, job) -> result
@@ -205,36 +215,30 @@ def shared_jobs(
     model: Any,  # likewise
 ) -> Iterator[tuple[int, Any]]:
     "Yield (number of the job, result) on every rank, each of which does its share; if one raises, all do."
-    for start in range(0, len(jobs), ranks.size):
-        i = start + ranks.rank
-        mine = _tried(work, model, jobs[i]) if i < len(jobs) else None
-        for j, (result, error) in zip(range(start, len(jobs)), ranks.objects(mine)):
-            if error is not None:
-                raise error
-            yield j, result
+    for j, result, error in _outcomes(ranks, work, jobs, model):
+        if error is not None:
+            raise error
+        yield j, result
 
 # %% ../../nbs/base/14_ranks.ipynb #d9e6e5fb
 def led_jobs(ranks: LedRanks, work: Callable, jobs: Sequence, model: Any) -> Iterator[tuple[int, Any]]:
     "On rank 0: yield (number of the job, result) of jobs that all ranks share."
     from joblib import wrap_non_picklable_objects
 
-    failed = None
+    error = None
     with ranks.order(wrap_non_picklable_objects((work, jobs), keep_wrapper=False)):
-        try:
-            yield from shared_jobs(ranks, work, jobs, model)
-        except Exception as e:  # which all ranks know: the order has ended
-            failed = e
-    if failed is not None:
-        raise failed
+        for j, result, error in _outcomes(ranks, work, jobs, model):
+            if error is None:
+                yield j, result
+    if error is not None:  # all ranks know it, and the order has ended
+        raise error
 
 
 def follow_jobs(ranks: LedRanks, model: Any) -> None:
     "On any other rank: do a share of the jobs that rank 0 orders, until it ends."
     for work, jobs in ranks.orders():
-        with warnings.catch_warnings(), suppress(Exception):  # rank 0 tells both
-            warnings.simplefilter("ignore")
-            for _ in shared_jobs(ranks, work, jobs, model):
-                pass
+        for _ in _outcomes(ranks, work, jobs, model):  # rank 0 raises the error, if there is one
+            pass
 
 # %% ../../nbs/base/14_ranks.ipynb #238ea196
 def shared_moments(
