@@ -56,7 +56,7 @@ def check_study(settings: StudySettings, folder: str | os.PathLike, accept_licen
         check_claim(folder, "study", {})
 
 # %% ../../nbs/command/09_paper_study.ipynb #e72c0b47
-_DOCUMENTS, _SENTENCE = 20, 60  # held-out documents of each kind, at most; tokens of a sentence in its prompt
+_SENTENCE = 60  # tokens of a sentence in its prompt, at most
 
 
 def _kinds(s: StudySettings) -> list[str]:
@@ -66,8 +66,8 @@ def _kinds(s: StudySettings) -> list[str]:
 
 def _tokens_of(s: StudySettings) -> dict[str, int]:
     "Return the number of tokens of each evaluation set, at most."
-    short = _DOCUMENTS * s.short_length
-    sets = {"full": s.eval_tokens + _DOCUMENTS, "short": short} | {f"on {kind}": short for kind in _kinds(s)}
+    short = s.documents * s.short_length
+    sets = {"full": s.eval_tokens + s.documents, "short": short} | {f"on {kind}": short for kind in _kinds(s)}
     return sets | {"answers": s.sentences * _SENTENCE, "answers, short": s.short_sentences * _SENTENCE}
 
 # %% ../../nbs/command/09_paper_study.ipynb #2be0ce0a
@@ -85,7 +85,7 @@ def paper_cost(
     words = f"{fitted:,} to find {len(sets)} sets of networks, the rest for {arms:,} measurements"
     assumed = (
         "for an empty folder; finished parts in the folder are not repeated",
-        f"{_DOCUMENTS} held-out documents of each kind, {_SENTENCE} tokens a sentence; recurrence adds a few minutes",
+        f"{s.documents} held-out documents of each kind, {_SENTENCE} tokens a sentence; recurrence adds a few minutes",
     )
     needs = lambda size: _paper_needs(size, sets, fitted + read, arms)
     texts = dict.fromkeys([s.find.texts, "wiki", "sotu", "rotten-tomatoes"])

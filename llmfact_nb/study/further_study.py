@@ -34,7 +34,7 @@ from ..sites import neuron_sites
 from .contrasts import contrasts
 from .further import further_verdicts
 from .localizers import best_network, contrast_on, localizer_study
-from .plan import Wanted, found_networks, kept_networks
+from .plan import Wanted, found_networks, kept_networks, more_held_out
 from .pruning import pruning_contrasts, pruning_scores, pruning_study
 from .whole import study_cache, study_terms, write_study
 
@@ -88,20 +88,6 @@ QUICK_FURTHER = FurtherSettings(
     random_scores=1,
     quick=True,
 )
-
-# %% ../../nbs/study/12_further_study.ipynb #b05a9832
-def more_held_out(
-    fit: Sequence[str],  # texts in which networks may be found
-    held_out: Sequence[str],  # texts that are held out already
-    n: int,  # how many are wanted
-) -> tuple[list[str], list[str]]:
-    "Return (fit, held out): the last fit texts are held out too, until there are n. Raises ArgumentError for too few."
-    moved = max(0, n - len(held_out))
-    if moved > len(fit) - 2:
-        accepted = f"at most {len(held_out) + len(fit) - 2}, so that two texts are left to find networks in"
-        raise ArgumentError("articles", n, accepted)
-    keep = len(fit) - moved
-    return list(fit[:keep]), [*held_out[:n], *fit[keep:]]
 
 # %% ../../nbs/study/12_further_study.ipynb #8852b4e1
 def unseen_pairs(

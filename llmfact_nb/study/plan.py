@@ -40,10 +40,11 @@ class StudySettings:
 
     find: Settings = Settings()  # the baseline: how networks are found, and the key rule
     published: Settings = replace(PRESETS["paper"], alpha=3.6)  # the published way, with its notebooks' threshold
+    documents: int = 40  # held-out documents of each kind, see `StudyTexts.default`
     eval_tokens: int = 20_000  # held-out tokens for the arms of the baseline, over all documents
     sentences: int = 500  # labelled sentences for the arms of the baseline
-    short_length: int = 80  # tokens of each document for everything else
-    short_sentences: int = 60  # labelled sentences for the curves over k and gain
+    short_length: int = 48  # tokens of each document for everything else
+    short_sentences: int = 200  # labelled sentences for the curves over k and gain
     seeds: int = 3  # draws of each random control of the baseline
     draws: int = LEAST_DRAWS  # draws where a p-value is given
     ks: tuple[int, ...] = (10, 64, 128, 256)  # numbers of networks for preservation
@@ -65,8 +66,9 @@ class StudySettings:
 
 # %% ../../nbs/study/06_plan.ipynb #57b0d4d5
 def _check_study(s: StudySettings) -> None:
-    one = ("eval_tokens", "sentences", "short_sentences", "seeds", "networks", "variant_restarts", "sample_tokens")
-    least = dict.fromkeys(one, 1) | {"more_texts": 0, "recurrence_texts": 0, "short_length": 2, "draws": 1}
+    least = dict.fromkeys(("documents", "eval_tokens", "sentences", "short_sentences", "seeds", "networks"), 1)
+    least |= {"variant_restarts": 1, "sample_tokens": 1, "draws": 1, "short_length": 2}
+    least |= {"more_texts": 0, "recurrence_texts": 0}
     for name, n in least.items():
         check_whole(name, getattr(s, name), least=n)
     if not s.ks:
@@ -78,6 +80,7 @@ def _check_study(s: StudySettings) -> None:
 QUICK = StudySettings(
     find=Settings(n_components=8, n_init=1, fit_tokens=400, fit_length=100),
     published=replace(PRESETS["paper"], alpha=2.0, fit_tokens=400, fit_length=100),
+    documents=13,
     eval_tokens=600,
     sentences=10,
     short_length=24,
@@ -116,7 +119,9 @@ class StudyTexts:
 
     @classmethod
     def default(cls, settings: StudySettings) -> "StudyTexts":
-        "Return the texts of the settings, Wikipedia as a rule, and speeches, reviews, code. Fetches what is missing."
+        """Return the texts of the settings, Wikipedia as a rule, and speeches, reviews, code. Fetches what is missing.
+
+        Up to a third of the fit documents are held out too, if `settings.documents` asks for more than there are."""
         return _default_texts(settings)
 
     @property
@@ -129,6 +134,20 @@ class StudyTexts:
         parts = (self.fit, self.held_out, rows, names, self.template, self.label_words)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
+# %% ../../nbs/study/06_plan.ipynb #b05a9832
+def more_held_out(
+    fit: Sequence[str],  # texts in which networks may be found
+    held_out: Sequence[str],  # texts that are held out already
+    n: int,  # how many are wanted
+) -> tuple[list[str], list[str]]:
+    "Return (fit, held out): the last fit texts are held out too, until there are n. Raises ArgumentError for too few."
+    moved = max(0, n - len(held_out))
+    if moved and moved > len(fit) - 2:
+        accepted = f"at most {len(held_out) + len(fit) - 2}, so that two texts are left to find networks in"
+        raise ArgumentError("n", n, accepted)
+    keep = len(fit) - moved
+    return list(fit[:keep]), [*held_out[:n], *fit[keep:]]
+
 # %% ../../nbs/study/06_plan.ipynb #4c7c561f
 LABEL_WORDS = {"fresh": "positive", "rotten": "negative"}  # of the reviews
 
@@ -137,9 +156,12 @@ def _default_texts(settings: StudySettings) -> StudyTexts:
     from llmfact_nb.base.texts import load_labelled, texts_of
 
     kinds, first = {}, first_kind(settings.find)
-    for split, n in (("fit", 60), ("eval", 16)):
+    fit, held_out = (list(texts_of(settings.find, split)["text"]) for split in ("fit", "eval"))
+    wanted = max(len(held_out), min(settings.documents, len(held_out) + len(fit) // 3))
+    fit, held_out = more_held_out(fit, held_out, wanted)
+    for split, of_first, n in (("fit", fit, 60), ("eval", held_out, settings.documents)):
         others = {kind: of for kind, of in text_kinds(split, n).items() if kind not in ("encyclopaedia", first)}
-        kinds[split] = {first: list(texts_of(settings.find, split)["text"])} | others
+        kinds[split] = {first: of_first} | others
     labelled = load_labelled("rotten-tomatoes", "eval", settings.sentences)
     return StudyTexts(kinds["fit"], kinds["eval"], labelled, label_words=LABEL_WORDS)
 
@@ -311,6 +333,11 @@ def union_controls(s: StudySettings) -> dict[str, int]:
     "Return the baseline's controls on the long texts; many draws of `matched permuted` follow on the short ones."
     return {c: 1 if c == "matched permuted" else s.seeds for c in CONTROLS}
 
+
+def across_controls(s: StudySettings) -> dict[str, int]:
+    "Return the controls of every pair of kinds of text; the draws of `random` decide a verdict."
+    return {"random": s.draws, "matched permuted": s.seeds}
+
 # %% ../../nbs/study/06_plan.ipynb #e0ce011b
 def factor_arms(s: StudySettings) -> tuple[dict[str, Any], tuple[str, ...]]:
     "Return the arms measured for every changed factor, and the evaluation sets."
@@ -330,7 +357,7 @@ def _measured_before(
     return {
         "damage": {"short": at_size},
         "amplification": {"short": 2 * (0.0 in s.gains)},  # a gain of zero about the mean is ablation
-        "cross-task": {base: union({"random": 2, "matched permuted": s.seeds})},
+        "cross-task": {base: union(across_controls(s))},
         "random share": {"short": 1, "answers, short": 1},  # all off
     }
 
@@ -346,7 +373,7 @@ def study_passes(
     wide, equal = n(union_controls(s), selections, True), n({"random": 1, "top variance": 1}, selections)
     kept = 4 * len(s.ks) + len(s.kept) * equal + 1
     amplified = n({"random": 1}) * (2 * len(s.gains) + len(s.adds))
-    drawn, on = 2 * s.seeds + 2, {f"on {kind}" for kind in kinds}
+    drawn, on = lambda seeds: 2 * seeds + 2, {f"on {kind}" for kind in kinds}
     variants = 3 + sum(not name.startswith(("base", "found on", "publ")) for name in wanted_networks(s, kinds))
     arms, sets = factor_arms(s)
     passes = {
@@ -357,8 +384,8 @@ def study_passes(
         "amplification": {"short": amplified, "answers, short": amplified},
         "networks": {"short": which * n({"random": s.draws})},
         "subtraction": {"short": 2 * (which + 1)},  # each runs the model twice; the ablations are those of above
-        "cross-task": dict.fromkeys(on, len(kinds) * n({"random": 2, "matched permuted": s.seeds})),
-        "random share": {"short": drawn, "answers, short": drawn, "answers": drawn},
+        "cross-task": dict.fromkeys(on, len(kinds) * n(across_controls(s))),
+        "random share": {"short": drawn(s.draws), "answers, short": drawn(s.seeds), "answers": drawn(s.seeds)},
         "factors": dict.fromkeys(
             sets, variants * n(arms["controls"], arms["selections"] or selections[:3], arms["keep"])
         ),

@@ -31,9 +31,9 @@ from ..masks import DRAWN
 from ..networks import Threshold
 from ..sites import neuron_sites
 from .contrasts import contrasts
-from .plan import FEW, StudySettings, StudyTexts, Wanted, evaluation_sets, factor_arms
-from .plan import found_networks, kept_networks, network_sizes, study_passes, union_controls
-from .plan import wanted_networks
+from .plan import FEW, StudySettings, StudyTexts, Wanted, across_controls, evaluation_sets
+from .plan import factor_arms, found_networks, kept_networks, network_sizes, study_passes
+from .plan import union_controls, wanted_networks
 from .studies import amplification_study, cross_task_study, damage_curve, network_study
 from .studies import preservation_study, random_share_study, subtraction_study, union_study
 from .studies import with_notes
@@ -109,8 +109,8 @@ def _preservation(cache, found, both, s: StudySettings, n_jobs: int) -> "pd.Data
 def _cross_task(cache, found, sets, s: StudySettings, kinds, n_jobs: int) -> "pd.DataFrame":
     on = {kind: found["baseline" if i == 0 else f"found on {kind}"] for i, kind in enumerate(kinds)}
     there = {kind: of for kind, of in on.items() if isinstance(of, Found)}
-    controls, on_all = {"random": 2, "matched permuted": s.seeds}, [sets[f"on {kind}"] for kind in kinds]
-    table = cross_task_study(cache, there, on_all, controls, n_jobs=n_jobs)
+    on_all = [sets[f"on {kind}"] for kind in kinds]
+    table = cross_task_study(cache, there, on_all, across_controls(s), n_jobs=n_jobs)
     return with_notes(table, [{"arm": "key", "found_on": k, "note": on[k]} for k in on if k not in there], on_all)
 
 # %% ../../nbs/study/07_whole.ipynb #4046e413
@@ -136,6 +136,14 @@ def _factors(cache, found, sets, s: StudySettings, n_jobs: int) -> "pd.DataFrame
         table = union_study(cache, one, [sets[name] for name in names], **arms, **more)
         parts.append(table.assign(setting=setting))  # also of the unmasked row
     return pd.concat(parts, ignore_index=True).assign(study="factors")
+
+# %% ../../nbs/study/07_whole.ipynb #8826dc90
+def _random_share(cache, base: Found, sets, s: StudySettings, n_jobs: int) -> "pd.DataFrame":
+    import pandas as pd
+
+    answers = [sets["answers, short"], sets["answers"]]
+    parts = (([sets["short"]], s.draws), (answers, s.seeds))
+    return pd.concat([random_share_study(cache, base, on, n, n_jobs=n_jobs) for on, n in parts], ignore_index=True)
 
 # %% ../../nbs/study/07_whole.ipynb #30a81743
 def _described(found, s: StudySettings) -> dict[str, "pd.DataFrame"]:
@@ -180,7 +188,7 @@ def study_tables(
         "networks": network_study(cache, base, short, which, s.draws, n_jobs=n_jobs),
         "subtraction": subtraction_study(cache, base, short, which, sample=sample, n_jobs=n_jobs),
         "cross-task": _cross_task(cache, found, sets, s, kinds, n_jobs),
-        "random share": random_share_study(cache, base, [*both, sets["answers"]], s.seeds, n_jobs=n_jobs),
+        "random share": _random_share(cache, base, sets, s, n_jobs),
         "factors": _factors(cache, found, sets, s, n_jobs),
     }
     compared = [contrasts(tables[name], cache) for name in ("union", "networks", "cross-task", "factors", "damage")]
