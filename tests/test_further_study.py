@@ -16,14 +16,8 @@ from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.scores.contrast import ContrastPair, ContrastSet
 from llmfact_nb.study import further_study as module
 from llmfact_nb.study.further import FURTHER
-from llmfact_nb.study.further_study import (
-    FurtherSettings,
-    FurtherTexts,
-    further_passes,
-    further_study,
-    more_held_out,
-    unseen_pairs,
-)
+from llmfact_nb.study.further_study import FurtherSettings, FurtherTexts, further_passes, further_study, unseen_pairs
+from llmfact_nb.study.plan import more_held_out
 from llmfact_nb.study.whole import read_study
 
 
@@ -98,6 +92,7 @@ def test_held_out_texts_choose_nothing():
     fit, held_out = more_held_out([f"f{i}" for i in range(10)], ["e0", "e1"], 5)
     assert fit == [f"f{i}" for i in range(7)] and held_out == ["e0", "e1", "f7", "f8", "f9"]
     assert more_held_out(["a", "b"], ["c", "d"], 1) == (["a", "b"], ["c"])
+    assert more_held_out(["a"], ["b"], 1) == (["a"], ["b"]), "nothing moves"
     with pytest.raises(ArgumentError) as e:
         more_held_out(["a", "b", "c"], [], 2)
     assert e.value.argument == "articles"

@@ -80,7 +80,7 @@ def _check_study(s: StudySettings) -> None:
 QUICK = StudySettings(
     find=Settings(n_components=8, n_init=1, fit_tokens=400, fit_length=100),
     published=replace(PRESETS["paper"], alpha=2.0, fit_tokens=400, fit_length=100),
-    documents=13,
+    documents=20,
     eval_tokens=600,
     sentences=10,
     short_length=24,
@@ -121,7 +121,7 @@ class StudyTexts:
     def default(cls, settings: StudySettings) -> "StudyTexts":
         """Return the texts of the settings, Wikipedia as a rule, and speeches, reviews, code. Fetches what is missing.
 
-        Up to a third of the fit documents are held out too, if `settings.documents` asks for more than there are."""
+        Of the embedded Wikipedia the last fit articles are held out too, until there are `settings.documents`."""
         return _default_texts(settings)
 
     @property
@@ -144,7 +144,7 @@ def more_held_out(
     moved = max(0, n - len(held_out))
     if moved and moved > len(fit) - 2:
         accepted = f"at most {len(held_out) + len(fit) - 2}, so that two texts are left to find networks in"
-        raise ArgumentError("n", n, accepted)
+        raise ArgumentError("articles", n, accepted)  # of the further studies
     keep = len(fit) - moved
     return list(fit[:keep]), [*held_out[:n], *fit[keep:]]
 
@@ -157,8 +157,8 @@ def _default_texts(settings: StudySettings) -> StudyTexts:
 
     kinds, first = {}, first_kind(settings.find)
     fit, held_out = (list(texts_of(settings.find, split)["text"]) for split in ("fit", "eval"))
-    wanted = max(len(held_out), min(settings.documents, len(held_out) + len(fit) // 3))
-    fit, held_out = more_held_out(fit, held_out, wanted)
+    if settings.find.texts == "wiki":
+        fit, held_out = more_held_out(fit, held_out, max(settings.documents, len(held_out)))
     for split, of_first, n in (("fit", fit, 60), ("eval", held_out, settings.documents)):
         others = {kind: of for kind, of in text_kinds(split, n).items() if kind not in ("encyclopaedia", first)}
         kinds[split] = {first: of_first} | others
