@@ -92,7 +92,7 @@ class Activations:
     site: str | tuple[str, ...]  # one of SITES, or module names
     model: str = ""  # name or path of the model
     n_cut: int = 0  # texts that were cut at max_length
-    heads: tuple[int, ...] = ()  # of each layer, where the units are those of heads
+    heads: tuple[int, ...] = ()  # heads per layer; (): the units belong to no head
     card: ModelCard | None = None  # the model, the texts and how they were read
 
     @property

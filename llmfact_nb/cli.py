@@ -203,7 +203,7 @@ def followed(ranks: "LedRanks", sources: "Sources") -> Answer:
 
 # %% ../nbs/12_command.ipynb #fab89324
 def follower() -> Answer | None:
-    "Return an empty answer in a process that torchrun has started as any but the first: only rank 0 speaks."
+    "Return an empty answer in a process that torchrun has started as any but the first: only rank 0 prints."
     from llmfact_nb.base.ranks import rank_of_many
 
     return Answer([], {}) if rank_of_many()[0] else None
@@ -665,7 +665,7 @@ PRUNE = {
                               "random")),
     "share": Option(0.2, "Share of all MLP neurons that is removed.", _WHICH, check=above_zero),
     "anywhere": Option(False, "The lowest scores wherever they are, not the same share of every layer.", _WHICH),
-    "protect": Option(0, "So many of the first and of the last layers stay whole.", _WHICH, least=0),
+    "protect": Option(0, "Number of first and of last layers that stay whole.", _WHICH, least=0),
     "multiple": Option(int, "A layer that is wider keeps a multiple of this, which is faster.", _WHICH, least=1,
                        shown="16, and 1 with --anywhere"),
     "keep_networks": Option(False, "The units of all networks stay, whatever their score.", _WHICH),

@@ -264,13 +264,13 @@ def bias_of(
 def made_biases(
     model: nn.Module,  # any model
 ) -> list[str]:
-    "Return the names of the linear maps whose bias was made, so that the model's class knows nothing of it."
+    "Return the names of the linear maps whose bias was made and has no place in the model's class."
     return [name for name, m in model.named_modules() if getattr(m, "bias_made", False)]
 
 # %% ../nbs/06_masked_model.ipynb #f1de5f05
 @dataclass
 class BiasShift:
-    "What the bias of a linear map was given for inputs that no longer come."
+    "The shift of a linear map's bias that stands in for removed inputs."
 
     owner: nn.Module  # the linear map
     before: torch.Tensor | None  # its bias; None: it had none

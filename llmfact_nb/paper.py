@@ -25,7 +25,7 @@ def _file() -> dict:
 def published(
     table: str,  # one of `published_frames()`
 ) -> "pd.DataFrame":
-    'Return a published table as a fresh frame; `frame.attrs["source"]` says where its numbers stand.'
+    'Return a published table as a fresh frame; `frame.attrs["source"]` names its source.'
     import pandas as pd
 
     found = _file()["tables"][check_choice("table", table, tuple(_file()["tables"]))]

@@ -183,7 +183,7 @@ _DOWN_NAMES = (
 
 # %% ../nbs/01_sites.ipynb #dd9a4705
 def _unclear(model: nn.Module, block: str, what: str, maps: Sequence[tuple]) -> NotImplementedError:
-    "The error for a block of which it cannot be told where something is, with the candidates."
+    "The error for a block in which something cannot be located, with the candidates."
     shapes = [f"{path} {inputs} -> {outputs}" for path, _, (inputs, outputs) in maps]
     example = f", e.g. ['{block}.{maps[-1][0]}']" if maps else ""
     return NotImplementedError(
