@@ -1,6 +1,8 @@
 """Pins the study of a model that was fine-tuned first: the copy learns, the model given stays, a seed decides all, and
 the rules read the loss of the right label."""
 
+from dataclasses import replace
+
 import families
 import pytest
 import torch
@@ -8,8 +10,10 @@ import torch
 from llmfact_nb.ablation import ScoreCache, Settings, answers_on, find_networks
 from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.evaluate import label_accuracy
-from llmfact_nb.study.verdicts import SUPPORTED
-from llmfact_nb.study.tuned import taught, tuned_study, tuned_verdicts
+from llmfact_nb.masked_model import MaskedModel
+from llmfact_nb.scores.head import classifier_accuracy
+from llmfact_nb.study.tuned import head_answers_on, taught, tuned_study, tuned_verdicts
+from llmfact_nb.study.verdicts import SUPPORTED, UNDECIDED
 
 TOKENIZER = families.tokenizer()
 WORDS, TEMPLATE = ["w10", "w11"], "{text} w12"
@@ -57,7 +61,7 @@ def test_the_rules_read_the_loss_of_the_right_label(models):
     answers = answers_on("x", TOKENIZER, labelled(12, 200), TEMPLATE, WORDS)
     tables = tuned_study(ScoreCache(after, progress=False), found, answers, draws=19)
     verdicts = tuned_verdicts(tables).set_index("id")
-    assert list(verdicts.index) == ["T6", "T6b"]
+    assert list(verdicts.index) == ["T6", "T6b", "T9"] and verdicts.verdict["T9"] == UNDECIDED
     rows = tables["contrasts"].set_index(["against", "measure"])
     assert verdicts.here["T6"] == pytest.approx(rows.difference["random", "label nats"])
     assert verdicts.here["T6b"] == pytest.approx(rows.difference["matched permuted", "label nats"])
@@ -67,3 +71,24 @@ def test_the_rules_read_the_loss_of_the_right_label(models):
     numbers = {"damage": 0.9, "against_damage": 0.1, "difference": 0.8, "ci_low": 0.7, "ci_high": 0.9, "p": 0.05}
     invented["contrasts"].loc[row, list(numbers)] = list(numbers.values())
     assert tuned_verdicts(invented).set_index("id").verdict["T6"] == SUPPORTED
+
+
+def test_a_model_with_a_head_is_measured_like_any_other(tiny_model, tiny_tokenizer):
+    "The loss and the accuracy are those of the head, and the union of few networks is kept."
+    model, tokenizer, texts = tiny_model("llama", "classification"), tiny_tokenizer(side="left"), labelled(12, 200)
+    settings = Settings(fit_tokens=120, fit_length=8, n_init=1, exclude="first", alpha=0.5, fraction=None)
+    read = [text for text, _ in labelled(40)]
+    at_k = {k: find_networks(model, tokenizer, read, replace(settings, n_components=k)) for k in (2, 3)}
+    answers, cache = head_answers_on("x", tokenizer, texts), ScoreCache(model, progress=False)
+    tables = tuned_study(cache, at_k[3], answers, at_k, draws=1)
+    unmasked = tables["union"].query("arm == 'unmasked'").set_index("measure").value
+    own = classifier_accuracy(model, tokenizer, texts)
+    assert unmasked["accuracy"] == own.accuracy
+    right = own.log_likelihoods[range(12), own.labels]
+    assert unmasked["label nats"] == pytest.approx(float(-right.mean()), abs=1e-5)
+    kept = tables["preservation"].query("arm == 'keep key' and not late_binding")
+    assert set(kept.k) == {2, 3} and kept.recovered.notna().any()
+    with MaskedModel(model, at_k[2].key.keep_only(), replace="zero"):
+        masked = classifier_accuracy(model, tokenizer, texts)
+    at = kept[(kept.k == 2) & (kept.measure == "accuracy")].value.item()
+    assert at == masked.accuracy

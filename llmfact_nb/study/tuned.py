@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..ablation import EvaluationSet, Found, ScoreCache
+from ..ablation import EvaluationSet, Found, ScoreCache, answer_scores
 from ..base.arguments import ArgumentError, check_number, check_whole
-from ..base.statistics import LEAST_DRAWS
-from ..evaluate import labelled_texts
-from ..scores.head import learn
+from ..base.statistics import LEAST_DRAWS, levels
+from ..base.tokens import token_lists
+from ..evaluate import fingerprint_of, labelled_texts
+from ..scores.head import classifier_accuracy, learn
 from .contrasts import contrasts
-from .studies import union_study
+from .studies import preservation_study, union_study
 from .verdicts import verdict_table
 from ..tuning.tasks import batch_nats, labelled_examples
 
@@ -54,24 +55,42 @@ def taught(
     learn(learner, loss_of, len(rows), steps, lr, texts_per_step, seed)
     return learner.eval()
 
+# %% ../../nbs/study/16_tuned.ipynb #444d207f
+def head_answers_on(
+    data: str,  # name of the texts, for tables
+    tokenizer,  # of the model
+    labelled,  # Dataset with columns "text" and "label", or a list of (text, label)
+) -> EvaluationSet:
+    'Return the evaluation set of a model with a classification head: "accuracy" and "label nats".'
+    texts, labels, names = labelled_texts(labelled)
+    ids = token_lists(tokenizer, texts)
+    chance, majority = levels(labels, max(len(names), max(labels) + 1))
+    score = lambda model: answer_scores(classifier_accuracy(model, tokenizer, labelled))
+    mark, n = fingerprint_of("head", ids, labels), sum(map(len, ids))
+    return EvaluationSet(data, ("accuracy", "label nats"), mark, n, score, {"chance": chance, "majority": majority})
+
 # %% ../../nbs/study/16_tuned.ipynb #a60da960
 def tuned_study(
     cache: ScoreCache,  # of the model that was fine-tuned
     found: Found,  # networks in it, whose key neurons are ablated
     answers: EvaluationSet,  # held-out sentences of the task
+    at_k: "Mapping[int, Found | str] | None" = None,  # number of networks -> what was found; their union is kept
     draws: int = LEAST_DRAWS,  # of each control
     n_jobs: int = 1,  # processes
 ) -> dict[str, "pd.DataFrame"]:
-    "Ablate the key neurons and their controls; return the tables `union` and `contrasts`."
+    "Ablate the key neurons and their controls; return the tables `union`, `contrasts` and, with at_k, `preservation`."
     controls = {"random": draws, "matched permuted": draws}
     union = union_study(cache, found, [answers], controls, selections=["key"], keep=False, n_jobs=n_jobs)
-    return {"union": union, "contrasts": contrasts(union, cache, ["key"])}
+    tables = {"union": union, "contrasts": contrasts(union, cache, ["key"])}
+    if at_k is not None:
+        tables["preservation"] = preservation_study(cache, at_k, [answers], (), n_jobs=n_jobs)
+    return tables
 
 # %% ../../nbs/study/16_tuned.ipynb #a08120a6
 def tuned_verdicts(
     tables: Mapping[str, "pd.DataFrame"],  # from `tuned_study`
 ) -> "pd.DataFrame":
-    "Judge T6 and T6b by the loss of the right label; return one row per claim, as `verdict_table` does."
+    "Judge T6, T6b and T9 by the loss of the right label; return one row per claim, as `verdict_table` does."
     loss = {name: of[of.measure == "label nats"].assign(measure="nats") for name, of in tables.items()}
     judged = verdict_table(loss)
-    return judged[judged.id.isin(["T6", "T6b"])].reset_index(drop=True)
+    return judged[judged.id.isin(["T6", "T6b", "T9"])].reset_index(drop=True)
