@@ -48,7 +48,7 @@ study: .venv/installed-peft  ## does it matter which neurons are fine-tuned? Bot
 	OMP_NUM_THREADS=1 $(BIN)/llmfact study tuning --task reviews --out out/tuning & reviews=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/llmfact study tuning --task speeches --out out/tuning; speeches=$$?; wait $$reviews && exit $$speeches
 
-paper: .venv/installed  ## every study of the paper with its controls, then its figures and tables; about an hour on two cores, and the same command goes on. GRID=--grid: every factor with every control, most of a day
+paper: .venv/installed  ## every study of the paper with its controls, then its figures and tables; an hour or two on two cores, and the same command goes on. GRID=--grid: every factor with every control, a day or more
 	$(BIN)/llmfact fetch smollm2-135m wiki sotu rotten-tomatoes
 	$(BIN)/llmfact study paper --out out/paper --jobs 2 $(GRID)
 

@@ -2,6 +2,7 @@
 kill, Ctrl-C and resume; dry runs that keep their word; refusals at once, in the user's words, that leave nothing
 behind; exit codes, JSON."""
 
+import dataclasses
 import json
 import os
 import random
@@ -811,6 +812,18 @@ def test_a_study_reads_texts_of_ones_own(tiny, monkeypatch):
     assert list(texts.fit) == list(texts.held_out) == ["texts", "speeches", "reviews", "code"]
     assert texts.fit["texts"] == list(load_texts(path, "fit", shuffle=3)["text"])
     assert texts.held_out["texts"] == list(load_texts(path, "eval", shuffle=3)["text"])
+
+
+def test_a_study_holds_out_further_articles_of_wikipedia(monkeypatch):
+    from llmfact_nb.command.paper_study import paper_settings
+
+    articles = {"fit": [f"f{i}" for i in range(30)], "eval": ["e0", "e1"]}
+    monkeypatch.setattr("llmfact_nb.study.plan.text_kinds", lambda split, n: {"code": ["c"] * n})
+    monkeypatch.setattr("llmfact_nb.base.texts.load_labelled", lambda *_: [("a", 0), ("b", 1)])
+    monkeypatch.setattr("llmfact_nb.base.texts.texts_of", lambda find, split: {"text": articles[split]})
+    texts = StudyTexts.default(dataclasses.replace(paper_settings(False), articles=5))
+    assert texts.fit["wiki"] == articles["fit"][:-3] and texts.held_out["wiki"] == ["e0", "e1", "f27", "f28", "f29"]
+    assert len(texts.held_out["code"]) == 5
 
 
 def test_label_words_are_checked_before_anything_is_measured(tiny, tmp_path, monkeypatch):

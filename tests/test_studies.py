@@ -794,6 +794,11 @@ def test_the_whole_study_interrupted_and_resumed(tmp_path):
     assert {"kind spatial", "site mlp_out", "k 4", "ICA seed 1", "texts 1", "zero, all"} <= set(
         whole["factors"].setting
     )
+    drawn = whole["random share"].query("arm == 'random 15 %' and replace == 'zero'")
+    draws = {m: set(of.groupby("data").seed.nunique()) for m, of in drawn.groupby("measure")}
+    assert draws["nats"] == {WHOLE.draws} and draws["accuracy"] == {WHOLE.seeds}
+    across = whole["cross-task"].query("arm == 'random' and measure == 'nats'")
+    assert set(across.groupby(["found_on", "data"]).seed.nunique()) == {WHOLE.draws}
     factors = whole["factors"]
     assert (factors.damage.isna() == (factors.note != "")).all() and set(factors[factors.note != ""].setting) <= {
         "k 28"

@@ -1,5 +1,5 @@
-"""Pins the study of a model that was fine-tuned first: the copy learns, the model given stays, a seed decides all, and
-the rules read the loss of the right label."""
+"""Pins the study of a model that was fine-tuned first: the copy learns, the model given stays, a seed decides all, a
+model with a head is measured like any other, and the rules read the loss of the right label."""
 
 from dataclasses import replace
 
@@ -79,16 +79,21 @@ def test_a_model_with_a_head_is_measured_like_any_other(tiny_model, tiny_tokeniz
     settings = Settings(fit_tokens=120, fit_length=8, n_init=1, exclude="first", alpha=0.5, fraction=None)
     read = [text for text, _ in labelled(40)]
     at_k = {k: find_networks(model, tokenizer, read, replace(settings, n_components=k)) for k in (2, 3)}
-    answers, cache = head_answers_on("x", tokenizer, texts), ScoreCache(model, progress=False)
-    tables = tuned_study(cache, at_k[3], answers, at_k, draws=1)
+    answers, cache = head_answers_on("x", tokenizer, texts, 3), ScoreCache(model, progress=False)
+    tables = tuned_study(cache, at_k[3], answers, draws=1, at_k=at_k)
     unmasked = tables["union"].query("arm == 'unmasked'").set_index("measure").value
     own = classifier_accuracy(model, tokenizer, texts)
-    assert unmasked["accuracy"] == own.accuracy
+    assert unmasked["accuracy"] == own.accuracy and tables["union"].chance.iloc[0] == own.chance == 1 / 3
     right = own.log_likelihoods[range(12), own.labels]
     assert unmasked["label nats"] == pytest.approx(float(-right.mean()), abs=1e-5)
     kept = tables["preservation"].query("arm == 'keep key' and not late_binding")
     assert set(kept.k) == {2, 3} and kept.recovered.notna().any()
-    with MaskedModel(model, at_k[2].key.keep_only(), replace="zero"):
+    with MaskedModel(model).keep(at_k[2].key, "zero"):
         masked = classifier_accuracy(model, tokenizer, texts)
-    at = kept[(kept.k == 2) & (kept.measure == "accuracy")].value.item()
-    assert at == masked.accuracy
+    at = kept[kept.k == 2].set_index("measure").value
+    right = masked.log_likelihoods[range(12), masked.labels]
+    assert at["accuracy"] == masked.accuracy
+    assert at["label nats"] == pytest.approx(float(-right.mean()), abs=1e-5)
+    assert at["label nats"] != pytest.approx(unmasked["label nats"], abs=1e-4), "the mask does something"
+    row = kept[(kept.k == 3) & (kept.measure == "label nats")].iloc[0]
+    assert tuned_verdicts(tables).set_index("id").here["T9"] == pytest.approx(row.recovered)

@@ -66,9 +66,9 @@ def _kinds(s: StudySettings) -> list[str]:
 
 def _tokens_of(s: StudySettings) -> dict[str, int]:
     "Return the number of tokens of each evaluation set, at most."
-    short = s.documents * s.short_length
-    sets = {"full": s.eval_tokens + s.documents, "short": short} | {f"on {kind}": short for kind in _kinds(s)}
-    return sets | {"answers": s.sentences * _SENTENCE, "answers, short": s.short_sentences * _SENTENCE}
+    short = s.articles * s.short_length
+    sets = {"full": s.eval_tokens + s.articles, "short": short} | {f"on {kind}": short for kind in _kinds(s)}
+    return sets | {"answers": s.sentences * _SENTENCE, "answers, short": min(s.short_sentences, s.sentences) * _SENTENCE}
 
 # %% ../../nbs/command/09_paper_study.ipynb #2be0ce0a
 def paper_cost(
@@ -85,7 +85,7 @@ def paper_cost(
     words = f"{fitted:,} to find {len(sets)} sets of networks, the rest for {arms:,} measurements"
     assumed = (
         "for an empty folder; finished parts in the folder are not repeated",
-        f"{s.documents} held-out documents of each kind, {_SENTENCE} tokens a sentence; recurrence adds a few minutes",
+        f"{s.articles} held-out texts of each kind, {_SENTENCE} tokens a sentence; recurrence adds a few minutes",
     )
     needs = lambda size: _paper_needs(size, sets, fitted + read, arms)
     texts = dict.fromkeys([s.find.texts, "wiki", "sotu", "rotten-tomatoes"])

@@ -40,7 +40,7 @@ class StudySettings:
 
     find: Settings = Settings()  # the baseline: how networks are found, and the key rule
     published: Settings = replace(PRESETS["paper"], alpha=3.6)  # the published way, with its notebooks' threshold
-    documents: int = 40  # held-out documents of each kind, see `StudyTexts.default`
+    articles: int = 40  # held-out texts of each kind, at most; texts of one's own keep all of theirs
     eval_tokens: int = 20_000  # held-out tokens for the arms of the baseline, over all documents
     sentences: int = 500  # labelled sentences for the arms of the baseline
     short_length: int = 48  # tokens of each document for everything else
@@ -66,7 +66,7 @@ class StudySettings:
 
 # %% ../../nbs/study/06_plan.ipynb #57b0d4d5
 def _check_study(s: StudySettings) -> None:
-    least = dict.fromkeys(("documents", "eval_tokens", "sentences", "short_sentences", "seeds", "networks"), 1)
+    least = dict.fromkeys(("articles", "eval_tokens", "sentences", "short_sentences", "seeds", "networks"), 1)
     least |= {"variant_restarts": 1, "sample_tokens": 1, "draws": 1, "short_length": 2}
     least |= {"more_texts": 0, "recurrence_texts": 0}
     for name, n in least.items():
@@ -80,7 +80,7 @@ def _check_study(s: StudySettings) -> None:
 QUICK = StudySettings(
     find=Settings(n_components=8, n_init=1, fit_tokens=400, fit_length=100),
     published=replace(PRESETS["paper"], alpha=2.0, fit_tokens=400, fit_length=100),
-    documents=20,
+    articles=20,
     eval_tokens=600,
     sentences=10,
     short_length=24,
@@ -121,7 +121,7 @@ class StudyTexts:
     def default(cls, settings: StudySettings) -> "StudyTexts":
         """Return the texts of the settings, Wikipedia as a rule, and speeches, reviews, code. Fetches what is missing.
 
-        Of the embedded Wikipedia the last fit articles are held out too, until there are `settings.documents`."""
+        Of the embedded Wikipedia the last fit articles are held out too, until there are `settings.articles`."""
         return _default_texts(settings)
 
     @property
@@ -144,7 +144,7 @@ def more_held_out(
     moved = max(0, n - len(held_out))
     if moved and moved > len(fit) - 2:
         accepted = f"at most {len(held_out) + len(fit) - 2}, so that two texts are left to find networks in"
-        raise ArgumentError("articles", n, accepted)  # of the further studies
+        raise ArgumentError("articles", n, accepted)
     keep = len(fit) - moved
     return list(fit[:keep]), [*held_out[:n], *fit[keep:]]
 
@@ -158,8 +158,8 @@ def _default_texts(settings: StudySettings) -> StudyTexts:
     kinds, first = {}, first_kind(settings.find)
     fit, held_out = (list(texts_of(settings.find, split)["text"]) for split in ("fit", "eval"))
     if settings.find.texts == "wiki":
-        fit, held_out = more_held_out(fit, held_out, max(settings.documents, len(held_out)))
-    for split, of_first, n in (("fit", fit, 60), ("eval", held_out, settings.documents)):
+        fit, held_out = more_held_out(fit, held_out, settings.articles)
+    for split, of_first, n in (("fit", fit, 60), ("eval", held_out, settings.articles)):
         others = {kind: of for kind, of in text_kinds(split, n).items() if kind not in ("encyclopaedia", first)}
         kinds[split] = {first: of_first} | others
     labelled = load_labelled("rotten-tomatoes", "eval", settings.sentences)

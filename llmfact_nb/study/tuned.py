@@ -60,11 +60,12 @@ def head_answers_on(
     data: str,  # name of the texts, for tables
     tokenizer,  # of the model
     labelled,  # Dataset with columns "text" and "label", or a list of (text, label)
+    n_labels: int | None = None,  # outputs of the head; None: the classes that the texts name or have
 ) -> EvaluationSet:
     'Return the evaluation set of a model with a classification head: "accuracy" and "label nats".'
     texts, labels, names = labelled_texts(labelled)
     ids = token_lists(tokenizer, texts)
-    chance, majority = levels(labels, max(len(names), max(labels) + 1))
+    chance, majority = levels(labels, n_labels or len(names) or max(labels, default=0) + 1)
     score = lambda model: answer_scores(classifier_accuracy(model, tokenizer, labelled))
     mark, n = fingerprint_of("head", ids, labels), sum(map(len, ids))
     return EvaluationSet(data, ("accuracy", "label nats"), mark, n, score, {"chance": chance, "majority": majority})
@@ -74,16 +75,16 @@ def tuned_study(
     cache: ScoreCache,  # of the model that was fine-tuned
     found: Found,  # networks in it, whose key neurons are ablated
     answers: EvaluationSet,  # held-out sentences of the task
-    at_k: "Mapping[int, Found | str] | None" = None,  # number of networks -> what was found; their union is kept
     draws: int = LEAST_DRAWS,  # of each control
     n_jobs: int = 1,  # processes
+    at_k: "Mapping[int, Found | str] | None" = None,  # number of networks -> what was found; their union is kept
 ) -> dict[str, "pd.DataFrame"]:
     "Ablate the key neurons and their controls; return the tables `union`, `contrasts` and, with at_k, `preservation`."
     controls = {"random": draws, "matched permuted": draws}
     union = union_study(cache, found, [answers], controls, selections=["key"], keep=False, n_jobs=n_jobs)
     tables = {"union": union, "contrasts": contrasts(union, cache, ["key"])}
     if at_k is not None:
-        tables["preservation"] = preservation_study(cache, at_k, [answers], (), n_jobs=n_jobs)
+        tables["preservation"] = preservation_study(cache, at_k, [answers], (), late_binding=(False,), n_jobs=n_jobs)
     return tables
 
 # %% ../../nbs/study/16_tuned.ipynb #a08120a6

@@ -353,7 +353,7 @@ def paper_study(
     model: nn.Module,  # a causal language model
     tokenizer,  # its tokenizer
     folder: str | os.PathLike,  # the folder for all results, from which finished parts are read again
-    settings: StudySettings | None = None,  # None: the set that fits into an hour
+    settings: StudySettings | None = None,  # None: the defaults, which take an hour or two
     texts: StudyTexts | None = None,  # None: the embedded ones
     n_jobs: int = 1,  # processes that measure, as in joblib
     progress: bool = True,  # print an estimate first, show progress
