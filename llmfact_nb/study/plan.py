@@ -334,9 +334,9 @@ def union_controls(s: StudySettings) -> dict[str, int]:
     return {c: 1 if c == "matched permuted" else s.seeds for c in CONTROLS}
 
 
-def across_controls(s: StudySettings) -> dict[str, int]:
-    "Return the controls of every pair of kinds of text; the draws of `random` decide a verdict."
-    return {"random": s.draws, "matched permuted": s.seeds}
+def across_controls(s: StudySettings, kinds: Sequence[str]) -> dict[str, int]:
+    "Return the controls of the networks of each kind of text; a verdict rests on the draws of all kinds together."
+    return {"random": math.ceil(s.draws / len(kinds)), "matched permuted": s.seeds}
 
 # %% ../../nbs/study/06_plan.ipynb #e0ce011b
 def factor_arms(s: StudySettings) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -349,7 +349,7 @@ def factor_arms(s: StudySettings) -> tuple[dict[str, Any], tuple[str, ...]]:
 # %% ../../nbs/study/06_plan.ipynb #12ce7d85
 def _measured_before(
     s: StudySettings,
-    base: str,  # evaluation set of the baseline's kind of text
+    kinds: Sequence[str],  # of text, the baseline's first
 ) -> dict[str, dict[str, int]]:
     "Return how many interventions of a study an earlier study has measured on the same evaluation set."
     union = lambda controls: 1 + sum(min(n, s.draws) for name, n in controls.items() if name in DRAWN)
@@ -357,7 +357,7 @@ def _measured_before(
     return {
         "damage": {"short": at_size},
         "amplification": {"short": 2 * (0.0 in s.gains)},  # a gain of zero about the mean is ablation
-        "cross-task": {base: union(across_controls(s))},
+        "cross-task": {f"on {kinds[0]}": union(across_controls(s, kinds))},
         "random share": {"short": 1, "answers, short": 1},  # all off
     }
 
@@ -384,11 +384,11 @@ def study_passes(
         "amplification": {"short": amplified, "answers, short": amplified},
         "networks": {"short": which * n({"random": s.draws})},
         "subtraction": {"short": 2 * (which + 1)},  # each runs the model twice; the ablations are those of above
-        "cross-task": dict.fromkeys(on, len(kinds) * n(across_controls(s))),
+        "cross-task": dict.fromkeys(on, len(kinds) * n(across_controls(s, kinds))),
         "random share": {"short": drawn(s.draws), "answers, short": drawn(s.seeds), "answers": drawn(s.seeds)},
         "factors": dict.fromkeys(
             sets, variants * n(arms["controls"], arms["selections"] or selections[:3], arms["keep"])
         ),
     }
-    before = _measured_before(s, f"on {kinds[0]}")
+    before = _measured_before(s, kinds)
     return {name: {e: m - before.get(name, {}).get(e, 0) for e, m in of.items()} for name, of in passes.items()}

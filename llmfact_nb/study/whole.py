@@ -110,7 +110,7 @@ def _cross_task(cache, found, sets, s: StudySettings, kinds, n_jobs: int) -> "pd
     on = {kind: found["baseline" if i == 0 else f"found on {kind}"] for i, kind in enumerate(kinds)}
     there = {kind: of for kind, of in on.items() if isinstance(of, Found)}
     on_all = [sets[f"on {kind}"] for kind in kinds]
-    table = cross_task_study(cache, there, on_all, across_controls(s), n_jobs=n_jobs)
+    table = cross_task_study(cache, there, on_all, across_controls(s, kinds), n_jobs=n_jobs)
     return with_notes(table, [{"arm": "key", "found_on": k, "note": on[k]} for k in on if k not in there], on_all)
 
 # %% ../../nbs/study/07_whole.ipynb #4046e413
