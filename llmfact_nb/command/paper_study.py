@@ -68,7 +68,8 @@ def _tokens_of(s: StudySettings) -> dict[str, int]:
     "Return the number of tokens of each evaluation set, at most."
     short = s.articles * s.short_length
     sets = {"full": s.eval_tokens + s.articles, "short": short} | {f"on {kind}": short for kind in _kinds(s)}
-    return sets | {"answers": s.sentences * _SENTENCE, "answers, short": min(s.short_sentences, s.sentences) * _SENTENCE}
+    few = min(s.short_sentences, s.sentences)
+    return sets | {"answers": s.sentences * _SENTENCE, "answers, short": few * _SENTENCE}
 
 # %% ../../nbs/command/09_paper_study.ipynb #2be0ce0a
 def paper_cost(
