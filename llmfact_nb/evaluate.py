@@ -123,7 +123,7 @@ def _read_logits(
     return torch.cat(log_probs), torch.cat(first)
 
 # %% ../nbs/08_evaluate.ipynb #3fef3dbf
-_LOGITS_BYTES = 256 * 2**20
+LOGITS_BYTES = 512 * 2**20  # of a batch, at most
 
 
 def score_tokens(
@@ -141,7 +141,7 @@ def score_tokens(
     for i, ids in enumerate(sequences):
         shared.setdefault(tuple(ids[:-1]), []).append(i)
     inputs, results = list(shared), {}
-    tokens = min(8192, _LOGITS_BYTES // (4 * vocabulary_of(model)))
+    tokens = min(8192, LOGITS_BYTES // (4 * vocabulary_of(model)))
     batches = length_batches([len(x) for x in inputs], batch_size, tokens, model)
     with evaluation_mode(model), progress_bar(sum(map(len, inputs)), description, "tok", progress) as bar:
         for batch in batches:

@@ -216,9 +216,9 @@ def test_the_model_comes_back_as_it_was(tokenizer):
 
 
 def test_logits_stay_small(tokenizer):
-    """With a vocabulary of 40,000 a batch may hold 1,677 tokens (256 MB); the longest texts come first, similar
+    """With a vocabulary of 80,000 a batch may hold 1,677 tokens (512 MB); the longest texts come first, similar
     lengths together."""
-    model = build(vocab_size=40_000)
+    model = build(vocab_size=80_000)
     perplexity(model, tokenizer, TEXTS, progress=False)  # looks once how the model reads batches
     shapes = []
     hook = model.register_forward_hook(own_hook(lambda m, a, o: shapes.append(tuple(o.logits.shape[:2]))))

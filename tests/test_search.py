@@ -71,10 +71,11 @@ def test_spatial_networks_are_refused_on_ranks(model):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_group_is_resumed_from_its_folder(model, tmp_path):
+def test_a_group_is_resumed_from_its_folder(model, tmp_path, capsys):
     one = find_networks(model, families.tokenizer(), TEXTS, SMALL, progress=False)
     group = lambda shards: find_group(ALONE, model, families.tokenizer(), TEXTS, SMALL, shards, tmp_path / "group")
     first = group(3)
+    assert "group ICA: 6 of 6 shard (100%)" in capsys.readouterr().err, "each of three shards is read twice"
     same = ("texts", "tokens", "tokens used", "sink tokens", "neurons", "texts cut")
     assert {n: first.facts[n] for n in same} == {n: one.facts[n] for n in same}
     torch.testing.assert_close(first.variance, one.variance, rtol=1e-2, atol=1e-4)

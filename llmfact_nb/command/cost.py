@@ -24,6 +24,7 @@ from ..base.downloads import RESOURCES, cached_file
 from ..base.models import auto_class, converted_path
 from ..base.statistics import LEAST_DRAWS
 from .checks import configuration, downloaded
+from ..evaluate import LOGITS_BYTES
 from ..sites import neuron_sites
 from ..study.search import MOST_ROWS
 
@@ -240,7 +241,8 @@ def run_needs(
     walks = 2.0 * fit * N * (min(fit, N) if min(fit, N) <= 1024 else 16 * (k + max(16, k // 4)))
     ica = walks + s.n_init * s.max_iter * 4.0 * k * k * (fit if s.kind == "temporal" else N)
     values, maps = 4 * fit * N, 8 * N * k
-    batch = 4 * 2048 * (8 * size.hidden + 4 * size.mlp) + 3 * max(256 * 2**20, 4 * s.eval_length * size.vocabulary)
+    batch = 4 * 2048 * (8 * size.hidden + 4 * size.mlp)
+    batch += 2 * max(LOGITS_BYTES, 4 * s.eval_length * size.vocabulary) if arms else 0
     whitening = 16 * 8 * min(fit, N) * (k + 16) + 8 * 2**24
     working = 4 * values // size.layers + 16 * maps + whitening  # a layer's copies, maps and their doubles
     kept = 4 * k * (N + fit) + 16 * N + 9 * fit + 8 * held_out * k + 30 * held_out

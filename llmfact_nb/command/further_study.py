@@ -58,7 +58,7 @@ def _needs(size: ModelSize, s: FurtherSettings, tokens: dict[str, int], arms: in
     flops += one * (1 + 2 * len(s.seeds)) * len(s.sites) + rest
     n = s.fit_texts * s.untrained.max_length
     widest = dataclasses.replace(s.find, fit_tokens=n, n_components=s.untrained.n_components)
-    run = run_needs(widest, size)
+    run = run_needs(widest, size, arms=1)
     copy, kept = 4 * size.parameters, 8 * s.find.n_components * size.units("mlp_hidden")
     values = 4 * n * size.units("mlp_hidden")  # a half of the texts is copied
     return Needs(flops, run.memory + copy + values, 2 * run.disk + kept + 24_000 * arms, run.activations, 60.0)

@@ -98,7 +98,7 @@ def _paper_needs(size: ModelSize, sets: list[Wanted], tokens: int, arms: int) ->
     search = sum(search_flops(w.settings, 0, units[w.settings.site]) for w in sets)
     maps = sum(8 * w.settings.n_components * (units[w.settings.site] + w.settings.fit_tokens) for w in sets)
     largest = max((w.settings for w in sets), key=lambda s: (s.site == "mlp_hidden", s.n_components))
-    one = run_needs(largest, size)
+    one = run_needs(largest, size, arms=1)
     return Needs(
         2.0 * size.parameters * tokens + search,
         one.memory + 2 * maps,

@@ -216,7 +216,9 @@ def _begun(ranks: LedRanks, sources: Sources) -> tuple:
 def _share_of_search(ranks: LedRanks, sources: Sources, path: Path | None = None) -> Found:
     model, tokenizer = _begun(ranks, sources)
     given = ranks, model, tokenizer, sources.texts("fit"), sources.settings
-    return find_group(*given, sources.group, path) if sources.group else find_shared(*given, sources.progress, path)
+    if sources.group:
+        return find_group(*given, sources.group, path, sources.progress)
+    return find_shared(*given, sources.progress, path)
 
 # %% ../../nbs/command/04_run.ipynb #cf7133cf
 def _share_of_scores(ranks: LedRanks, sources: Sources, arms: list) -> Iterator[tuple[int, Scores]]:

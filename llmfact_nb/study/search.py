@@ -21,6 +21,7 @@ from ..ablation import Found, Settings, described, enough_texts
 from ..across.group import GroupICA, TextShard, text_shards
 from ..activations import Activations, capture, longest_input, sink_tokens
 from ..base.arguments import ArgumentError
+from ..base.display import progress_bar
 from ..base.files import digest, load_tensors, save_tensors
 from ..base.ranks import LedRanks, shared_moments, shared_whitening
 from ..ica import as_dtype, fit_whitened
@@ -174,6 +175,7 @@ class TalliedShard(TextShard):
 
     seen: dict[str, Tally] = field(default_factory=dict)
     folder: Path | None = None  # keep the tally here and take it from here
+    bar: Any = None  # a progress bar that counts readings
 
     @property
     def file(self) -> Path | None:
@@ -184,6 +186,8 @@ class TalliedShard(TextShard):
     def open(self) -> Activations:
         "Run the model over the texts and return their activations."
         acts = super().open()
+        if self.bar is not None:
+            self.bar.update(1)
         if "tally" not in self.seen:
             self.seen["tally"] = Tally.of(acts)
             if self.file is not None:
@@ -264,17 +268,20 @@ def find_group(
     settings: Settings,
     shards: int,  # into how many the texts are divided
     folder: str | os.PathLike | None = None,  # keep finished shards here and resume from here; None: in memory
+    progress: bool = True,  # show a progress bar
 ) -> Found:
     "Return the networks of a group ICA over shards of the texts, of which one at a time is in memory."
     s = settings
     chosen = enough_texts(tokenizer, texts, s.fit_tokens, longest_input(model, tokenizer, s.fit_length))
     kept = None if folder is None or ranks.size > 1 else Path(folder)
     parts = text_shards(model, tokenizer, chosen, -(-len(chosen) // shards), site=s.site, max_length=s.fit_length)
-    tallied = [TalliedShard(p.model, p.tokenizer, p.texts, p.options, {}, kept) for p in parts]
-    mine = tallied[ranks.share(len(tallied))]
     how: dict[str, Any] = {"n_init": s.n_init, "max_iter": s.max_iter, "random_state": s.ica_seed}
     how |= {"standardize": s.standardize, "exclude": s.exclude, "max_rows": max(MOST_ROWS, s.n_components)}
-    group = GroupICA(s.n_components, s.kind, per="shard", **how).fit(mine, folder=kept, distributed=ranks.size > 1)
+    own = parts[ranks.share(len(parts))]
+    with progress_bar(2 * len(own), "group ICA", "shard", progress and ranks.rank == 0) as bar:  # each is read twice
+        mine = [TalliedShard(p.model, p.tokenizer, p.texts, p.options, {}, kept, bar) for p in own]
+        bar.update(sum(shard.file is not None and shard.file.exists() for shard in mine))
+        group = GroupICA(s.n_components, s.kind, per="shard", **how).fit(mine, folder=kept, distributed=ranks.size > 1)
     counted, networks = CountedTokens.of(ranks, mine, group.layout.widths), group.networks()
     networks.rows_ = counted.used(s.exclude)
     return described(model, counted, networks, s, len(chosen))
