@@ -38,7 +38,7 @@ nbdev3: .venv/installed-nbdev3  ## that the newest nbdev exports the same module
 	.venv-nbdev3/bin/python -m pip install -q "nbdev>=3.3,<4"
 	@touch $@
 
-slow: .venv/installed-dev  ## everything slow; hours: the long cells and tests that `make test` leaves out
+slow: .venv/installed-dev .venv/installed-quantized  ## everything slow; hours: the long cells and tests that `make test` leaves out
 	$(BIN)/llmfact fetch smollm2-135m wiki
 	$(BIN)/nbdev_test --n_workers 1 --flags slow
 	$(BIN)/python -m pytest -q tests -m slow --durations 25
@@ -50,7 +50,7 @@ study: .venv/installed-peft  ## does it matter which neurons are fine-tuned? Bot
 
 paper: .venv/installed  ## every study of the paper with its controls, then its figures and tables; an hour or two on two cores, and the same command goes on. GRID=--grid: every factor with every control, a day or more
 	$(BIN)/llmfact fetch smollm2-135m wiki sotu rotten-tomatoes
-	$(BIN)/llmfact study paper --out out/paper --jobs 2 $(GRID)
+	$(BIN)/llmfact study paper --out out/paper $(GRID)
 
 lab: .venv/installed-lab  ## read and run the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

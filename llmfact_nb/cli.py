@@ -46,6 +46,8 @@ _DRY = "Only check the command, read the texts, estimate tokens, time, memory, d
 DRY_RUN = Option(False, _DRY, "Output")
 _PRESET = "recommended: standardised neurons, no sinks, ablation to the mean. paper: raw MLP outputs, ablation to zero."
 PRESET = Option("recommended", _PRESET, "What", accepted=("recommended", "paper"))
+DTYPE = Option(str, "Type of the weights; bfloat16 takes half the memory.", "Where", shown="float32",
+               accepted=("float32", "bfloat16"))  # fmt: skip
 LOAD = {"device": DEVICE, "accept_licence": LICENCE, "dry_run": DRY_RUN}
 TAILS = ("positive", "both", "raw")
 
@@ -136,7 +138,9 @@ def one_folder(folder: Path | None, out: Path | None) -> Path | None:
     return folder or out
 
 # %% ../nbs/12_command.ipynb #2d78f628
-def planned(preset: str, given: dict, out: Path, device: str | None, accept_licence: bool, group=None) -> "Sources":
+def planned(
+    preset: str, given: dict, out: Path, device: str | None, accept_licence: bool, group=None, dtype=None
+) -> "Sources":
     "Return where the model and texts of a run with these options come from; everything is checked, nothing is written."
     from llmfact_nb.command.run import Sources, check_run, has_networks, settings_from
 
@@ -144,7 +148,8 @@ def planned(preset: str, given: dict, out: Path, device: str | None, accept_lice
         settings = settings_from(preset, **{FIELD.get(name, name): value for name, value in given.items()})
     whole = has_networks(out)  # then model and texts may not be needed
     check_asked(device, model=None if whole else settings.model, texts=None if whole else settings.texts)
-    sources = Sources(settings, device, progress(), **({"accept_licence": True} if accept_licence else {}))
+    options = only_typed({"accept_licence": accept_licence or None, "dtype": dtype})
+    sources = Sources(settings, device, progress(), **options)
     sources.group = group
     check_run(sources, out)
     return sources
@@ -231,8 +236,8 @@ def measuring(sources: "Sources", cluster: str | None) -> "Iterator[tuple[LedRan
         yield ranks, model, tokenizer
 
 # %% ../nbs/12_command.ipynb #6fac6f26
-@command(**SETTINGS, **GROUPED, out=OUT, preset=PRESET, jobs=JOBS, cluster=CLUSTER, **LOAD)
-def run(out, preset, group, shards, jobs, cluster, device, accept_licence, dry_run, **given) -> Answer:
+@command(**SETTINGS, **GROUPED, out=OUT, preset=PRESET, jobs=JOBS, cluster=CLUSTER, dtype=DTYPE, **LOAD)
+def run(out, preset, group, shards, jobs, cluster, dtype, device, accept_licence, dry_run, **given) -> Answer:
     """Find networks, ablate them, write a report.
 
     The whole experiment on one model, with controls, as a table, figures, a report and an interactive page. It
@@ -250,7 +255,7 @@ def run(out, preset, group, shards, jobs, cluster, device, accept_licence, dry_r
 
     refuse_jobs_of_ranks(jobs, cluster)
     group = shards_asked(group, shards, preset, given["fit_tokens"])
-    sources = planned(preset, given, out, device, accept_licence or dry_run, group)
+    sources = planned(preset, given, out, device, accept_licence or dry_run, group, dtype)
     if dry_run:
         cost = run_cost(sources.settings, device=device, group=group)
         return follower() or bill(cost, out, sources.settings.model, accept_licence)
@@ -280,8 +285,8 @@ HTML = Option(Path, _PAGE, "Output", shown="networks.html in the folder", check=
 FINDING = {name: o for name, o in SETTINGS.items() if name != "control_seeds"}
 
 
-@command(**FINDING, **GROUPED, out=OUT, preset=PRESET, html=HTML, **LOAD)
-def networks(out, preset, html, group, shards, device, accept_licence, dry_run, **given) -> Answer:
+@command(**FINDING, **GROUPED, out=OUT, preset=PRESET, html=HTML, dtype=DTYPE, **LOAD)
+def networks(out, preset, html, group, shards, dtype, device, accept_licence, dry_run, **given) -> Answer:
     """Find functional networks, or list a folder's.
 
     The first half of a run: which neurons rise and fall together, where they are, at which tokens they are most
@@ -291,18 +296,19 @@ def networks(out, preset, html, group, shards, device, accept_licence, dry_run, 
     \b
     llmfact networks --texts sotu --k 16 --out out/speeches
     llmfact networks --out out/speeches --html speeches.html
-    llmfact networks --group --fit-tokens 200000 --out out/many-texts
+    llmfact networks --group --texts sotu --fit-tokens 200000 --fit-length 1024 --out out/many-texts
+    torchrun --nproc-per-node 2 -m llmfact_nb networks --fit-tokens 8192
     """
     from llmfact_nb.base.ranks import started_ranks
     from llmfact_nb.command.cost import run_cost
     from llmfact_nb.command.run import Sources, find_into, has_networks, read_found
 
     known, given = has_networks(out), only_typed(given)
-    if known and preset == "recommended" and device is None and not (given or group or dry_run):
+    if known and preset == "recommended" and device is dtype is None and not (given or group or dry_run):
         settings, found = read_found(out)
         return follower() or _networks_found(Sources(settings, None, progress()), found, out, html, True)
     group = shards_asked(group, shards, preset, given.get("fit_tokens"))
-    sources = planned(preset, given, out, device, accept_licence or dry_run, group)
+    sources = planned(preset, given, out, device, accept_licence or dry_run, group, dtype)
     if dry_run and (silent := follower()):
         return silent
     if dry_run:

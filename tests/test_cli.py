@@ -121,6 +121,26 @@ def copied(whole, tmp_path):
     return tmp_path / "run"
 
 
+def test_group_and_shards(tiny, tmp_path):
+    line = f"networks {found_by(tiny)} --out {tmp_path / 'out'}"
+    assert "--group" in llmfact(f"{line} --shards 3", 2)[1]
+    assert "in 3 shards" in llmfact(f"{line} --group --shards 3 --dry-run")[0]
+    said = llmfact(f"{line} --group --shards 3")[1]
+    assert "group ICA: 6 of 6 shard" in said
+    settings, found = read_found(tmp_path / "out")
+    assert len(found.networks.maps_) == settings.n_components == 4
+    llmfact(f"{line} --group --shards 2", 1)  # another group
+
+
+def test_a_run_in_bfloat16_keeps_its_type(tiny, tmp_path):
+    line = run_line(tiny, tmp_path / "out")
+    llmfact(f"{line} --dtype bfloat16 --eval-length 30")
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["dtype"] == "bfloat16"
+    assert "--dtype" in llmfact(f"{line} --eval-length 30", 1)[1], "another type is another run"
+    llmfact(f"verify {tmp_path / 'out'}")
+    assert "accepted: 'float32', 'bfloat16'" in llmfact(f"{line} --dtype float16", 2)[1]
+
+
 def test_a_run_leaves_everything(whole):
     out, printed, notes, _ = whole
     figures = {p.stem for p in (out / "figures").iterdir()}
@@ -208,6 +228,22 @@ def test_interrupted_runs_end_with_the_same_table(tiny, whole, tmp_path, seed):
             late = code == -signal.SIGINT and "report: " in printed  # all is done, and Python is closing down
             assert (code == 130 or late) and "Traceback" not in said
     llmfact(run_line(tiny, out))
+    ours, theirs = (pd.read_csv(p / "results.csv") for p in (out, whole[0]))
+    pd.testing.assert_frame_equal(ours, theirs, check_exact=False, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.extra
+def test_ctrl_c_ends_a_run_with_jobs_and_the_same_command_resumes(tiny, whole, tmp_path):
+    "At a terminal all processes get the signal."
+    out = tmp_path / "run"
+    child = process(f"{run_line(tiny, out)} --jobs 2", start_new_session=True)
+    wait_for(lambda: any((out / "parts" / "scores").glob("*.safetensors")), child)
+    os.killpg(child.pid, signal.SIGINT)
+    code, _, said, _ = ended(child)
+    assert code == 130 and "Traceback" not in said
+    kept = {path: path.stat().st_mtime_ns for path in (out / "parts" / "scores").glob("*.safetensors")}
+    llmfact(run_line(tiny, out))
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
     ours, theirs = (pd.read_csv(p / "results.csv") for p in (out, whole[0]))
     pd.testing.assert_frame_equal(ours, theirs, check_exact=False, rtol=1e-4, atol=1e-5)
 

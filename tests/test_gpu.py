@@ -219,7 +219,7 @@ def test_the_benchmark_runs_with_small_sizes_on_the_cpu(bench, works):
     assert all(r["device"] > 0 and r["peak"] > 0 for r in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_the_whole_benchmark_runs_with_small_sizes_on_the_cpu(bench):
     rows = bench.main(["--device", "cpu", "--small"])
     assert {"reading", "masking", "ICA", "llmfact run"} < {r["work"] for r in rows}

@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import families
@@ -111,6 +112,21 @@ def test_results_are_those_of_a_loop(model, n_jobs, backend):
     assert list(several(weight_sum, [], model, n_jobs)) == []
 
 
+@pytest.mark.extra
+def test_the_threads_are_divided_among_jobs(model):
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = dict(several(threads_here, range(4), model, 2))
+    finally:
+        torch.set_num_threads(before)
+    assert set(found.values()) == {2}
+
+
+def threads_here(model, job):
+    return torch.get_num_threads()
+
+
 def test_more_jobs_than_cores_give_a_note(recwarn):
     assert jobs_at_once(1, 5) == 1 and not recwarn.list
     assert jobs_at_once(10 * joblib.cpu_count(), 3) == 3
@@ -138,6 +154,40 @@ def test_a_cluster_that_is_not_there_is_refused(tmp_path):
     assert e.value.argument == "cluster"
 
 
+@pytest.mark.extra
+@pytest.mark.parametrize("where, says", [("scheduler.json", "no such file"), ("tcp://127.0.0.1:1", "Nothing answers")])
+def test_a_scheduler_that_does_not_run_is_named(where, says, monkeypatch, tmp_path):
+    pytest.importorskip("distributed")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError) as e, on_cluster(where):
+        pass
+    assert e.value.argument == "cluster" and says in str(e.value)
+
+
+def test_workers_write_no_results(model, monkeypatch, tmp_path):
+    "Their disk may be full, and it may not be the disk of the study: what they found is written where it is asked for."
+    from llmfact_nb.across import recurrence
+
+    def watched(work, jobs, model, n_jobs, folder):
+        for i, job in enumerate(jobs):
+            before = set(Path(folder).iterdir())
+            found = work(model, job)
+            assert set(Path(folder).iterdir()) == before
+            yield i, found
+
+    monkeypatch.setattr(recurrence, "several", watched)
+    texts = {"words": [families.words(30, seed=i) for i in range(3)]}
+    how = {"n_templates": 3, "progress": False, "folder": tmp_path / "kept", "n_jobs": 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = recurrence.recurrence_study(model, families.tokenizer(), texts, texts, **how)
+        kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.json")}
+        again = recurrence.recurrence_study(model, families.tokenizer(), texts, texts, **how)
+    assert len(table) and len(kept) > 3
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}, "what is kept is not found again"
+    pd.testing.assert_frame_equal(table, again)
+
+
 class Dying:
     "A job that kills its process: the first time, or each time."
 
@@ -153,7 +203,7 @@ class Dying:
         return name and weight_sum(model, name)
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_a_process_that_dies_costs_its_job(model, tmp_path):
     jobs = [*names_of(model)[:4], None]
     found = dict(several(Dying(tmp_path / "died", False), jobs, model, 2))
@@ -161,7 +211,7 @@ def test_a_process_that_dies_costs_its_job(model, tmp_path):
     assert found == {i: name and weight_sum(model, name) for i, name in enumerate(jobs)}
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_a_job_that_always_kills_its_process_ends_the_study(model, tmp_path):
     with pytest.raises(RuntimeError):
         list(several(Dying(tmp_path / "died", True), [None, None], model, 2))
@@ -232,4 +282,4 @@ def test_a_cluster_gives_the_same_table_though_a_worker_is_killed(model, tmp_pat
     assert len(processes) >= 2 and str(os.getpid()) not in processes
     assert len(list(begun.iterdir())) > 1 + len(arms), "the job of the killed one was done again"
     pd.testing.assert_frame_equal(table, ablation_study(model, [words], arms, progress=False), check_exact=True)
-    assert not [p for p in (tmp_path / "scores").iterdir() if p.name.startswith(".model")]
+    assert not [p for p in (tmp_path / "scores").iterdir() if p.name.startswith(PASSING)]

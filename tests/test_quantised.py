@@ -18,6 +18,7 @@ from torch import nn
 from llmfact_nb.activations import capture
 from llmfact_nb.across.untrained import untrained
 from llmfact_nb.base.arguments import ArgumentError
+from llmfact_nb.base.display import size_name
 from llmfact_nb.base.identity import is_quantised, stored_tensors, weights_checksum
 from llmfact_nb.base.quantised import bias_of, dequantised, gradients_through, quantised_maps, unpacked, unquantise
 from llmfact_nb.finetune import NeuronTuningConfig, get_neuron_model, merge_and_unload, neuron_training
@@ -336,6 +337,16 @@ def test_a_device_map_by_blocks_changes_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_of_base_slices_gradients_and_state_is_printed(dtype, capsys):
+    model = int8()
+    get_neuron_model(model, NeuronTuningConfig(masks=draw(model), dtype=dtype))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: "))
+    memory = model.neuron_tuning.memory()
+    assert list(memory) == ["base", "slices", "gradients", "AdamW"]
+    assert line == "memory: " + ", ".join(f"{what} {size_name(n)}" for what, n in memory.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slices_have_the_dtype_that_was_asked_for(dtype, tmp_path):
     model = tuned(int8(), dtype=dtype)
     losses = train(model, 5, lr=3e-2)
@@ -452,6 +463,25 @@ def test_a_model_is_loaded_quantised_by_load_model(bits, tmp_path):
     merge_and_unload(model, dequantise=True).save_pretrained(tmp_path / "merged")
     plain, _ = load_model_of(tmp_path / "merged", tokenizer)
     torch.testing.assert_close(plain(IDS).logits, model.eval()(IDS).logits)
+
+
+@pytest.mark.extra
+def test_a_run_on_a_quantised_base_is_kept_and_verified(tmp_path):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed: pip install 'llmfact_nb[quantized]'")
+    from small_runs import small_settings, small_world
+    from transformers import BitsAndBytesConfig
+
+    from llmfact_nb.command.run import run_experiment
+    from llmfact_nb.command.verification import disagreements, verify_folder
+
+    world = small_world(tmp_path)
+    families.build("llama", **WIDE).save_pretrained(world / "model")
+    how = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "dtype": torch.bfloat16}
+    run = run_experiment(small_settings(world), tmp_path / "out", progress=False, **how)
+    assert len(run.results) and json.loads((tmp_path / "out" / "settings.json").read_text())["dtype"] == "bfloat16"
+    checks = verify_folder(tmp_path / "out", sample=3, progress=False)
+    assert len(checks) and not len(disagreements(checks))
 
 
 def load_model_of(folder, tokenizer):

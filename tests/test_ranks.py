@@ -89,9 +89,11 @@ def test_ranks_in_the_middle_of_an_order_are_not_sent_another(monkeypatch):
     assert sent == ["count", None, "measure"]
 
 
-def start(world: Path, out: Path, *more, ranks: int = 2, program=("-m", "llmfact_nb"), **settings) -> subprocess.Popen:
-    options = [part for k, v in (OPTIONS | settings).items() for part in (f"--{k}", str(v))]
-    what = [*program, "run", "--model", world / "model", "--texts", world / "texts.jsonl", "--out", out]
+def start(
+    world: Path, out: Path, *more, ranks: int = 2, program=("-m", "llmfact_nb"), command="run", **settings
+) -> subprocess.Popen:
+    options = [part for k, v in (OPTIONS | settings).items() for part in (f"--{k}", str(v)) if v is not None]
+    what = [*program, command, "--model", world / "model", "--texts", world / "texts.jsonl", "--out", out]
     return started([*what, *options, *more], ranks)
 
 
@@ -119,6 +121,42 @@ def test_two_ranks_give_the_run_of_one(tmp_path):
     files = [{p.relative_to(tmp_path / f"out{n}") for p in (tmp_path / f"out{n}").rglob("*.csv")} for n in (1, 2)]
     assert files[0] == files[1]
     assert said[2].count("report: ") == 1, "only rank 0 speaks"
+
+
+@pytest.mark.extra
+def test_ranks_divide_the_shards_of_a_group(tmp_path):
+    world, found = small_world(tmp_path), {}
+    for ranks in (1, 2):
+        out = tmp_path / f"out{ranks}"
+        grouped = {"ranks": ranks, "command": "networks", "control-seeds": None}
+        process = start(world, out, "--group", "--shards", "3", **grouped)
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said
+        assert said.count("networks: ") == 1, said
+        found[ranks] = Found.load(out)
+    r = torch.corrcoef(torch.cat([found[1].networks.maps_, found[2].networks.maps_]))[:3, 3:].abs()
+    assert r.amax(1).min() > 0.999 and found[1].facts["texts"] == found[2].facts["texts"]
+
+
+OTHER = """
+import os
+from llmfact_nb.base import identity
+from llmfact_nb.cli import main
+
+if os.environ["RANK"] == "1":
+    identity.__version__ = "0.0.1"
+main()
+"""
+
+
+@pytest.mark.extra
+def test_ranks_with_other_versions_are_refused(tmp_path):
+    world, program = small_world(tmp_path), tmp_path / "other.py"
+    program.write_text(OTHER)
+    process = start(world, tmp_path / "out", program=[program])
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode != 0 and "rank 1 is not like rank 0" in said and "0.0.1" in said
+    assert not (tmp_path / "out" / "networks.safetensors").exists()
 
 
 STUDY = """
@@ -184,7 +222,7 @@ def test_jobs_that_all_ranks_share():
     assert ranks.under_way, "rank 0 has left alone; the others wait for numbers, not for an order"
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_when_a_rank_is_killed_the_others_end_and_it_is_named(tmp_path):
     world = small_world(tmp_path)
     process = start(world, tmp_path / "out", **{"eval-texts": 12, "eval-length": 60, "control-seeds": 12})
@@ -217,7 +255,7 @@ main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_when_the_first_rank_fails_the_others_end(tmp_path):
     world, program = small_world(tmp_path), tmp_path / "failing.py"
     program.write_text(FAILING)

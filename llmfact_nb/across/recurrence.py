@@ -133,17 +133,12 @@ def _kept_templates(folder: Path | None, make: Callable[[], FunctionalNetworks])
     return FunctionalNetworks.load(path)
 
 # %% ../../nbs/across/03_recurrence.ipynb #cae2d8aa
-def _kept_rows(path: Path | None, make: Callable[[], list[dict]]) -> dict:
+def _rows_or_why(make: Callable[[], list[dict]]) -> dict:
     "Return the rows of one text, or the reason why there are none."
-    if path is not None and path.exists():
-        return read_json(path, ("why", "rows"))
     try:
-        found = {"why": "", "rows": make()}
+        return {"why": "", "rows": make()}
     except DataError as e:  # too short, or of too low a rank
-        found = {"why": str(e), "rows": []}
-    if path is not None:
-        write_json(path, found)
-    return found
+        return {"why": str(e), "rows": []}
 
 # %% ../../nbs/across/03_recurrence.ipynb #a6090118
 def _each(texts: Mapping[str, Sequence[str]]) -> Iterator[tuple[int, str, int, str]]:
@@ -199,11 +194,15 @@ def recurrence_study(
             about = {"texts": kind, "text": i, "converged": bool(templates.converged_ and own.converged_)}
             return [about | row for row in match_text(templates, own, alpha, seed=1000 * seed + number)]
 
-        file = lambda of: folder and folder / text_rows_file(of[1], of[2])
-        kept = lambda model, of: _kept_rows(file(of), lambda: rows_of(model, *of))
-        each, done = list(_each(single_texts)), dict[int, dict]()
-        for i, one in several(kept, each, model, n_jobs, folder):
-            done[i] = one
+        file = lambda of: Path(folder or "") / text_rows_file(of[1], of[2])
+        work, each = lambda model, of: _rows_or_why(lambda: rows_of(model, *of)), list(_each(single_texts))
+        done = {i: read_json(file(of), ("why", "rows")) for i, of in enumerate(each) if folder and file(of).exists()}
+        bar.update(len(done))
+        left = [i for i in range(len(each)) if i not in done]
+        for job, one in several(work, [each[i] for i in left], model, n_jobs, folder):
+            done[left[job]] = one
+            if folder is not None:  # written here, because another machine's disk may be full
+                write_json(file(each[left[job]]), one)
             bar.update()
     found = [done[i] for i in range(len(each))]
     if left_out := [f["why"] for f in found if f["why"]]:

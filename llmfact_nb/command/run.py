@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -117,6 +117,19 @@ class Sources:
         chosen = first_texts(self.texts("eval"), s.eval_texts)
         return EvalSet(tokenizer, chosen, longest_input(model, tokenizer, s.eval_length))
 
+# %% ../../nbs/command/04_run.ipynb #0d084f6f
+def told_options(
+    options: Mapping,  # for `load_model`
+) -> dict:
+    "Return the options as JSON can store them: types by name, settings of a quantiser as they write themselves."
+
+    def told(option):
+        if isinstance(option, torch.dtype):
+            return str(option).removeprefix("torch.")
+        return option.to_dict() if hasattr(option, "to_dict") else option
+
+    return {name: told(option) for name, option in options.items()}
+
 # %% ../../nbs/command/04_run.ipynb #336f1b5e
 def run_identity(
     sources: Sources,
@@ -125,7 +138,8 @@ def run_identity(
     "Return what decides a run's numbers. Secrets and accepted terms decide none."
     s = sources.settings
     content = {"model": named_content(s.model), "texts": named_content(s.texts)}
-    options = {k: v for k, v in sources.load_options.items() if k not in ("accept_licence", "token", "use_auth_token")}
+    told = told_options(sources.load_options)
+    options = {k: v for k, v in told.items() if k not in ("accept_licence", "token", "use_auth_token")}
     identity = dataclasses.asdict(s) | content | {"device": sources.device, "llmfact_nb": __version__} | options
     identity |= {"group": sources.group} if sources.group else {}
     return as_claimed(identity, folder)
@@ -193,7 +207,8 @@ def write_settings(
 ) -> None:
     "Write what was asked for, unless it stands there: model and texts may have moved since."
     beside = {"group": sources.group} if sources.group else {}
-    beside |= {"device": sources.device} | {k: v for k, v in sources.load_options.items() if "token" not in k}
+    told = told_options(sources.load_options)
+    beside |= {"device": sources.device} | {k: v for k, v in told.items() if "token" not in k}
     asked, path = json.loads(json.dumps(dataclasses.asdict(sources.settings) | beside)), folder / "settings.json"
     if not path.exists() or read_json(path) != asked:
         write_json(path, asked)
@@ -202,8 +217,7 @@ def write_settings(
 def loaded_on(ranks: LedRanks, sources: Sources) -> tuple:
     "Load the model on every rank and return (model, tokenizer). Raises RuntimeError for ranks that are not alike."
     model, tokenizer = ranks.together(sources.load)
-    facts = {"llmfact_nb": __version__} | {name: version(name) for name in ("torch", "transformers")}
-    ranks.check_alike(facts | model_fingerprint(model, tokenizer))
+    ranks.check_alike(model_fingerprint(model, tokenizer))  # with the versions
     return model, tokenizer
 
 

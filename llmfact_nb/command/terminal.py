@@ -241,7 +241,7 @@ def _said_of(e) -> str:
     path = " ".join(e.ctx.command_path.split()[1:]) if e.ctx is not None else ""
     if isinstance(e, typer.BadParameter) and e.message:
         where = str(e.param_hint or (e.param.opts[0] if e.param is not None else ""))
-        kinds = {"integer": "a whole number", "valid number": "a number", "float": "a number"}
+        kinds = {"valid integer": "a whole number", "valid number": "a number", "valid float": "a number"}
         wanted = next((f"needs {what}." for word, what in kinds.items() if word in e.message), e.message)
         return f"{where if where.startswith('-') else ''} {wanted}".strip()
     if hasattr(e, "option_name") and e.ctx is not None:

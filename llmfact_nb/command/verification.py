@@ -227,7 +227,8 @@ def options_of(folder: Path, given: dict) -> dict:
     revision = kept.get("revision")
     if not (revision is None or isinstance(revision, str)):
         raise ValueError(f"{path}: revision={revision!r} is not the name of a revision; the file is damaged.")
-    return ({} if revision is None else {"revision": revision}) | given
+    asked = ("revision", "dtype", "quantization_config", "device_map")
+    return {name: kept[name] for name in asked if kept.get(name) is not None} | given
 
 # %% ../../nbs/command/06_verification.ipynb #98777067
 def _verify_run(folder: Path, sample, seed, tolerance, model, device, refit, progress, **load_options) -> list[Check]:
