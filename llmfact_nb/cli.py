@@ -46,7 +46,7 @@ _DRY = "Only check the command, read the texts, estimate tokens, time, memory, d
 DRY_RUN = Option(False, _DRY, "Output")
 _PRESET = "recommended: standardised neurons, no sinks, ablation to the mean. paper: raw MLP outputs, ablation to zero."
 PRESET = Option("recommended", _PRESET, "What", accepted=("recommended", "paper"))
-DTYPE = Option(str, "Type of the weights; bfloat16 takes half the memory.", "Where", shown="float32",
+DTYPE = Option(str, "Type of the weights; bfloat16 halves their memory.", "Where", shown="float32",
                accepted=("float32", "bfloat16"))  # fmt: skip
 LOAD = {"device": DEVICE, "accept_licence": LICENCE, "dry_run": DRY_RUN}
 TAILS = ("positive", "both", "raw")
@@ -138,6 +138,14 @@ def one_folder(folder: Path | None, out: Path | None) -> Path | None:
     return folder or out
 
 # %% ../nbs/12_command.ipynb #2d78f628
+def _options(accept_licence: bool, dtype: str | None = None) -> dict[str, Any]:
+    "Return what was typed, as `load_model` takes it."
+    import torch
+
+    options: dict[str, Any] = {"accept_licence": True} if accept_licence else {}
+    return options | ({"dtype": getattr(torch, dtype)} if dtype else {})
+
+
 def planned(
     preset: str, given: dict, out: Path, device: str | None, accept_licence: bool, group=None, dtype=None
 ) -> "Sources":
@@ -148,8 +156,7 @@ def planned(
         settings = settings_from(preset, **{FIELD.get(name, name): value for name, value in given.items()})
     whole = has_networks(out)  # then model and texts may not be needed
     check_asked(device, model=None if whole else settings.model, texts=None if whole else settings.texts)
-    options = only_typed({"accept_licence": accept_licence or None, "dtype": dtype})
-    sources = Sources(settings, device, progress(), **options)
+    sources = Sources(settings, device, progress(), **_options(accept_licence, dtype))
     sources.group = group
     check_run(sources, out)
     return sources
@@ -301,12 +308,13 @@ def networks(out, preset, html, group, shards, dtype, device, accept_licence, dr
     """
     from llmfact_nb.base.ranks import started_ranks
     from llmfact_nb.command.cost import run_cost
-    from llmfact_nb.command.run import Sources, find_into, has_networks, read_found
+    from llmfact_nb.command.run import Sources, find_into, has_networks, options_of, read_found
 
     known, given = has_networks(out), only_typed(given)
     if known and preset == "recommended" and device is dtype is None and not (given or group or dry_run):
         settings, found = read_found(out)
-        return follower() or _networks_found(Sources(settings, None, progress()), found, out, html, True)
+        sources = Sources(settings, None, progress(), **options_of(out))
+        return follower() or _networks_found(sources, found, out, html, True)
     group = shards_asked(group, shards, preset, given.get("fit_tokens"))
     sources = planned(preset, given, out, device, accept_licence or dry_run, group, dtype)
     if dry_run and (silent := follower()):
@@ -402,7 +410,7 @@ def mask(
     llmfact mask --key --texts wiki
     """
     from llmfact_nb.command.masked_text import with_controls
-    from llmfact_nb.command.run import read_found
+    from llmfact_nb.command.run import options_of, read_found
 
     if gain is not None and mode != "amplify":
         raise typer.BadParameter(f"belongs to --mode amplify; this is --mode {mode}.", param_hint="--gain")
@@ -418,7 +426,7 @@ def mask(
         chosen.save(save)
         lines, facts = [*lines, f"saved: {save}"], facts | {"saved": save}
     if look["generate"] or look["texts"]:
-        shown, more = _mask_looked_at(settings.model, device, arms, seed, **look)
+        shown, more = _mask_looked_at(settings.model, {"device": device} | options_of(out), arms, seed, **look)
         lines, facts = lines + shown, facts | more
     elif save is None:
         lines.append('to see their effect: --generate "The city lies on the river", or --texts wiki for the damage')
@@ -518,7 +526,7 @@ def _mask_described(model: str, arms: list, seed: int) -> tuple[list[str], dict]
 # %% ../nbs/12_command.ipynb #61b628eb
 def _mask_looked_at(
     model: str,
-    device,
+    load: dict[str, Any],
     arms: list,
     seed: int,
     generate,
@@ -541,7 +549,7 @@ def _mask_looked_at(
     lines, facts = [], {}
     held_out = load_texts(texts, "eval", eval_texts, **only_typed(reading)) if texts else None
     note(f"loading {model} ...", progress())
-    net, tokenizer = load_model(model, device=device)
+    net, tokenizer = load_model(model, **load)
     if generate:
         facts["texts"] = side_by_side(net, tokenizer, generate, arms, tokens, chat, temperature, seed)
         lines += texts_shown(facts["texts"])
@@ -614,6 +622,7 @@ def finetune(
     llmfact finetune --texts sotu --dry-run
     llmfact finetune --texts my-notes.txt --network 3 --network 5 --out out/notes --merge
     """
+    from llmfact_nb.command.run import options_of
     from llmfact_nb.command.training import TuneSettings, check_tuning, tune, tuning_cost
 
     check_asked(device, texts=given["texts"], model=model)
@@ -626,7 +635,7 @@ def finetune(
     if dry_run:
         return bill(cost, out, settings.model, accept_licence)
     check_room(cost, out)
-    more: dict[str, Any] = {"accept_licence": True} if accept_licence else {}
+    more = _options(accept_licence) if model or not of_run else options_of(run, _options(accept_licence))
     facts = tune(settings, chosen, out, device, merge, save_every, progress(), **more)
     return Answer(_tuning_told(name, settings, facts, out), snake(facts) | {"folder": out, "chosen": name})
 
@@ -695,7 +704,7 @@ def prune(run, out, device, accept_licence, dry_run, anywhere, uncompensated, **
     llmfact prune --score Wanda --uncompensated
     """
     from llmfact_nb.command.pruned import PruneSettings, check_prunable, neurons_to_remove, prune_into, pruning_cost
-    from llmfact_nb.command.run import Sources, read_found
+    from llmfact_nb.command.run import Sources, options_of, read_found
 
     check_asked(device)
     settings, found = read_found(run)
@@ -707,7 +716,7 @@ def prune(run, out, device, accept_licence, dry_run, anywhere, uncompensated, **
     if dry_run:
         return bill(pruning_cost(settings), out, settings.model, accept_licence)
     check_room(pruning_cost(settings, 1e9), out)
-    sources = Sources(settings, device, progress(), **({"accept_licence": True} if accept_licence else {}))
+    sources = Sources(settings, device, progress(), **options_of(run, _options(accept_licence)))
     facts = prune_into(sources, found, asked, out)
     return Answer(_prune_told(settings.model, facts, out), snake(facts) | {"folder": out})
 

@@ -137,8 +137,19 @@ def test_a_run_in_bfloat16_keeps_its_type(tiny, tmp_path):
     llmfact(f"{line} --dtype bfloat16 --eval-length 30")
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["dtype"] == "bfloat16"
     assert "--dtype" in llmfact(f"{line} --eval-length 30", 1)[1], "another type is another run"
-    llmfact(f"verify {tmp_path / 'out'}")
+    out = tmp_path / "out"
+    llmfact(f"verify {out}")
+    llmfact(f"networks --out {out} --html {tmp_path / 'page.html'}")
+    llmfact(f"mask --key --generate 'w5 w6' --tokens 3 --out {out}")
+    llmfact(f"finetune --run {out} --texts {tiny / 'texts.jsonl'} --steps 2 --out {tmp_path / 'tuned'}")
+    llmfact(f"prune --run {out} --share 0.2 --out {tmp_path / 'pruned'}")
     assert "accepted: 'float32', 'bfloat16'" in llmfact(f"{line} --dtype float16", 2)[1]
+
+
+def test_the_default_type_may_be_said(tiny, copied, whole):
+    before = {path: path.stat().st_mtime_ns for path in (copied / "parts" / "scores").iterdir()}
+    llmfact(f"{run_line(tiny, copied)} --dtype float32")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_a_run_leaves_everything(whole):

@@ -16,7 +16,7 @@ from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.scores.contrast import ContrastPair, ContrastSet
 from llmfact_nb.study import further_study as module
 from llmfact_nb.study.further import FURTHER
-from llmfact_nb.study.further_study import FurtherSettings, FurtherTexts, further_passes, further_study, unseen_pairs
+from llmfact_nb.study.further_study import FurtherSettings, FurtherTexts, further_passes, further_study
 from llmfact_nb.study.plan import more_held_out
 from llmfact_nb.study.whole import read_study
 
@@ -96,8 +96,6 @@ def test_held_out_texts_choose_nothing():
     with pytest.raises(ArgumentError) as e:
         more_held_out(["a", "b", "c"], [], 2)
     assert e.value.argument == "articles"
-    pairs = ContrastSet("p", tuple(ContrastPair(t, "x") for t in ("one two", "two three", "four five")))
-    assert [p.a for p in unseen_pairs(pairs, ["Zero, one (two) three."], 5).pairs] == ["four five"]
 
 
 @pytest.mark.parametrize("name", ["articles", "length", "pairs"])

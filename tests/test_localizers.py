@@ -11,7 +11,7 @@ from llmfact_nb.evaluate import EvalSet
 from llmfact_nb.masks import NeuronMask
 from llmfact_nb.scores.contrast import ContrastPair, ContrastSet, contrast_accuracy, localize
 from llmfact_nb.study.contrasts import contrasts
-from llmfact_nb.study.localizers import best_network, contrast_on, localizer_study
+from llmfact_nb.study.localizers import best_network, contrast_on, localizer_study, unseen_pairs
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +61,8 @@ def test_planted_neurons_lie_beyond_their_draws_and_idle_ones_do_not(given, tmp_
     assert rows.p["useful", "random"] == 0.05 and rows.ci_low["useful", "random"] > 0
     assert abs(rows.damage["idle", "random"]) < 0.1 * rows.damage["useful", "random"]
     assert localize(model, tokenizer, topic(0)).mask(n=4).n == 4
+
+
+def test_sentences_of_held_out_texts_are_left_out():
+    pairs = ContrastSet("p", tuple(ContrastPair(t, "x") for t in ("one two", "two three", "four five")))
+    assert [p.a for p in unseen_pairs(pairs, ["Zero, one (two) three."], 5).pairs] == ["four five"]

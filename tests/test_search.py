@@ -85,6 +85,7 @@ def test_a_group_is_resumed_from_its_folder(model, tmp_path, capsys):
         again = group(3)
     finally:
         handle.remove()
+    assert "group ICA: 6 of 6 shard (100%)" in capsys.readouterr().err
     assert not passes and torch.equal(again.networks.maps_, first.networks.maps_)
     with pytest.raises(ClaimError):
         group(4)

@@ -371,6 +371,21 @@ def test_nothing_of_this_machine_in_a_manifest(finished):
     assert not [w for w in nouns if w in said]
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"dtype": "int8"}, {"dtype": ["bfloat16"]}, {"device_map": [1]}, {"device_map": {"": True}},
+        {"device_map": 1.5}, {"quantization_config": {"quant_method": "mxfp4"}}, {"quantization_config": "8"},
+        {"revision": 3},
+    ],
+)  # fmt: skip
+def test_a_folder_cannot_ask_for_everything(asked, tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(asked))
+    with pytest.raises(ValueError) as e:
+        run_module.options_of(tmp_path)
+    assert str(tmp_path / "settings.json") in str(e.value)
+
+
 # a whole study
 
 

@@ -316,7 +316,7 @@ def auto_class(
 # %% ../../nbs/base/06_models.ipynb #7119cda5
 def load_model(
     name: str | os.PathLike = "smollm2-135m",  # an embedded model, a hub id, a saved folder, or a .gguf file
-    dtype: torch.dtype | str = torch.float32,  # of the weights: torch.float32, torch.bfloat16, torch.float16, or a name
+    dtype: torch.dtype = torch.float32,  # of the weights: torch.float32, torch.bfloat16 or torch.float16
     device: str | torch.device | None = None,  # "cuda", "cpu", ...; None: where transformers puts it, the CPU
     task: str = "causal-lm",  # "causal-lm", "classification" (its head may be new) or "base" (no head)
     *,
@@ -331,21 +331,20 @@ def load_model(
     for an unknown task, dtype, device or hub id, and for a checkpoint whose weights do not fit (a new classification
     head is let through), FileNotFoundError for a missing path, OSError if the hub is out of reach."""
     check_choice("task", task, list(_TASKS))
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ArgumentError("dtype", dtype, "torch.float32, torch.bfloat16, torch.float16")
     check_device(device)
     source, where = _locate_model(name, revision, accept_licence)
     try:
-        model, tokenizer = _read_model(source, task, trust_remote_code, dict(where), kind, options)
+        model, tokenizer = _read_model(source, task, trust_remote_code, dict(where), dtype, options)
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise  # no fault of the files
     except Exception as e:  # each part fails in the manner of the library that reads it
         if options and isinstance(e, TypeError):
             raise  # an option that the model does not take
         what = str(e) if isinstance(e, (OSError, ValueError)) else f"{type(e).__name__}: {e}"
-        error = ValueError if isinstance(e, ValueError) else OSError
-        raise error(f"name={str(name)!r} could not be loaded: {what}\n{_choices()}") from e
+        kind = ValueError if isinstance(e, ValueError) else OSError
+        raise kind(f"name={str(name)!r} could not be loaded: {what}\n{_choices()}") from e
     model.name_or_path = str(name)
     model.hub_commit = where.get("revision") or (Path(source).name if Path(source).parent.name == "snapshots" else None)
     return (model if device is None else model.to(device)).eval(), tokenizer

@@ -17,7 +17,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -83,7 +84,7 @@ class Sources:
         settings: Settings,  # names the model and the texts
         device: str | None = None,  # "cuda", "cpu"; None leaves the model where transformers puts it
         progress: bool = True,  # say what is loaded
-        **load_options,  # for `load_model`, e.g. revision, trust_remote_code, accept_licence
+        **load_options,  # for `load_model`, e.g. dtype, quantization_config, revision, trust_remote_code
     ):
         self.settings, self.device, self.progress, self.load_options = settings, device, progress, load_options
         self.load, self.read, self.texts = (functools.cache(f) for f in (self._load, self._read, self._texts))
@@ -121,14 +122,44 @@ class Sources:
 def told_options(
     options: Mapping,  # for `load_model`
 ) -> dict:
-    "Return the options as JSON can store them: types by name, settings of a quantiser as they write themselves."
+    "Return the options as JSON can store them; float32, the default type, is none."
 
     def told(option):
-        if isinstance(option, torch.dtype):
+        if isinstance(option, (torch.dtype, torch.device)):
             return str(option).removeprefix("torch.")
-        return option.to_dict() if hasattr(option, "to_dict") else option
+        option = option.to_dict() if hasattr(option, "to_dict") else option
+        return {key: told(value) for key, value in option.items()} if isinstance(option, dict) else option
 
-    return {name: told(option) for name, option in options.items()}
+    return {name: told(option) for name, option in options.items() if option is not torch.float32}
+
+# %% ../../nbs/command/04_run.ipynb #6dbbce9c
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MAY_ASK: dict[str, Callable[[Any], bool]] = {  # option of `load_model` -> may a folder ask for this value?
+    "revision": lambda of: isinstance(of, str),
+    "dtype": lambda of: isinstance(of, str) and of in _TYPES,
+    "device_map": lambda of: (
+        isinstance(of, str) or isinstance(of, dict) and all(type(v) in (str, int) for v in of.values())
+    ),
+    "quantization_config": lambda of: isinstance(of, dict) and of.get("quant_method") in ("bitsandbytes", "torchao"),
+}
+
+
+def options_of(
+    folder: str | os.PathLike,  # of a run
+    given: Mapping = MappingProxyType({}),  # options that were given anew
+) -> dict:
+    "Return the run's options for `load_model`, except those that a folder may not decide."
+    path = Path(folder) / "settings.json"
+    kept = read_json(path)
+    if kept.get("trust_remote_code") and not given.get("trust_remote_code"):
+        raise ArgumentError(
+            "trust_remote_code", False, "True for this run", f"{folder} let code that came with its checkpoint run."
+        )
+    asked = {name: kept[name] for name in _MAY_ASK if kept.get(name) is not None}
+    for name, value in asked.items():
+        if not _MAY_ASK[name](value):
+            raise ValueError(f"{path}: {name}={value!r} is nothing that a folder can ask for; the file is damaged.")
+    return asked | ({"dtype": _TYPES[asked["dtype"]]} if "dtype" in asked else {}) | dict(given)
 
 # %% ../../nbs/command/04_run.ipynb #336f1b5e
 def run_identity(
@@ -705,7 +736,7 @@ def run_experiment(
     n_jobs: int = 1,  # processes that measure the arms
     ranks: LedRanks = ALONE,  # processes that torchrun started and that share the work; this is the first
     group: int | None = None,  # find the networks by a group ICA of so many shards
-    **load_options,  # for `load_model`, e.g. revision, trust_remote_code, accept_licence
+    **load_options,  # for `load_model`, e.g. dtype, quantization_config, revision, trust_remote_code
 ) -> Run:
     """Run the experiment into `out`; return the finished run.
 

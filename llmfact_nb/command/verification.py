@@ -25,13 +25,13 @@ from .. import __version__
 from ..ablation import Found, ScoreCache, Settings, find_networks
 from ..across.recurrence import RECURRENCE_COLUMNS, text_rows_file
 from ..activations import positions_of
-from ..base.arguments import ArgumentError, check_number, check_whole
+from ..base.arguments import check_number, check_whole
 from ..base.display import note, plain_text, progress_bar
 from ..base.downloads import sha256_of
 from ..base.files import kind_of, read_claim, read_json, reading
 from ..base.identity import model_fingerprint
 from ..base.models import load_model, resource_record
-from .run import Run, Sources, arms_measured, differences, read_run
+from .run import Run, Sources, arms_measured, differences, options_of, read_run
 from ..networks import iou
 from ..study.plan import StudySettings, StudyTexts, evaluation_sets, kept_networks, wanted_networks
 from ..study.verdicts import verdict_table
@@ -214,21 +214,6 @@ def measured_again(
             bar.update()
             rows += [_loss_check(old, again, tolerance) for old in measured[measured.part == part].itertuples()]
     return rows
-
-# %% ../../nbs/command/06_verification.ipynb #ee406945
-def options_of(folder: Path, given: dict) -> dict:
-    "Return the run's options for `load_model`, except those that a folder may not decide."
-    path = folder / "settings.json"
-    kept = read_json(path)
-    if kept.get("trust_remote_code") and not given.get("trust_remote_code"):
-        raise ArgumentError(
-            "trust_remote_code", False, "True for this run", f"{folder} let code that came with its checkpoint run."
-        )
-    revision = kept.get("revision")
-    if not (revision is None or isinstance(revision, str)):
-        raise ValueError(f"{path}: revision={revision!r} is not the name of a revision; the file is damaged.")
-    asked = ("revision", "dtype", "quantization_config", "device_map")
-    return {name: kept[name] for name in asked if kept.get(name) is not None} | given
 
 # %% ../../nbs/command/06_verification.ipynb #98777067
 def _verify_run(folder: Path, sample, seed, tolerance, model, device, refit, progress, **load_options) -> list[Check]:

@@ -8,7 +8,6 @@ __all__ = ['further_study']
 # %% ../../nbs/study/12_further_study.ipynb #78a0884f
 import hashlib
 import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from ..scores.contrast import ContrastSet, Localizer, contrast_set, localize, to
 from ..sites import neuron_sites
 from .contrasts import contrasts
 from .further import further_verdicts
-from .localizers import best_network, contrast_on, localizer_study
+from .localizers import best_network, contrast_on, localizer_study, unseen_pairs
 from .plan import Wanted, found_networks, kept_networks, more_held_out
 from .pruning import pruning_contrasts, pruning_scores, pruning_study
 from .whole import study_cache, study_terms, write_study
@@ -88,17 +87,6 @@ QUICK_FURTHER = FurtherSettings(
     random_scores=1,
     quick=True,
 )
-
-# %% ../../nbs/study/12_further_study.ipynb #8852b4e1
-def unseen_pairs(
-    contrast: ContrastSet,  # sentences made of the words of fit texts
-    held_out: Sequence[str],  # texts of which no sentence may be taken
-    n: int,  # how many pairs
-) -> ContrastSet:
-    "Return the first n pairs whose text `a` stands in no held-out text."
-    read = [" ".join(re.findall("[A-Za-z]+", text)) for text in held_out]
-    unseen = [pair for pair in contrast.pairs if not any(pair.a in text for text in read)]
-    return ContrastSet(contrast.name, tuple(unseen[:n]))
 
 # %% ../../nbs/study/12_further_study.ipynb #fc698bf6
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ __all__ = ['localizer_study']
 
 # %% ../../nbs/study/10_localizers.ipynb #7d85eb60
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -80,3 +81,14 @@ def localizer_study(
         arms.append(replace(arm_of(found, "network", condition, None, mask, labels=labels), arm="localized"))
         arms += [arm_of(found, c, condition, s, mask, labels=labels) for c in controls for s in range(draws)]
     return measure(cache, arms, evaluation_sets, "localizers", n_jobs=n_jobs)
+
+# %% ../../nbs/study/10_localizers.ipynb #66f01efb
+def unseen_pairs(
+    contrast: ContrastSet,  # sentences made of the words of fit texts
+    held_out: Sequence[str],  # texts of which no sentence may be taken
+    n: int,  # how many pairs
+) -> ContrastSet:
+    "Return the first n pairs whose text `a` stands in no held-out text."
+    read = [" ".join(re.findall("[A-Za-z]+", text)) for text in held_out]
+    unseen = [pair for pair in contrast.pairs if not any(pair.a in text for text in read)]
+    return ContrastSet(contrast.name, tuple(unseen[:n]))

@@ -280,8 +280,8 @@ def find_group(
     own = parts[ranks.share(len(parts))]
     with progress_bar(2 * len(own), "group ICA", "shard", progress and ranks.rank == 0) as bar:  # each is read twice
         mine = [TalliedShard(p.model, p.tokenizer, p.texts, p.options, {}, kept, bar) for p in own]
-        bar.update(sum(shard.file is not None and shard.file.exists() for shard in mine))
         group = GroupICA(s.n_components, s.kind, per="shard", **how).fit(mine, folder=kept, distributed=ranks.size > 1)
+        bar.update(2 * len(own) - bar.n)  # what was kept has not been read again
     counted, networks = CountedTokens.of(ranks, mine, group.layout.widths), group.networks()
     networks.rows_ = counted.used(s.exclude)
     return described(model, counted, networks, s, len(chosen))
