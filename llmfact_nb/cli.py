@@ -935,6 +935,7 @@ TUNING = {
     "gradient_batches": Option(int, "Batches for the gradient score.", _LEARN),
     "out": Option(Path("out/tuning"), "Folder of the study. The same command again resumes it.", "Where",
                   ("--folder",)),
+    "jobs": Option(1, "Processes that share the arms; each holds a model.", "Where", ("--processes",), least=1),
 }  # fmt: skip
 
 # %% ../nbs/12_command.ipynb #9690a85b
@@ -945,7 +946,7 @@ def _rates(text: str) -> tuple[str, tuple[float, ...]]:
 
 # %% ../nbs/12_command.ipynb #10ec1d4d
 @command(study, **TUNING)
-def tuning(task, model, arms, seeds, out, lr, **given) -> Answer:
+def tuning(task, model, arms, seeds, out, lr, jobs, **given) -> Answer:
     """Compare what is fine-tuned: the key neurons, their controls, LoRA, the whole model.
 
     Every arm gets its best learning rate from a sweep, then one run for each seed.
@@ -954,14 +955,18 @@ def tuning(task, model, arms, seeds, out, lr, **given) -> Answer:
     llmfact study tuning --task reviews
     llmfact study tuning --task speeches --arms key --arms full --seeds 0
     """
+    from llmfact_nb.base.ranks import rank_of_many
     from llmfact_nb.tuning.arms import ARMS
     from llmfact_nb.tuning.comparison import compare_tuning
 
+    if rank_of_many()[1]:
+        raise typer.BadParameter("is not divided among the ranks of torchrun; use --jobs.", param_hint="tuning")
     check_asked(model=model)
     with typed():
         rates = dict(_rates(text) for text in lr or ())
         chosen, numbers = arms or list(ARMS), seeds or [0, 1, 2]
-    results = compare_tuning(model, task, chosen, numbers, out, progress=progress(), lrs=rates, **only_typed(given))
+    how = {"progress": progress(), "n_jobs": jobs, "lrs": rates} | only_typed(given)
+    results = compare_tuning(model, task, chosen, numbers, out, **how)
     results.save(out / task)
     tables = {
         name: table.to_dict("records") for name, table in (("runs", results.runs), ("intervals", results.intervals))

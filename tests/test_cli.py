@@ -932,6 +932,22 @@ def test_damaged_files_are_named(tiny, copied, tmp_path):
         (copied / name).write_text(before)
 
 
+def test_a_tuning_study_is_divided_among_processes_and_not_among_ranks(monkeypatch, tmp_path):
+    asked = {}
+
+    def compared(*_, **how):
+        asked.update(how)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("llmfact_nb.tuning.comparison.compare_tuning", compared)
+    line = f"study tuning --jobs 2 --steps 3 --out {tmp_path / 'out'}"
+    assert "enough" in llmfact(line, 1)[1]
+    assert (asked["n_jobs"], asked["steps"]) == (2, 3)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--jobs" in llmfact(line, 2)[1]
+
+
 def test_help_teaches_and_is_light():
     code = """
 import sys
