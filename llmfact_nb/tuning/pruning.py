@@ -397,8 +397,8 @@ def load_pruned(
         model, found = made.from_pretrained(path, dtype="auto", output_loading_info=True)
         if wrong := {k: sorted(found[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[k]}:
             raise ValueError(f"the weights do not fit {_FILE}: {wrong}")
-    model.__class__ = plain
-    if mask is not None:
-        shifts = [BiasShift(m, None, m.bias.detach().clone()) for m in map(model.get_submodule, biased)]
-        model.neuron_pruning = PrunedNeurons(model, mask, None, shifts)
+        model.__class__ = plain
+        if mask is not None:
+            shifts = [BiasShift(m, None, m.bias.detach().clone()) for m in map(model.get_submodule, biased)]
+            model.neuron_pruning = PrunedNeurons(model, mask, None, shifts)
     return model
