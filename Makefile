@@ -38,7 +38,7 @@ nbdev3: .venv/installed-nbdev3  ## that the newest nbdev exports the same module
 	.venv-nbdev3/bin/python -m pip install -q "nbdev>=3.3,<4"
 	@touch $@
 
-slow: .venv/installed-dev .venv/installed-quantized  ## everything slow; hours: the long cells and tests that `make test` leaves out
+slow: .venv/installed-dev  ## everything slow; hours: the long cells and tests that `make test` leaves out
 	$(BIN)/llmfact fetch smollm2-135m wiki
 	$(BIN)/nbdev_test --n_workers 1 --flags slow
 	$(BIN)/python -m pytest -q tests -m slow --durations 25
