@@ -10,13 +10,16 @@ import copy
 import json
 import math
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from .. import __version__
 from .arguments import ArgumentError
 from llmfact_nb.base.whitening import (
     CentredX,
@@ -173,6 +176,8 @@ def started_ranks() -> Iterator[LedRanks]:
         return
     _begin_group()
     ranks = LedRanks(True)
+    versions = {"llmfact_nb": __version__, "python": platform.python_version()}
+    ranks.check_alike(versions | {name: version(name) for name in ("torch", "transformers")})  # before any order
     try:
         yield ranks
     finally:
