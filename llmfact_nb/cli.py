@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/12_command.ipynb #a7676e07
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ def main(
     arguments: Sequence[str] | None = None,  # None: those of the command line
 ) -> None:
     "Entry point of the `llmfact` command. Ends in SystemExit with the exit code."
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # when imported, they say what is missing here
+        logging.getLogger(library).setLevel(logging.ERROR)
     app(arguments, prog_name="llmfact")
 
 # %% ../nbs/12_command.ipynb #66983dd7
@@ -264,10 +267,10 @@ def run(out, preset, group, shards, jobs, cluster, dtype, device, accept_licence
     group = shards_asked(group, shards, preset, given["fit_tokens"])
     sources = planned(preset, given, out, device, accept_licence or dry_run, group, dtype)
     if dry_run:
-        cost = run_cost(sources.settings, device=device, group=group)
+        cost = run_cost(sources.settings, device=device, group=group, dtype=sources.dtype)
         return follower() or bill(cost, out, sources.settings.model, accept_licence)
     if not has_networks(out):
-        check_room(run_cost(sources.settings, rate=1e9, group=group), out)
+        check_room(run_cost(sources.settings, rate=1e9, group=group, dtype=sources.dtype), out)
     with started_ranks() as ranks, on_cluster(cluster):
         if ranks.rank:
             return followed(ranks, sources)
@@ -320,10 +323,10 @@ def networks(out, preset, html, group, shards, dtype, device, accept_licence, dr
     if dry_run and (silent := follower()):
         return silent
     if dry_run:
-        cost = run_cost(sources.settings, networks_only=True, device=device, group=group)
+        cost = run_cost(sources.settings, True, device, group=group, dtype=sources.dtype)
         return bill(cost, out, sources.settings.model, accept_licence)
     if not known:
-        check_room(run_cost(sources.settings, networks_only=True, rate=1e9, group=group), out)
+        check_room(run_cost(sources.settings, True, rate=1e9, group=group, dtype=sources.dtype), out)
     with started_ranks() as ranks:
         if ranks.rank:
             return followed(ranks, sources)

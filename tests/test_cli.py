@@ -28,6 +28,7 @@ from llmfact_nb.base.arguments import ArgumentError
 from llmfact_nb.base.models import load_model
 from llmfact_nb.base.tokens import token_counts
 from llmfact_nb.cli import FIELD, SETTINGS
+from llmfact_nb.command.cost import model_size
 from llmfact_nb.command.run import read_found
 from llmfact_nb.cli import app
 from llmfact_nb.command.verification import verify_folder
@@ -134,6 +135,8 @@ def test_group_and_shards(tiny, tmp_path):
 
 def test_a_run_in_bfloat16_keeps_its_type(tiny, tmp_path):
     line = run_line(tiny, tmp_path / "out")
+    bound = lambda of: json.loads(llmfact(f"{line} --dtype {of} --dry-run --json")[0])["memory"]
+    assert bound("float32") - bound("bfloat16") == 2 * model_size(str(tiny / "model")).parameters
     llmfact(f"{line} --dtype bfloat16 --eval-length 30")
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["dtype"] == "bfloat16"
     assert "--dtype" in llmfact(f"{line} --eval-length 30", 1)[1], "another type is another run"

@@ -12,8 +12,10 @@ import filelock
 import joblib
 import numpy as np
 import pandas as pd
+import planted
 import pytest
 import torch
+from small_runs import SMALL_PAPER, study_texts
 from torch import nn
 
 from llmfact_nb import __version__
@@ -283,3 +285,35 @@ def test_a_cluster_gives_the_same_table_though_a_worker_is_killed(model, tmp_pat
     assert len(list(begun.iterdir())) > 1 + len(arms), "the job of the killed one was done again"
     pd.testing.assert_frame_equal(table, ablation_study(model, [words], arms, progress=False), check_exact=True)
     assert not [p for p in (tmp_path / "scores").iterdir() if p.name.startswith(PASSING)]
+
+
+class Noted:
+    "A search that says on disk which process does it."
+
+    def __init__(self, search, folder: Path):
+        self.search, self.folder = search, folder
+
+    def __call__(self, model, job):
+        (self.folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+        return self.search(model, job)
+
+
+@pytest.mark.extra
+def test_the_searches_of_a_study_are_spread_over_a_cluster(tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    from llmfact_nb.study import whole
+
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    study = lambda name, n_jobs: whole.paper_study(
+        planted.model(), families.tokenizer(), tmp_path / name, SMALL_PAPER, study_texts(), n_jobs, progress=False
+    )
+    here = study("here", 1)
+    monkeypatch.setattr(whole, "searched", Noted(whole.searched, begun))
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        with on_cluster(cluster.scheduler_address):
+            there = study("there", -1)
+    searches = [int(p.name.split("-")[0]) for p in begun.iterdir()]
+    assert len(searches) > 2 and len(set(searches)) == 2 and os.getpid() not in searches
+    for name, one in here.items():
+        pd.testing.assert_frame_equal(one, there[name], atol=1e-4, rtol=1e-4)

@@ -14,6 +14,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from ..base.display import Overall, progress_bar
 from ..base.files import read_json, remember, write_json
 from ..base.identity import model_fingerprint
 from ..base.jobs import several
-from ..ica import ICA, DataError
+from ..ica import ICA, ConvergenceWarning, DataError
 from ..networks import FunctionalNetworks, match_networks
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ def recurrence_study(
     folder: str | os.PathLike | None = None,  # keep finished texts here and take them from here
     progress: bool | Overall = True,  # show a progress bar
     n_jobs: int = 1,  # processes, as in joblib
+    spread: Callable | None = None,  # measures the texts in its own way, as `several` does; None: in n_jobs processes
 ) -> "pd.DataFrame":
     """Match the networks of single texts with group templates. Returns one row per method, template and text.
 
@@ -177,7 +179,12 @@ def recurrence_study(
     settings = {"n_templates": n_templates, "site": site, "standardize": standardize, "exclude": exclude}
     settings |= {"alpha": alpha, "max_length": max_length, "seed": seed, "max_iter": max_iter}
     ica = ICA(n_templates, standardize=standardize, random_state=seed, max_iter=max_iter)
-    fit = lambda acts: FunctionalNetworks(exclude=exclude, ica=ica).fit(acts)
+
+    def fit(acts):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the column `converged` says it
+            return FunctionalNetworks(exclude=exclude, ica=ica).fit(acts)
+
     read = lambda model, texts: capture(model, tokenizer, list(texts), site, max_length=max_length, progress=False)
     if folder is not None:
         texts = json.dumps([{k: list(v) for k, v in t.items()} for t in (group_texts, single_texts)])
@@ -199,7 +206,8 @@ def recurrence_study(
         done = {i: read_json(file(of), ("why", "rows")) for i, of in enumerate(each) if folder and file(of).exists()}
         bar.update(len(done))
         left = [i for i in range(len(each)) if i not in done]
-        for job, one in several(work, [each[i] for i in left], model, n_jobs, folder):
+        spread = spread or partial(several, n_jobs=n_jobs, folder=folder)
+        for job, one in spread(work, [each[i] for i in left], model):
             done[left[job]] = one
             if folder is not None:  # written here, because another machine's disk may be full
                 write_json(file(each[left[job]]), one)

@@ -10,8 +10,9 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from ..base.arguments import ArgumentError, check_choice, check_whole
 from ..base.display import Overall, progress_bar
 from ..base.files import read_json, remember, write_json
 from ..base.identity import is_quantised, model_fingerprint
+from ..base.jobs import several
 from ..base.statistics import stream
 from ..networks import FunctionalNetworks
 
@@ -149,6 +151,7 @@ def untrained_study(
     folder: str | os.PathLike | None = None,  # keep finished rows here and take them from here
     progress: bool | Overall = True,  # show a progress bar
     each: bool = False,  # one row per network instead
+    spread: Callable | None = None,  # measures the models in its own way, as `several` does; None: one after the other
 ) -> "pd.DataFrame":
     """Find networks in the trained model and in copies that have learned nothing. One row per site and model.
 
@@ -162,16 +165,23 @@ def untrained_study(
     identity = model_fingerprint(model, tokenizer) | vars(s)
     identity["texts"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
     kept = None if folder is None else remember(folder, "untrained", identity)
-    jobs, rows = [(None, None), *((how, seed) for how in HOW for seed in seeds)], []
-    with progress_bar(len(jobs) * len(sites), "untrained models", "model", progress) as bar:
-        for how, seed in jobs:
-            for row in _model_rows(model, tokenizer, texts, sites, how, seed, s, kept):
-                rows.append(row)
-                bar.update()
-    rows.sort(key=lambda row: list(sites).index(row["site"]))
+    models = [(None, None), *((how, seed) for how in HOW for seed in seeds)]
+    rows = {(site, *of): _kept_row(kept, site, *of) for site in sites for of in models}
+    left = [(*of, new) for of in models if (new := [site for site in sites if rows[site, *of] is None])]
+    work = lambda model, job: _measured(model, tokenizer, texts, *job, s)
+    with progress_bar(len(rows), "untrained models", "model", progress) as bar:
+        bar.update(sum(row is not None for row in rows.values()))
+        for i, measured in (spread or partial(several, n_jobs=1))(work, left, model):
+            how, seed, new = left[i]
+            for site, row in zip(new, measured):
+                rows[site, how, seed] = row
+                if kept is not None:
+                    write_json(kept / _row_file(site, how, seed), row)
+            bar.update(len(new))
+    named = [{"site": site, "model": _CALLED[how], "seed": seed} | row for (site, how, seed), row in rows.items()]
     if each:
-        return pd.concat([_of_networks(row) for row in rows], ignore_index=True)
-    return pd.DataFrame(rows).drop(columns="each")
+        return pd.concat([_of_networks(row) for row in named], ignore_index=True)
+    return pd.DataFrame(named).drop(columns="each")
 
 
 def _of_networks(row: dict) -> "pd.DataFrame":
@@ -184,26 +194,22 @@ def _of_networks(row: dict) -> "pd.DataFrame":
 _CALLED = {None: "trained", "reinitialize": "reinitialized", "permute": "permuted"}
 
 
-def _model_rows(model, tokenizer, texts, sites, how, seed, s: UntrainedSettings, kept: Path | None) -> Iterator[dict]:
-    "The rows of one model; it is made only if one of them is not known yet."
-    copied: list[nn.Module] = []
-    for site in sites:
-        about = {"site": site, "model": _CALLED[how], "seed": seed}
-
-        def measure(site=site):
-            copied[:] = copied or [model if how is None else untrained(model, how, seed)]
-            acts = capture(copied[0], tokenizer, texts, site, max_length=s.max_length, progress=False)
-            return reproducibility_row(acts, s)
-
-        yield about | _known(kept and kept / f"{site}-{_CALLED[how]}-{seed}.json", measure)
+def _row_file(site: str, how: str | None, seed: int | None) -> str:
+    return f"{site}-{_CALLED[how]}-{seed}.json"
 
 
-def _known(path: Path | None, make: Callable[[], dict]) -> dict:
-    if path is None:
-        return make()
-    if not path.exists() or "each" not in read_json(path):  # of an earlier version
-        write_json(path, make())
-    return read_json(path)
+def _kept_row(folder: Path | None, site: str, how: str | None, seed: int | None) -> dict | None:
+    "Return what was measured before; None if it was not, or by an earlier version."
+    path = None if folder is None else folder / _row_file(site, how, seed)
+    row = read_json(path) if path is not None and path.exists() else {}
+    return row if "each" in row else None
+
+
+def _measured(model, tokenizer, texts, how: str | None, seed: int | None, sites, s: UntrainedSettings) -> list[dict]:
+    "Make a copy of the model, or take it as it is, and measure it at these sites."
+    of = model if how is None else untrained(model, how, seed or 0)
+    captured = (capture(of, tokenizer, texts, site, max_length=s.max_length, progress=False) for site in sites)
+    return [reproducibility_row(acts, s) for acts in captured]
 
 # %% ../../nbs/across/04_untrained.ipynb #48dec66e
 def as_reproducible(

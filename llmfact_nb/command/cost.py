@@ -215,6 +215,7 @@ def estimate(
     site: str = "mlp_hidden",
     device: str | None = None,  # where the model would run
     rate: float | None = None,  # floating-point operations a second; None: measured now
+    dtype: torch.dtype = torch.float32,  # of the weights
 ) -> Cost:
     "Return what a command costs."
     size = model_size(model, site)
@@ -223,7 +224,7 @@ def estimate(
     if size is None:
         return Cost(tokens, passes, None, None, download, None, None, None, (*assumed, BOUNDS))
     need, (rate, at) = needs(size), pace(size, device, rate)
-    memory = LIBRARIES + 2 * 4 * size.parameters + need.memory
+    memory = LIBRARIES + (4 + dtype.itemsize) * size.parameters + need.memory  # the file, at most float32, is mapped
     disk, per_token = need.disk + conversion_bytes(model, size), need.flops / size.parameters / tokens
     assumed = (f"{per_token:.1f} operations per parameter and token, {at}", *assumed, BOUNDS)
     seconds = need.flops / rate + need.seconds
@@ -273,6 +274,7 @@ def run_cost(
     device: str | None = None,  # where the model would run
     rate: float | None = None,  # floating-point operations a second; None: measured now
     group: int | None = None,  # shards of a group ICA; None: an ordinary ICA
+    dtype: torch.dtype = torch.float32,  # of the weights
 ) -> Cost:
     "Return what a run, or only its networks, will cost."
     s, fit, held_out = settings, settings.fit_tokens + settings.fit_length, settings.eval_texts * settings.eval_length
@@ -284,7 +286,7 @@ def run_cost(
     assumed = f"fit texts of {s.fit_length} tokens and held-out texts of {s.eval_length}, the most that is read of them"
     more_assumed = (f"the fit texts are read twice, in {group} shards",) if group else ()
     needs = lambda size: grouped_needs(s, size, arms, group) if group else run_needs(s, size, arms)
-    return estimate(s.model, (s.texts,), tokens, words, needs, (assumed, *more_assumed), s.site, device, rate)
+    return estimate(s.model, (s.texts,), tokens, words, needs, (assumed, *more_assumed), s.site, device, rate, dtype)
 
 # %% ../../nbs/command/03_cost.ipynb #4713c956
 def free_disk(

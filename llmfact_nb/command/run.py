@@ -91,6 +91,11 @@ class Sources:
         self.check: Callable[[tuple], None] = lambda loaded: None  # raises if this is not the expected model
         self.group: int | None = None  # shards of a group ICA; None: an ordinary ICA
 
+    @property
+    def dtype(self) -> torch.dtype:
+        "The type of the weights."
+        return self.load_options.get("dtype", torch.float32)
+
     def _load(self) -> tuple:
         "(model, tokenizer)"
         note(f"loading {self.settings.model} ...", self.progress)

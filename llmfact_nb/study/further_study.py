@@ -35,7 +35,7 @@ from .further import further_verdicts
 from .localizers import best_network, contrast_on, localizer_study, unseen_pairs
 from .plan import Wanted, found_networks, kept_networks, more_held_out
 from .pruning import pruning_contrasts, pruning_scores, pruning_study
-from .whole import study_cache, study_terms, write_study
+from .whole import searching, study_cache, study_terms, write_study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -266,7 +266,7 @@ def _after_networks(model, tokenizer, cache, s, texts, folder: Path, n_jobs: int
     return tables
 
 # %% ../../nbs/study/12_further_study.ipynb #f729075e
-def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: FurtherSettings, texts, n_jobs: int, progress: bool):
+def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: FurtherSettings, texts, n_jobs: int, progress, ranks):
     "Return the tables by name, and the seconds that they were expected to take."
     model, expected = cache.model, 0.0
     if progress:
@@ -277,7 +277,8 @@ def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: FurtherSettings, 
         note(f"about {duration(expected)} for one process, without what is known already")
     some = texts.fit[: s.fit_texts]
     how = (model, tokenizer, some, s.sites, s.seeds, s.untrained, folder / "untrained")
-    tables = {"untrained": untrained_study(*how, progress=cache.progress)}
+    spread = searching(ranks, n_jobs, folder)
+    tables = {"untrained": untrained_study(*how, progress=cache.progress, spread=spread)}
     tables["untrained-networks"] = untrained_study(*how, progress=False, each=True)
     tables |= _after_networks(model, tokenizer, cache, s, texts, folder, n_jobs)
     return tables | {"verdicts": further_verdicts(tables)}, expected
@@ -292,7 +293,7 @@ def further_study(
     n_jobs: int = 1,  # processes that measure, as in joblib
     progress: bool = True,  # print an estimate first, show progress
     model_name: str | None = None,  # what the model is called in `study.json`; None: as it was loaded
-    ranks: LedRanks = ALONE,  # processes that torchrun started and that share the measuring; this is the first
+    ranks: LedRanks = ALONE,  # processes that torchrun started and that share the work; this is the first
 ) -> dict[str, "pd.DataFrame"]:
     """Measure untrained copies, localizers and pruning, and judge the claims; return the tables by name.
 
@@ -305,7 +306,7 @@ def further_study(
     with claim(folder, "further study", asked) as folder:
         begun = time.perf_counter()
         cache = study_cache(model, folder, identity, ranks, False)
-        tables, expected = _all_tables(cache, tokenizer, folder, settings, texts, n_jobs, progress)
+        tables, expected = _all_tables(cache, tokenizer, folder, settings, texts, n_jobs, progress, ranks)
         took = time.perf_counter() - begun
         seconds = {"seconds expected": expected, "seconds of the last call": took}
         write_study(folder, tables, named, identity, seconds)

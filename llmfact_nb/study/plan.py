@@ -285,6 +285,32 @@ def kept_networks(
     return read_json(failed, ("why",))["why"] if failed.exists() else None
 
 # %% ../../nbs/study/06_plan.ipynb #2e08ebd2
+def searched(
+    model: nn.Module,
+    job: tuple,  # (tokenizer, fit texts of that kind, `Wanted`)
+) -> "Found | str":
+    "Find a set of networks, or return a sentence if the data do not suffice: a job."
+    tokenizer, texts, wanted = job
+    try:
+        found = _find(model, tokenizer, texts, wanted)
+        _ = found.key  # no unit at this threshold is a reason too
+    except DataError as e:
+        return str(e)
+    return found
+
+
+def keep_networks(
+    folder: Path,  # of all sets
+    name: str,  # of the set
+    found: "Found | str",
+) -> None:
+    "Write a set of networks, or why it cannot be found."
+    if isinstance(found, str):
+        write_json(folder / f"{file_name(name)}.json", {"why": found})
+    else:
+        found.save(folder / file_name(name))
+
+
 def found_networks(
     model: nn.Module,
     tokenizer,
@@ -298,14 +324,8 @@ def found_networks(
         return wanted
     if (kept := kept_networks(folder, name)) is not None:
         return kept
-    try:
-        found = _find(model, tokenizer, texts, wanted)
-        _ = found.key  # no unit at this threshold is a reason too
-    except DataError as e:
-        write_json(folder / f"{file_name(name)}.json", {"why": str(e)})
-        return str(e)
-    found.save(folder / file_name(name))
-    return Found.load(folder / file_name(name))
+    keep_networks(folder, name, searched(model, (tokenizer, texts, wanted)))
+    return found_networks(model, tokenizer, name, wanted, texts, folder)
 
 # %% ../../nbs/study/06_plan.ipynb #d7a77428
 def network_sizes(

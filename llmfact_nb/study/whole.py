@@ -8,9 +8,9 @@ __all__ = ['read_study', 'paper_study']
 # %% ../../nbs/study/07_whole.ipynb #7639ff8a
 import os
 import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +24,15 @@ from ..across.recurrence import recurrence_study
 from ..activations import Activations, capture, positions_of
 from ..base.files import claim, from_home, read_json, reading, write_json, write_text
 from ..base.identity import model_fingerprint
+from ..base.jobs import active_cluster, several
 from ..base.display import Overall, duration, note
 from ..base.ranks import ALONE, LedRanks, led_jobs
-from ..ica import ConvergenceWarning
 from ..masks import DRAWN
 from ..networks import Threshold
 from ..sites import neuron_sites
 from .contrasts import contrasts
 from .plan import FEW, StudySettings, StudyTexts, Wanted, across_controls, evaluation_sets
-from .plan import factor_arms, found_networks, kept_networks, network_sizes, study_passes
+from .plan import factor_arms, keep_networks, kept_networks, network_sizes, searched, study_passes
 from .plan import union_controls, wanted_networks
 from .studies import amplification_study, cross_task_study, damage_curve, network_study
 from .studies import preservation_study, random_share_study, subtraction_study, union_study
@@ -210,23 +210,26 @@ def score_identity(
 
 # %% ../../nbs/study/07_whole.ipynb #747f344a
 def _find_all(
-    model, tokenizer, wanted, texts: StudyTexts, folder: Path, progress: bool | Overall, seconds: Mapping[str, float]
+    model, tokenizer, wanted, texts, folder: Path, progress: bool | Overall, seconds: Mapping[str, float], spread
 ) -> "dict[str, Found | str]":
-    found: dict[str, Found | str] = {}
-    for i, (name, of) in enumerate(wanted.items()):
-        begun, read = time.perf_counter(), texts.fit[of.read] if isinstance(of, Wanted) else ()
-        found[name] = one = found_networks(model, tokenizer, name, of, read, folder)
+    new = [name for name, of in wanted.items() if isinstance(of, Wanted) and kept_networks(folder, name) is None]
+    jobs = [(tokenizer, texts.fit[wanted[name].read], wanted[name]) for name in new]
+    for name, why in wanted.items():
+        note(f"networks {name}: {why}", bool(progress) and isinstance(why, str))
+    begun = time.perf_counter()
+    for done, (i, one) in enumerate(spread(searched, jobs, model), 1):
+        keep_networks(folder, new[i], one)
         said = one if isinstance(one, str) else f"{one.key.n:,} key neurons"
-        said = f"networks {i + 1} of {len(wanted)}, {name}: {said}, {time.perf_counter() - begun:.0f} s"
+        said = f"networks {done} of {len(new)}, {new[i]}: {said}, {time.perf_counter() - begun:.0f} s"
         if isinstance(progress, Overall):
-            progress.add("set", seconds.get(name, 0.0))
+            progress.add("set", seconds.get(new[i], 0.0))
             said += f"; {progress}"
         note(said, bool(progress))
-    return found
+    return {name: of if isinstance(of, str) else kept_networks(folder, name) for name, of in wanted.items()}
 
 # %% ../../nbs/study/07_whole.ipynb #1bf44851
 def _recurrence(
-    model, tokenizer, texts: StudyTexts, s: StudySettings, folder: Path, progress: bool | Overall, n_jobs: int
+    model, tokenizer, texts: StudyTexts, s: StudySettings, folder: Path, progress: bool | Overall, n_jobs: int, ranks
 ):
     "Measure recurrence of the networks of single texts, found in the published way."
     group, single = ({k: of[k][: s.recurrence_texts] for k in of} for of in (texts.fit, texts.held_out))
@@ -234,9 +237,8 @@ def _recurrence(
     how: dict[str, Any] = {"alpha": p.alpha or 3.6, "max_length": p.fit_length, "seed": p.ica_seed}
     how |= {"progress": progress, "n_jobs": n_jobs, "standardize": p.standardize}
     how |= {"exclude": p.exclude, "folder": folder / "recurrence"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the table's column `converged` says it
-        return recurrence_study(model, tokenizer, group, single, s.ks[0], p.site, **how)
+    how |= {"spread": partial(led_jobs, ranks)} if ranks.size > 1 else {}
+    return recurrence_study(model, tokenizer, group, single, s.ks[0], p.site, **how)
 
 # %% ../../nbs/study/07_whole.ipynb #7cec39d7
 def _speeds(model, short: EvaluationSet) -> tuple[float, float]:
@@ -302,8 +304,19 @@ def study_cache(
         cache.spread = lambda todo: led_jobs(ranks, scored, todo, model)
     return cache
 
+
+def searching(
+    ranks: LedRanks,
+    n_jobs: int,  # processes on a cluster
+    folder: Path,  # of the study
+) -> Callable:
+    "Return what does independent searches: all ranks, the workers of a cluster, or this process one after the other."
+    if ranks.size > 1:
+        return partial(led_jobs, ranks)
+    return partial(several, n_jobs=1 if active_cluster() is None else n_jobs, folder=folder)
+
 # %% ../../nbs/study/07_whole.ipynb #4d8c3ef8
-def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: StudySettings, texts, n_jobs: int) -> dict:
+def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: StudySettings, texts, n_jobs: int, ranks) -> dict:
     "Find, measure, judge."
     model, progress = cache.model, cache.progress
     kinds, sets = list(texts.held_out), evaluation_sets(tokenizer, texts, s, positions_of(model))
@@ -313,12 +326,13 @@ def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: StudySettings, te
         work, seconds = _work(model, cache, wanted, sets, s, kinds, folder / "networks")
         _tell(work, sets, s, kinds)
         cache.progress = work
-    found = _find_all(model, tokenizer, wanted, texts, folder / "networks", work, seconds if progress else {})
+    spread, seconds = searching(ranks, n_jobs, folder), seconds if progress else {}
+    found = _find_all(model, tokenizer, wanted, texts, folder / "networks", work, seconds, spread)
     some = enough_texts(tokenizer, texts.fit[kinds[0]], s.sample_tokens, s.sample_tokens)
     sample = capture(model, tokenizer, some, s.find.site, max_length=s.sample_tokens, progress=False)
     tables = study_tables(cache, found, sets, s, kinds, sample, n_jobs)
     if s.recurrence_texts:
-        tables["recurrence"] = _recurrence(model, tokenizer, texts, s, folder, work, n_jobs)
+        tables["recurrence"] = _recurrence(model, tokenizer, texts, s, folder, work, n_jobs, ranks)
     return tables | {"verdicts": verdict_table(tables, s.published.alpha, s.ks[0])}
 
 # %% ../../nbs/study/07_whole.ipynb #c27cf8d9
@@ -358,7 +372,7 @@ def paper_study(
     n_jobs: int = 1,  # processes that measure, as in joblib
     progress: bool = True,  # print an estimate first, show progress
     model_name: str | None = None,  # what the model is called in `study.json`; None: as it was loaded
-    ranks: LedRanks = ALONE,  # processes that torchrun started and that share the measuring; this is the first
+    ranks: LedRanks = ALONE,  # processes that torchrun started and that share the work; this is the first
 ) -> dict[str, "pd.DataFrame"]:
     """Find all networks, measure all studies, judge all claims; return the tables by name.
 
@@ -371,7 +385,7 @@ def paper_study(
     with claim(folder, "study", asked) as folder:
         started = time.perf_counter()
         cache = study_cache(model, folder, identity, ranks, progress)
-        tables = _all_tables(cache, tokenizer, folder, settings, texts, n_jobs)
+        tables = _all_tables(cache, tokenizer, folder, settings, texts, n_jobs, ranks)
         write_study(folder, tables, named, identity, {"seconds of the last call": time.perf_counter() - started})
     note(f"{len(tables)} tables in {folder / 'tables'}", progress)
     return _labelled(tables, name, settings.quick)
