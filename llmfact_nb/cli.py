@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/12_command.ipynb #a7676e07
 import dataclasses
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -229,7 +230,7 @@ def refuse_jobs_of_ranks(jobs: int, cluster: str | None) -> None:
     from llmfact_nb.base.ranks import rank_of_many
 
     if rank_of_many()[1] and (jobs != 1 or cluster is not None):
-        raise typer.BadParameter("not under torchrun, whose ranks divide the arms.", param_hint="--jobs, --cluster")
+        raise typer.BadParameter("not under torchrun, whose ranks divide the work.", param_hint="--jobs, --cluster")
 
 # %% ../nbs/12_command.ipynb #2c9f9bd5
 @contextmanager
@@ -242,7 +243,9 @@ def measuring(sources: "Sources", cluster: str | None) -> "Iterator[tuple[LedRan
     with started_ranks() as ranks, on_cluster(cluster):
         model, tokenizer = loaded_on(ranks, sources)
         if ranks.rank:
-            follow_jobs(ranks, model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # rank 0 says it
+                follow_jobs(ranks, model)
         yield ranks, model, tokenizer
 
 # %% ../nbs/12_command.ipynb #6fac6f26

@@ -136,7 +136,11 @@ def test_group_and_shards(tiny, tmp_path):
 def test_a_run_in_bfloat16_keeps_its_type(tiny, tmp_path):
     line = run_line(tiny, tmp_path / "out")
     bound = lambda of: json.loads(llmfact(f"{line} --dtype {of} --dry-run --json")[0])["memory"]
-    assert bound("float32") - bound("bfloat16") == 2 * model_size(str(tiny / "model")).parameters
+    saved = 2 * model_size(str(tiny / "model")).parameters
+    assert bound("float32") - bound("bfloat16") == saved
+    line = f"networks {found_by(tiny)} --out {tmp_path / 'out'}"
+    assert bound("float32") - bound("bfloat16") == saved
+    line = run_line(tiny, tmp_path / "out")
     llmfact(f"{line} --dtype bfloat16 --eval-length 30")
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["dtype"] == "bfloat16"
     assert "--dtype" in llmfact(f"{line} --eval-length 30", 1)[1], "another type is another run"
@@ -755,6 +759,13 @@ def test_too_few_tokens_are_noticed_before_the_search(tiny, tmp_path, monkeypatc
     llmfact(f"{line} --k 3 --dry-run")
 
 
+def test_what_is_not_there_yet_is_described_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMFACT_CACHE", str(tmp_path))
+    for name, says in (("smollm2-135m", "first loaded"), ("wiki", "is no model"), ("nowhere", "is not there")):
+        said = llmfact(f"info {name}", 1)[1]
+        assert said.startswith(f"error: '{name}'") and says in said and str(tmp_path) not in said
+
+
 def test_terms_and_a_full_disk_are_noticed_before_the_search(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("llmfact_nb.command.run.find_networks", lambda *_: pytest.fail("too late"))
     line = f"run --texts {tiny / 'texts.jsonl'} --out {tmp_path / 'x'}"
@@ -887,6 +898,17 @@ def test_label_words_are_checked_before_anything_is_measured(tiny, tmp_path, mon
     for more in ("", " --dry-run"):
         said = llmfact(f"study paper --quick --model {folder} --out {tmp_path / 'x'}{more}", 1)[1]
         assert "label_words" in said and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("study", ["paper", "further"])
+def test_a_study_of_several_ranks_needs_the_memory_of_each(study, tiny, tmp_path, monkeypatch):
+    bill = lambda: json.loads(llmfact(f"study {study} --quick --model {tiny / 'model'} --dry-run --json")[0])
+    monkeypatch.chdir(tmp_path)
+    one = bill()
+    for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    both = bill()
+    assert both["memory"] == 2 * one["memory"] and any("2 ranks" in said for said in both["assumptions"])
 
 
 def test_a_dry_run_of_the_paper_keeps_its_word(tiny, tmp_path, capsys):

@@ -315,5 +315,5 @@ def test_the_searches_of_a_study_are_spread_over_a_cluster(tmp_path, monkeypatch
             there = study("there", -1)
     searches = [int(p.name.split("-")[0]) for p in begun.iterdir()]
     assert len(searches) > 2 and len(set(searches)) == 2 and os.getpid() not in searches
-    for name, one in here.items():
-        pd.testing.assert_frame_equal(one, there[name], atol=1e-4, rtol=1e-4)
+    for name in here.keys() - {"facts"}:  # facts are words, and one of them is the number of threads
+        pd.testing.assert_frame_equal(here[name], there[name], atol=1e-4, rtol=1e-4)

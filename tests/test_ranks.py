@@ -169,14 +169,15 @@ tests, world, kind = sys.argv[1:4]
 sys.path.insert(0, tests)
 from small_runs import SMALL_FURTHER, SMALL_PAPER, further_texts_in, study_texts
 
-from llmfact_nb.across import untrained
+from llmfact_nb.across import recurrence, untrained
 from llmfact_nb.cli import main
 from llmfact_nb.command import further_study, paper_study
 from llmfact_nb.study import whole
 from llmfact_nb.study.further_study import FurtherTexts
 from llmfact_nb.study.plan import StudyTexts
 
-score, search, measure = whole.scored, whole.searched, untrained._measured
+score, search = whole.scored, whole.searched
+measure, match = untrained._measured, recurrence._rows_or_why
 
 
 def wrote(what):
@@ -199,7 +200,12 @@ def measured(*of):
     return measure(*of)
 
 
-whole.scored, whole.searched, untrained._measured = scored, searched, measured
+def matched(make):
+    wrote("texts")
+    return match(make)
+
+
+whole.scored, whole.searched, untrained._measured, recurrence._rows_or_why = scored, searched, measured, matched
 further_study.QUICK_FURTHER, FurtherTexts.default = SMALL_FURTHER, lambda settings: further_texts_in(Path(world))
 paper_study.QUICK, StudyTexts.default = SMALL_PAPER, lambda settings: study_texts()
 sys.argv[1:] = ["study", kind, "--quick", "--model", f"{world}/model", *sys.argv[4:]]
@@ -218,8 +224,10 @@ def test_two_ranks_share_a_study_and_give_that_of_one(kind, tmp_path):
         said = process.communicate(timeout=600)[0]
         assert process.returncode == 0, said
         assert said.count("tables in ") == 1, said
+        notes = [line for line in said.splitlines() if line.startswith("note:")]
+        assert len(set(notes)) == len(notes), "only the first rank speaks"
         tables[ranks] = {path.name: pd.read_csv(path) for path in (out / "tables").glob("*.csv")}
-    for what, least in (("arms", 5), ("searches", 1)):
+    for what, least in (("arms", 5), ("searches", 1), *([("texts", 1)] if kind == "paper" else [])):
         done = [(world / f"{kind} {what} {rank}").stat().st_size for rank in (0, 1)]
         assert min(done) >= least and abs(done[0] - done[1]) <= max(1, max(done) / 2), f"both have a share of {what}"
     assert tables[1].keys() == tables[2].keys() and "verdicts.csv" in tables[1]

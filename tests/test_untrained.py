@@ -1,6 +1,8 @@
 """Pins untrained models: what each kind keeps and loses of the weights, that the model itself is left alone, and that
 the study tells a planted structure from its absence and goes on where it stopped."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import families
 import planted
 import pytest
@@ -63,6 +65,27 @@ def test_what_does_not_compute_with_its_matrices_is_refused():
         untrained(adapted)
     with pytest.raises(ValueError):
         untrained(adapted.base_model.model, "permute")
+
+
+def test_copies_made_in_several_threads_are_those_of_one():
+    model = families.build("llama")
+    digest = lambda seed: [p.sum().item() for p in untrained(model, "reinitialize", seed).parameters()]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(digest, range(24))) == [digest(seed) for seed in range(24)]
+
+
+def test_a_row_that_is_missing_is_measured_again_and_stands_in_its_place(tmp_path, monkeypatch):
+    model, tokenizer, texts = planted.model(), families.tokenizer(), planted.texts(16)
+    settings = UntrainedSettings(n_components=4, n_init=1, n_splits=1, exclude="first", max_length=20)
+    how = dict(sites=["mlp_hidden", "mlp_out"], seeds=(0, 0), settings=settings, folder=tmp_path, progress=False)
+    table = untrained_study(model, tokenizer, texts, **how)
+    assert list(table.site) == ["mlp_hidden"] * 3 + ["mlp_out"] * 3
+    assert list(table.model) == ["trained", "reinitialized", "permuted"] * 2, "a seed that is named twice counts once"
+    (tmp_path / "mlp_hidden-permuted-0.json").unlink()
+    measured, measure = [], module._measured
+    monkeypatch.setattr(module, "_measured", lambda *of: measured.append(of[4:]) or measure(*of))
+    assert untrained_study(model, tokenizer, texts, **how).equals(table)
+    assert measured == [("mlp_hidden", "permute", 0)]
 
 
 def test_the_study_finds_planted_networks_again_in_the_trained_model(tmp_path, monkeypatch):

@@ -164,7 +164,7 @@ def recurrence_study(
     folder: str | os.PathLike | None = None,  # keep finished texts here and take them from here
     progress: bool | Overall = True,  # show a progress bar
     n_jobs: int = 1,  # processes, as in joblib
-    spread: Callable | None = None,  # measures the texts in its own way, as `several` does; None: in n_jobs processes
+    divide: Callable | None = None,  # does the jobs in its own way, as `several` does; None: in n_jobs processes
 ) -> "pd.DataFrame":
     """Match the networks of single texts with group templates. Returns one row per method, template and text.
 
@@ -206,8 +206,8 @@ def recurrence_study(
         done = {i: read_json(file(of), ("why", "rows")) for i, of in enumerate(each) if folder and file(of).exists()}
         bar.update(len(done))
         left = [i for i in range(len(each)) if i not in done]
-        spread = spread or partial(several, n_jobs=n_jobs, folder=folder)
-        for job, one in spread(work, [each[i] for i in left], model):
+        divide = divide or partial(several, n_jobs=n_jobs, folder=folder)
+        for job, one in divide(work, [each[i] for i in left], model):
             done[left[job]] = one
             if folder is not None:  # written here, because another machine's disk may be full
                 write_json(file(each[left[job]]), one)

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -81,9 +82,12 @@ def _refuse_other_weights(model: nn.Module) -> None:
             raise ValueError(f"{name} holds {p.dtype} numbers; load the model unquantised.")
 
 # %% ../../nbs/across/04_untrained.ipynb #bf4b877a
+_DRAWING = threading.Lock()  # all threads of a process, such as those of a cluster's worker, draw from one generator
+
+
 def _reinitialized(model: nn.Module, seed: int) -> nn.Module:
     "A model of the same configuration, type, device and mode, as it is before the first step of training."
-    with torch.random.fork_rng():
+    with _DRAWING, torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh = type(model)(copy.deepcopy(model.config))
     first = next(model.parameters())
@@ -151,7 +155,7 @@ def untrained_study(
     folder: str | os.PathLike | None = None,  # keep finished rows here and take them from here
     progress: bool | Overall = True,  # show a progress bar
     each: bool = False,  # one row per network instead
-    spread: Callable | None = None,  # measures the models in its own way, as `several` does; None: one after the other
+    divide: Callable | None = None,  # does the jobs in its own way, as `several` does; None: one after the other
 ) -> "pd.DataFrame":
     """Find networks in the trained model and in copies that have learned nothing. One row per site and model.
 
@@ -165,19 +169,16 @@ def untrained_study(
     identity = model_fingerprint(model, tokenizer) | vars(s)
     identity["texts"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
     kept = None if folder is None else remember(folder, "untrained", identity)
-    models = [(None, None), *((how, seed) for how in HOW for seed in seeds)]
-    rows = {(site, *of): _kept_row(kept, site, *of) for site in sites for of in models}
-    left = [(*of, new) for of in models if (new := [site for site in sites if rows[site, *of] is None])]
-    work = lambda model, job: _measured(model, tokenizer, texts, *job, s)
-    with progress_bar(len(rows), "untrained models", "model", progress) as bar:
-        bar.update(sum(row is not None for row in rows.values()))
-        for i, measured in (spread or partial(several, n_jobs=1))(work, left, model):
-            how, seed, new = left[i]
-            for site, row in zip(new, measured):
-                rows[site, how, seed] = row
-                if kept is not None:
-                    write_json(kept / _row_file(site, how, seed), row)
-            bar.update(len(new))
+    models = dict.fromkeys([(None, None), *((how, seed) for how in HOW for seed in seeds)])
+    rows: dict[tuple, Any] = {(site, *of): _kept_row(kept, site, *of) for site in sites for of in models}
+    left = [of for of, row in rows.items() if row is None]
+    work = lambda model, of: _measured(model, tokenizer, texts, s, *of)
+    with progress_bar(len(left), "untrained models", "model", progress) as bar:
+        for i, row in (divide or partial(several, n_jobs=1))(work, left, model):
+            rows[left[i]] = row
+            if kept is not None:
+                write_json(kept / _row_file(*left[i]), {k: None if v != v else v for k, v in row.items()})
+            bar.update()
     named = [{"site": site, "model": _CALLED[how], "seed": seed} | row for (site, how, seed), row in rows.items()]
     if each:
         return pd.concat([_of_networks(row) for row in named], ignore_index=True)
@@ -202,14 +203,14 @@ def _kept_row(folder: Path | None, site: str, how: str | None, seed: int | None)
     "Return what was measured before; None if it was not, or by an earlier version."
     path = None if folder is None else folder / _row_file(site, how, seed)
     row = read_json(path) if path is not None and path.exists() else {}
-    return row if "each" in row else None
+    no_number = float("nan")  # the stability of a single start
+    return {k: no_number if v is None else v for k, v in row.items()} if "each" in row else None
 
 
-def _measured(model, tokenizer, texts, how: str | None, seed: int | None, sites, s: UntrainedSettings) -> list[dict]:
-    "Make a copy of the model, or take it as it is, and measure it at these sites."
+def _measured(model, tokenizer, texts, s: UntrainedSettings, site: str, how: str | None, seed: int | None) -> dict:
+    "Measure the model, or a copy of it, at one site: a job."
     of = model if how is None else untrained(model, how, seed or 0)
-    captured = (capture(of, tokenizer, texts, site, max_length=s.max_length, progress=False) for site in sites)
-    return [reproducibility_row(acts, s) for acts in captured]
+    return reproducibility_row(capture(of, tokenizer, texts, site, max_length=s.max_length, progress=False), s)
 
 # %% ../../nbs/across/04_untrained.ipynb #48dec66e
 def as_reproducible(

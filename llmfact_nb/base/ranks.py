@@ -151,7 +151,7 @@ class LedRanks(Ranks):
 def _begin_group() -> None:
     import torch.distributed as dist
 
-    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local, here = int(os.environ.get("LOCAL_RANK", 0)), ranks_here()
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # nobody has asked for more
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     gpus = torch.cuda.device_count() >= here if torch.cuda.is_available() else False
@@ -164,6 +164,11 @@ def rank_of_many() -> tuple[int, bool]:
     "Return this process's number, and whether torchrun, or what works like it, has started it beside others."
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
     return (int(os.environ["RANK"]) if many else 0), many
+
+
+def ranks_here() -> int:
+    "Return how many ranks share this machine; 1 without torchrun."
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if rank_of_many()[1] else 1
 
 
 @contextmanager
@@ -207,7 +212,8 @@ def _outcomes(ranks: LedRanks, work: Callable, jobs: Sequence, model: Any) -> It
     for start in range(0, len(jobs), ranks.size):
         i = start + ranks.rank
         mine = _tried(work, model, jobs[i]) if i < len(jobs) else None
-        for j, (result, error) in zip(range(start, len(jobs)), ranks.objects(mine)):
+        done = zip(range(start, len(jobs)), ranks.objects(mine))
+        for j, (result, error) in sorted(done, key=lambda of: of[1][1] is not None):  # an error comes last
             yield j, result, error
             if error is not None:
                 return

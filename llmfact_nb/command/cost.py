@@ -224,11 +224,25 @@ def estimate(
     if size is None:
         return Cost(tokens, passes, None, None, download, None, None, None, (*assumed, BOUNDS))
     need, (rate, at) = needs(size), pace(size, device, rate)
-    memory = LIBRARIES + (4 + dtype.itemsize) * size.parameters + need.memory  # the file, at most float32, is mapped
-    disk, per_token = need.disk + conversion_bytes(model, size), need.flops / size.parameters / tokens
+    converted = conversion_bytes(model, size)
+    weights = 4 + (4 if converted else dtype.itemsize)  # the file, at most float32, is mapped; then a copy in the type
+    memory = LIBRARIES + weights * size.parameters + need.memory
+    disk, per_token = need.disk + converted, need.flops / size.parameters / tokens
     assumed = (f"{per_token:.1f} operations per parameter and token, {at}", *assumed, BOUNDS)
     seconds = need.flops / rate + need.seconds
     return Cost(tokens, passes, need.flops, seconds, download, need.activations, memory, disk, assumed)
+
+# %% ../../nbs/command/03_cost.ipynb #929e587a
+def shared_cost(
+    cost: Cost,  # of one process
+    ranks: int,  # of this machine
+) -> Cost:
+    "Return what a study costs that so many ranks share: each needs the memory of one process."
+    if ranks == 1 or cost.memory is None:
+        return cost
+    said = f"{ranks} ranks on this machine, each with a model and activations of its own; the time is that of one"
+    activations = None if cost.activations is None else ranks * cost.activations
+    return replace(cost, memory=ranks * cost.memory, activations=activations, assumptions=(*cost.assumptions, said))
 
 # %% ../../nbs/command/03_cost.ipynb #d4a6a93b
 def run_needs(

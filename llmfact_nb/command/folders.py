@@ -83,10 +83,19 @@ def held_kind(folder: Path) -> str:
     raise FileNotFoundError(f"{str(folder)!r} {what}. `llmfact run --out FOLDER` makes a run.")
 
 # %% ../../nbs/command/08_folders.ipynb #63e564d7
+def converted_model(name: str) -> Path:
+    "Return where an embedded model stands. Raises FileNotFoundError if it is not there yet, and for texts."
+    if RESOURCES[name].kind != "model":
+        raise FileNotFoundError(f"{name!r} is no model; give one, or the folder of a run.")
+    if not (path := converted_path(RESOURCES[name].sha256, name)).exists():
+        raise FileNotFoundError(f"{name!r} is converted when it is first loaded, for instance by `llmfact networks`.")
+    return path
+
+
 def about_folder(folder: Path) -> tuple[list[str], dict]:
     "Return what a folder holds, how far it is and how large, as lines and as facts."
     if not folder.exists() and str(folder) in RESOURCES:
-        folder = converted_path(RESOURCES[str(folder)].sha256, str(folder))
+        folder = converted_model(str(folder))
     kind = held_kind(folder)
     what, more = _ABOUT[kind](folder)
     sizes = {p.name + ("/" if p.is_dir() else ""): size_of(p) for p in sorted(folder.iterdir()) if p.name[0] != "."}

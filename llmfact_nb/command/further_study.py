@@ -10,8 +10,9 @@ import dataclasses
 import os
 
 from ..base.files import check_claim, kind_of
+from ..base.ranks import ranks_here
 from .checks import check_model
-from .cost import Cost, ModelSize, Needs, estimate, run_needs
+from .cost import Cost, ModelSize, Needs, estimate, run_needs, shared_cost
 from llmfact_nb.study.further_study import (
     QUICK_FURTHER, FurtherSettings, further_flops, further_passes, further_tokens,
 )  # fmt: skip
@@ -48,7 +49,8 @@ def further_cost(
         f"{s.articles} held-out articles of {s.length} tokens, the most that is read of them",
     )
     needs = lambda size: _needs(size, s, tokens, arms)
-    return estimate(s.find.model, ("wiki",), sum(tokens.values()), words, needs, assumed, device=device, rate=rate)
+    cost = estimate(s.find.model, ("wiki",), sum(tokens.values()), words, needs, assumed, device=device, rate=rate)
+    return shared_cost(cost, ranks_here())
 
 
 def _needs(size: ModelSize, s: FurtherSettings, tokens: dict[str, int], arms: int) -> Needs:

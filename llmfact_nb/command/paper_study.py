@@ -17,8 +17,9 @@ import torch
 from ..ablation import Found, search_flops
 from ..base.display import note
 from ..base.files import check_claim, from_home, kind_of, write_text
+from ..base.ranks import ranks_here
 from .checks import check_model, check_texts, tokenizer_of
-from .cost import Cost, ModelSize, Needs, estimate, run_needs
+from .cost import Cost, ModelSize, Needs, estimate, run_needs, shared_cost
 from .run import Sources
 from ..connectivity import functional_connectivity, network_time_courses
 from ..evaluate import check_words
@@ -90,7 +91,8 @@ def paper_cost(
     )
     needs = lambda size: _paper_needs(size, sets, fitted + read, arms)
     texts = dict.fromkeys([s.find.texts, "wiki", "sotu", "rotten-tomatoes"])
-    return estimate(s.find.model, tuple(texts), fitted + read, words, needs, assumed, device=device, rate=rate)
+    cost = estimate(s.find.model, tuple(texts), fitted + read, words, needs, assumed, device=device, rate=rate)
+    return shared_cost(cost, ranks_here())
 
 
 def _paper_needs(size: ModelSize, sets: list[Wanted], tokens: int, arms: int) -> Needs:

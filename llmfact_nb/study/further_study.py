@@ -35,7 +35,7 @@ from .further import further_verdicts
 from .localizers import best_network, contrast_on, localizer_study, unseen_pairs
 from .plan import Wanted, found_networks, kept_networks, more_held_out
 from .pruning import pruning_contrasts, pruning_scores, pruning_study
-from .whole import searching, study_cache, study_terms, write_study
+from .whole import divider, study_cache, study_terms, write_study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -277,8 +277,8 @@ def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: FurtherSettings, 
         note(f"about {duration(expected)} for one process, without what is known already")
     some = texts.fit[: s.fit_texts]
     how = (model, tokenizer, some, s.sites, s.seeds, s.untrained, folder / "untrained")
-    spread = searching(ranks, n_jobs, folder)
-    tables = {"untrained": untrained_study(*how, progress=cache.progress, spread=spread)}
+    divide = divider(ranks, n_jobs, folder)
+    tables = {"untrained": untrained_study(*how, progress=cache.progress, divide=divide)}
     tables["untrained-networks"] = untrained_study(*how, progress=False, each=True)
     tables |= _after_networks(model, tokenizer, cache, s, texts, folder, n_jobs)
     return tables | {"verdicts": further_verdicts(tables)}, expected

@@ -210,14 +210,17 @@ def score_identity(
 
 # %% ../../nbs/study/07_whole.ipynb #747f344a
 def _find_all(
-    model, tokenizer, wanted, texts, folder: Path, progress: bool | Overall, seconds: Mapping[str, float], spread
+    model, tokenizer, wanted, texts, folder: Path, progress: bool | Overall, seconds: Mapping[str, float], divide
 ) -> "dict[str, Found | str]":
-    new = [name for name, of in wanted.items() if isinstance(of, Wanted) and kept_networks(folder, name) is None]
-    jobs = [(tokenizer, texts.fit[wanted[name].read], wanted[name]) for name in new]
-    for name, why in wanted.items():
+    found: dict[str, Any] = {
+        name: of if isinstance(of, str) else kept_networks(folder, name) for name, of in wanted.items()
+    }
+    for name, why in found.items():
         note(f"networks {name}: {why}", bool(progress) and isinstance(why, str))
+    new = [name for name, of in found.items() if of is None]
+    jobs = [(tokenizer, texts.fit[wanted[name].read], wanted[name]) for name in new]
     begun = time.perf_counter()
-    for done, (i, one) in enumerate(spread(searched, jobs, model), 1):
+    for done, (i, one) in enumerate(divide(searched, jobs, model), 1):
         keep_networks(folder, new[i], one)
         said = one if isinstance(one, str) else f"{one.key.n:,} key neurons"
         said = f"networks {done} of {len(new)}, {new[i]}: {said}, {time.perf_counter() - begun:.0f} s"
@@ -225,7 +228,7 @@ def _find_all(
             progress.add("set", seconds.get(new[i], 0.0))
             said += f"; {progress}"
         note(said, bool(progress))
-    return {name: of if isinstance(of, str) else kept_networks(folder, name) for name, of in wanted.items()}
+    return found | {name: kept_networks(folder, name) for name in new}
 
 # %% ../../nbs/study/07_whole.ipynb #1bf44851
 def _recurrence(
@@ -237,7 +240,7 @@ def _recurrence(
     how: dict[str, Any] = {"alpha": p.alpha or 3.6, "max_length": p.fit_length, "seed": p.ica_seed}
     how |= {"progress": progress, "n_jobs": n_jobs, "standardize": p.standardize}
     how |= {"exclude": p.exclude, "folder": folder / "recurrence"}
-    how |= {"spread": partial(led_jobs, ranks)} if ranks.size > 1 else {}
+    how |= {"divide": partial(led_jobs, ranks)} if ranks.size > 1 else {}
     return recurrence_study(model, tokenizer, group, single, s.ks[0], p.site, **how)
 
 # %% ../../nbs/study/07_whole.ipynb #7cec39d7
@@ -305,12 +308,12 @@ def study_cache(
     return cache
 
 
-def searching(
+def divider(
     ranks: LedRanks,
     n_jobs: int,  # processes on a cluster
     folder: Path,  # of the study
 ) -> Callable:
-    "Return what does independent searches: all ranks, the workers of a cluster, or this process one after the other."
+    "Return what does searches, as `several` does: all ranks, a cluster's workers, or this process one after the other."
     if ranks.size > 1:
         return partial(led_jobs, ranks)
     return partial(several, n_jobs=1 if active_cluster() is None else n_jobs, folder=folder)
@@ -326,8 +329,8 @@ def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: StudySettings, te
         work, seconds = _work(model, cache, wanted, sets, s, kinds, folder / "networks")
         _tell(work, sets, s, kinds)
         cache.progress = work
-    spread, seconds = searching(ranks, n_jobs, folder), seconds if progress else {}
-    found = _find_all(model, tokenizer, wanted, texts, folder / "networks", work, seconds, spread)
+    divide, seconds = divider(ranks, n_jobs, folder), seconds if progress else {}
+    found = _find_all(model, tokenizer, wanted, texts, folder / "networks", work, seconds, divide)
     some = enough_texts(tokenizer, texts.fit[kinds[0]], s.sample_tokens, s.sample_tokens)
     sample = capture(model, tokenizer, some, s.find.site, max_length=s.sample_tokens, progress=False)
     tables = study_tables(cache, found, sets, s, kinds, sample, n_jobs)
