@@ -36,12 +36,28 @@ def test_every_study_leaves_its_table_with_the_columns_of_the_single_study(done)
     assert set(kept) == set(tables) == {"untrained", "untrained-networks", "localizers", "tasks", "pruning", "verdicts"}
     for name in {path.stem for path in committed.glob("*.csv")} & set(kept):
         assert list(kept[name].columns) == list(pd.read_csv(committed / f"{name}.csv").columns), name
+    assert set(kept["localizers"].study) == {"localizers"} and set(kept["tasks"].study) == {"tasks"}
     assert kept["verdicts"].attrs["mark"] and len(kept["untrained"]) == 3
     assert (kept["localizers"].seeds == SMALL_FURTHER.draws).all() and len(kept["tasks"].setting.unique()) == 5
     assert kept["verdicts"].verdict.isin(["supported", "not supported", "undecided"]).all()
     why = kept["verdicts"].set_index("claim").why
     judged = {claim.split()[0] for claim in why.index[~why.str.startswith("there is no table")]}
     assert judged == {"T0", "T13", "T14", "T16"}, "the others need tables of other notebooks"
+
+
+def test_more_permuted_copies_are_measured_where_the_verdict_is_taken(tmp_path):
+    some = replace(SMALL_FURTHER, seeds=(0, 5), sites=("mlp_hidden", "mlp_out"), permuted=4)
+    assert some.more_permuted == [1, 2] and some.rows == 12
+    divide = lambda work, jobs, model: enumerate(work(model, job) for job in jobs)
+    given = planted.model(), families.tokenizer(), further_texts(), some, tmp_path
+    tables = module._untrained(*given, False, divide)
+    counts = tables["untrained"].groupby(["site", "model"]).size().to_dict()
+    permuted = {site: counts.pop((site, "permuted")) for site in some.sites}
+    assert permuted == {"mlp_hidden": 4, "mlp_out": 2} and sum(counts.values()) == 2 * 3
+    assert len(tables["untrained"]) == some.rows == len(list((tmp_path / "untrained").glob("*-*.json")))
+    networks = tables["untrained-networks"]
+    assert len(networks) == 4 * some.rows and set(networks[networks.model == "permuted"].seed) == {0, 1, 2, 5}
+    assert replace(some, sites=("mlp_out",)).more_permuted == [] == replace(some, permuted=1).more_permuted
 
 
 def test_what_is_finished_is_not_measured_again(done, monkeypatch):
@@ -98,10 +114,10 @@ def test_held_out_texts_choose_nothing():
     assert e.value.argument == "articles"
 
 
-@pytest.mark.parametrize("name", ["articles", "length", "pairs"])
+@pytest.mark.parametrize("name", ["articles", "length", "pairs", "permuted"])
 def test_settings_that_cannot_work_are_refused(name):
     with pytest.raises(ArgumentError) as e:
-        FurtherSettings(**{name: 1})
+        FurtherSettings(**{name: -1 if name == "permuted" else 1})
     assert e.value.argument == name
 
 

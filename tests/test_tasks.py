@@ -23,6 +23,7 @@ from llmfact_nb.study.further import (
     judge_localized,
     judge_network_for_task,
     judge_specific,
+    judge_training,
 )
 from llmfact_nb.study.localizers import contrast_on, localizer_study
 from llmfact_nb.study.tasks import circuit_areas, circuit_study, neuron_scores, specificity
@@ -160,6 +161,36 @@ def test_tasks_at_chance_or_absent_leave_the_claim_undecided():
     assert judge_specific(table).verdict == UNDECIDED
     verdicts = further_verdicts({"specificity": table}).set_index("claim").verdict
     assert (verdicts == UNDECIDED).all()
+
+
+def copies(trained, permuted, reinitialized=(0.05, 0.06), site="mlp_hidden"):
+    "A table of untrained copies."
+    rows = [("trained", trained)] + [("permuted", r) for r in permuted] + [("reinitialized", r) for r in reinitialized]
+    return pd.DataFrame(rows, columns=["model", "r"]).assign(site=site)
+
+
+def test_training_is_judged_by_nineteen_permuted_copies():
+    low = np.linspace(0.3, 0.5, 19)
+    assert judge_training(copies(0.6, low)).verdict == SUPPORTED
+    assert judge_training(copies(0.6, low[:3])).verdict == UNDECIDED, "three copies are no evidence"
+    assert judge_training(copies(0.6, [*low[:-1], 0.6])).verdict == UNDECIDED
+    assert judge_training(copies(0.6, low, [0.7, 0.1])).verdict == UNDECIDED
+    assert judge_training(copies(0.39, low)).verdict == judge_training(copies(0.3, low[:3])).verdict == NOT_SUPPORTED
+    for missing in (copies(0.6, low, site="mlp_out"), copies(0.6, ())):
+        assert judge_training(missing).verdict == UNDECIDED
+
+
+def test_a_model_like_its_copies_is_seldom_called_trained():
+    rng = np.random.default_rng(0)
+    draws = [judge_training(copies(float(r[0]), r[1:], ())).verdict for r in rng.random((400, 20))]
+    assert draws.count(SUPPORTED) <= 32, "one in twenty is 20, and 32 is beyond 99 % of such counts"
+
+
+def test_a_claim_without_a_p_value_is_not_supported():
+    row = {"setting": "t", "against": "matched permuted", "damage": 0.5, "against_damage": 0.2, "against_low": 0.1}
+    row |= {"against_high": 0.3, "seeds": 3, "difference": 0.3, "ci_low": 0.2, "ci_high": 0.4}
+    judged = {p: judge_localized(pd.DataFrame([row | {"p": p}])).verdict for p in (0.05, 0.1, math.nan)}
+    assert list(judged.values()) == [SUPPORTED, UNDECIDED, UNDECIDED]
 
 
 def test_scores_of_another_model_and_impossible_sizes_are_refused(given):

@@ -156,6 +156,7 @@ def untrained_study(
     progress: bool | Overall = True,  # show a progress bar
     each: bool = False,  # one row per network instead
     divide: Callable | None = None,  # does the jobs in its own way, as `several` does; None: one after the other
+    how: Sequence[str] = HOW,  # the kinds of copies, as for `untrained`
 ) -> "pd.DataFrame":
     """Find networks in the trained model and in copies that have learned nothing. One row per site and model.
 
@@ -164,12 +165,14 @@ def untrained_study(
     import pandas as pd
 
     texts, s = list(texts), settings or UntrainedSettings()
+    for kind in how:
+        check_choice("how", kind, HOW)
     if len(texts) < 2:
         raise ArgumentError("texts", f"{len(texts)} texts", "at least two", "They are split into halves.")
     identity = model_fingerprint(model, tokenizer) | vars(s)
     identity["texts"] = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
     kept = None if folder is None else remember(folder, "untrained", identity)
-    models = dict.fromkeys([(None, None), *((how, seed) for how in HOW for seed in seeds)])
+    models = dict.fromkeys([(None, None), *((kind, seed) for kind in how for seed in seeds)])
     rows: dict[tuple, Any] = {(site, *of): _kept_row(kept, site, *of) for site in sites for of in models}
     left = [of for of, row in rows.items() if row is None]
     work = lambda model, of: _measured(model, tokenizer, texts, s, *of)
@@ -179,7 +182,7 @@ def untrained_study(
             if kept is not None:
                 write_json(kept / _row_file(*left[i]), {k: None if v != v else v for k, v in row.items()})
             bar.update()
-    named = [{"site": site, "model": _CALLED[how], "seed": seed} | row for (site, how, seed), row in rows.items()]
+    named = [{"site": site, "model": _CALLED[kind], "seed": seed} | row for (site, kind, seed), row in rows.items()]
     if each:
         return pd.concat([_of_networks(row) for row in named], ignore_index=True)
     return pd.DataFrame(named).drop(columns="each")

@@ -41,7 +41,10 @@ def further_cost(
 ) -> Cost:
     "Return what the further studies cost on a model, with an empty folder."
     s, tokens = settings, further_tokens(settings)
-    arms, copies = sum(sum(sets.values()) for sets in further_passes(s).values()), 2 * len(s.seeds)
+    arms, copies = (
+        sum(sum(sets.values()) for sets in further_passes(s).values()),
+        2 * len(s.seeds) + len(s.more_permuted),
+    )
     words = f"{tokens['untrained']:,} for {copies} untrained copies, {tokens['networks']:,} to find networks, "
     words += f"the rest to choose neurons and for {arms:,} measurements"
     assumed = (
@@ -57,7 +60,7 @@ def _needs(size: ModelSize, s: FurtherSettings, tokens: dict[str, int], arms: in
     read = tokens["untrained"] + tokens["networks"]
     flops = 2.0 * (size.parameters * sum(tokens.values()) - size.vocabulary * size.hidden * read)
     one, rest = further_flops(s, [size.units(site) for site in s.sites], [size.mlp] * size.layers)
-    flops += one * (1 + 2 * len(s.seeds)) * len(s.sites) + rest
+    flops += one * s.rows + rest
     n = s.fit_texts * s.untrained.max_length
     widest = dataclasses.replace(s.find, fit_tokens=n, n_components=s.untrained.n_components)
     run = run_needs(widest, size, arms=1)

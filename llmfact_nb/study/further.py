@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from ..base.display import counted
+from ..base.statistics import LEAST_DRAWS
 from .verdicts import NOT_SUPPORTED, SUPPORTED, UNDECIDED, Verdict
 
 if TYPE_CHECKING:
@@ -17,16 +18,21 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/study/11_further.ipynb #eac83d76
 def judge_training(table: "pd.DataFrame") -> Verdict:
-    """at mlp_hidden, r over halves of the texts; supported if the trained model lies above every copy, not supported
-    if the copies of one kind lie on average at or above it, undecided otherwise"""
-    here = table[table.site == "mlp_hidden"]
-    of = {kind: rows.r for kind, rows in here.groupby("model")}
-    ours, rest = float(of.pop("trained").iloc[0]), of
-    said = [f"{kind} {r.min():.2f} to {r.max():.2f} over {counted(len(r), 'seed')}" for kind, r in rest.items()]
+    """at mlp_hidden, r over halves of the texts; supported if the trained model lies above every copy and at least 19
+    of them are permuted ones (p 0.05), not supported if the copies of one kind lie on average at or above it,
+    undecided otherwise"""
+    of = {kind: rows.r for kind, rows in table[table.site == "mlp_hidden"].groupby("model")}
+    if "trained" not in of or "permuted" not in of:
+        return Verdict(UNDECIDED, "the model or its permuted copies were not measured at mlp_hidden")
+    ours, permuted = float(of.pop("trained").iloc[0]), of["permuted"]
+    said = [f"{kind} {r.min():.2f} to {r.max():.2f} over {counted(len(r), 'seed')}" for kind, r in of.items()]
     why = f"r over halves of the texts: trained {ours:.2f}, {', '.join(said)}"
-    if all(r.max() < ours for r in rest.values()):
-        return Verdict(SUPPORTED, why, ours)
-    return Verdict(NOT_SUPPORTED if any(r.mean() >= ours for r in rest.values()) else UNDECIDED, why, ours)
+    if any(r.mean() >= ours for r in of.values()):
+        return Verdict(NOT_SUPPORTED, why, ours)
+    if len(permuted) < LEAST_DRAWS:
+        return Verdict(UNDECIDED, f"{why}; {LEAST_DRAWS} permuted copies are needed", ours)
+    why += f"; {int((permuted >= ours).sum())} permuted at or above"
+    return Verdict(SUPPORTED if all(r.max() < ours for r in of.values()) else UNDECIDED, why, ours)
 
 # %% ../../nbs/study/11_further.ipynb #7211adbb
 def _excess(low: float, high: float) -> str:
@@ -44,7 +50,7 @@ def judge_localized(table: "pd.DataFrame", score: str = "t") -> Verdict:
     )
     why += f"{row.seeds:.0f} draws), p {row.p:.2f}"
     verdict = _excess(row.ci_low, row.ci_high)
-    verdict = UNDECIDED if verdict == SUPPORTED and row.p > 0.05 else verdict
+    verdict = UNDECIDED if verdict == SUPPORTED and not row.p <= 0.05 else verdict  # also without a p-value
     return Verdict(verdict, why, row.difference, row.ci_low, row.ci_high)
 
 # %% ../../nbs/study/11_further.ipynb #c5d3f2cc

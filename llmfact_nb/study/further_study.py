@@ -49,6 +49,7 @@ class FurtherSettings:
     untrained: UntrainedSettings = UntrainedSettings()
     sites: tuple[str, ...] = ("mlp_hidden", "mlp_out")  # of the untrained models
     seeds: tuple[int, ...] = (0, 1, 2)  # untrained copies of each kind
+    permuted: int = LEAST_DRAWS  # permuted copies at mlp_hidden, which decide the verdict
     fit_texts: int = 32  # texts that the untrained models read
     articles: int = 40  # held-out documents
     length: int = 64  # tokens of each
@@ -68,6 +69,18 @@ class FurtherSettings:
     def __post_init__(self):
         for name in ("fit_texts", "articles", "length", "sentences", "pairs", "tested"):
             check_whole(name, getattr(self, name), least=2)
+        check_whole("permuted", self.permuted, least=0)
+
+    @property
+    def more_permuted(self) -> list[int]:
+        "Seeds of the permuted copies at mlp_hidden beside those of `seeds`."
+        more = [seed for seed in range(self.permuted) if seed not in self.seeds]
+        return more[: max(0, self.permuted - len(self.seeds))] if "mlp_hidden" in self.sites else []
+
+    @property
+    def rows(self) -> int:
+        "How many models are decomposed, each site counted."
+        return (1 + 2 * len(self.seeds)) * len(self.sites) + len(self.more_permuted)
 
 # %% ../../nbs/study/12_further_study.ipynb #8027d5a0
 QUICK_FURTHER = FurtherSettings(
@@ -75,6 +88,7 @@ QUICK_FURTHER = FurtherSettings(
     untrained=UntrainedSettings(n_init=3, n_splits=1),
     sites=("mlp_hidden",),
     seeds=(0,),
+    permuted=1,
     length=24,
     scores=("t",),
     sentences=60,
@@ -131,9 +145,9 @@ def further_passes(s: FurtherSettings) -> dict[str, dict[str, int]]:
 def further_tokens(s: FurtherSettings) -> dict[str, int]:
     "Return how many tokens each part reads."
     of = {"articles": s.articles * s.length, "agreement": _PAIR * min(s.tested, s.pairs // 2)}
-    rows, chosen = (1 + 2 * len(s.seeds)) * len(s.sites), _PAIR * (s.pairs // 2)
+    chosen = _PAIR * (s.pairs // 2)
     return {
-        "untrained": rows * s.fit_texts * s.untrained.max_length,
+        "untrained": s.rows * s.fit_texts * s.untrained.max_length,
         "networks": s.find.fit_tokens + 2 * _SAMPLE,
         "choosing": len(s.scores) * _SENTENCES * s.sentences + 13 * chosen,  # gradients count as further passes
     } | {study: sum(n * of[name] for name, n in sets.items()) for study, sets in further_passes(s).items()}
@@ -176,18 +190,17 @@ def _work(model, tokenizer, cache: ScoreCache, folder: Path, s: FurtherSettings,
     scored, read, flops = _speeds(model, tokenizer, texts.held_out, s.length)
     tokens, sites = further_tokens(s), {site: neuron_sites(model, site) for site in ("mlp_hidden", *s.sites)}
     one, rest = further_flops(s, [sites[site].n_neurons for site in s.sites], sites["mlp_hidden"].widths)
-    rows = (1 + 2 * len(s.seeds)) * len(s.sites)
     begun = kept_networks(folder / "networks", "networks") is not None
     known = 0 if cache.folder is None else len(list(cache.folder.glob("*.safetensors")))
     passes = further_passes(s)
     unknown = max(0.0, 1 - known / sum(sum(sets.values()) for sets in passes.values()))
     measured = sum(tokens[study] for study in passes)
     amounts = {
-        "model": rows - len(list((folder / "untrained").glob("*-*.json"))),
+        "model": s.rows - len(list((folder / "untrained").glob("*-*.json"))),
         "tok": unknown * measured,
         "s": 0.0 if begun else tokens["networks"] / read + tokens["choosing"] / scored + rest / flops,
     }
-    return Overall(amounts, {"model": tokens["untrained"] / rows / read + one / flops, "tok": 1 / scored, "s": 1.0})
+    return Overall(amounts, {"model": tokens["untrained"] / s.rows / read + one / flops, "tok": 1 / scored, "s": 1.0})
 
 # %% ../../nbs/study/12_further_study.ipynb #3652909d
 def kept_localizer(
@@ -227,7 +240,8 @@ def _tasks(model, tokenizer, cache, found: Found, s: FurtherSettings, texts: Fur
         masks[score] = kept_localizer(model, tokenizer, chosen, score, folder).mask(n=n, tail=tail)
     sets = [contrast_on("agreement", tokenizer, ContrastSet(tested.name, tested.pairs[: s.tested]))]
     sets += [loss_on("wiki", EvalSet(tokenizer, texts.held_out, s.length))] if s.task_articles else []
-    table = localizer_study(cache, found, masks, sets, s.draws, controls=("matched permuted",), n_jobs=n_jobs)
+    how: dict[str, Any] = {"controls": ("matched permuted",), "n_jobs": n_jobs, "study": "tasks"}
+    table = localizer_study(cache, found, masks, sets, s.draws, **how)
     return contrasts(table, cache, ["localized"], ["matched permuted"])
 
 # %% ../../nbs/study/12_further_study.ipynb #32b0d419
@@ -265,6 +279,23 @@ def _after_networks(model, tokenizer, cache, s, texts, folder: Path, n_jobs: int
             note(f"{name} is left out: {e}")
     return tables
 
+# %% ../../nbs/study/12_further_study.ipynb #9cbb1f0e
+def _untrained(model, tokenizer, texts: FurtherTexts, s: FurtherSettings, folder: Path, progress, divide) -> dict:
+    "The tables of the untrained copies: one row per model, and one per network."
+    import pandas as pd
+
+    def measured(each: bool, progress) -> "pd.DataFrame":
+        how: dict[str, Any] = {"settings": s.untrained, "folder": folder / "untrained", "each": each, "divide": divide}
+        how |= {"progress": progress}
+        some = texts.fit[: s.fit_texts]
+        table = untrained_study(model, tokenizer, some, s.sites, s.seeds, **how)
+        if not s.more_permuted:
+            return table
+        more = untrained_study(model, tokenizer, some, ("mlp_hidden",), s.more_permuted, how=("permute",), **how)
+        return pd.concat([table, more[more.model != "trained"]], ignore_index=True)
+
+    return {"untrained": measured(False, progress), "untrained-networks": measured(True, False)}
+
 # %% ../../nbs/study/12_further_study.ipynb #f729075e
 def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: FurtherSettings, texts, n_jobs: int, progress, ranks):
     "Return the tables by name, and the seconds that they were expected to take."
@@ -275,11 +306,7 @@ def _all_tables(cache: ScoreCache, tokenizer, folder: Path, s: FurtherSettings, 
         parts = ", ".join(f"{name} {n:,}" for name, n in further_tokens(s).items())
         note(f"tokens: {parts}; {torch.get_num_threads()} threads")
         note(f"about {duration(expected)} for one process, without what is known already")
-    some = texts.fit[: s.fit_texts]
-    how = (model, tokenizer, some, s.sites, s.seeds, s.untrained, folder / "untrained")
-    divide = divider(ranks, n_jobs, folder)
-    tables = {"untrained": untrained_study(*how, progress=cache.progress, divide=divide)}
-    tables["untrained-networks"] = untrained_study(*how, progress=False, each=True)
+    tables = _untrained(model, tokenizer, texts, s, folder, cache.progress, divider(ranks, n_jobs, folder))
     tables |= _after_networks(model, tokenizer, cache, s, texts, folder, n_jobs)
     return tables | {"verdicts": further_verdicts(tables)}, expected
 

@@ -73,14 +73,15 @@ def localizer_study(
     condition: tuple[str, str] = MEAN,  # (replace, positions)
     controls: Sequence[str] = ("random", "matched permuted"),
     n_jobs: int = 1,  # processes
+    study: str = "localizers",  # what it is called in tables and while it runs
 ) -> "pd.DataFrame":
-    'Ablate each selection (arm "localized", its name in `setting`) and its controls. Study "localizers".'
+    'Ablate each selection (arm "localized", its name in `setting`) and its controls.'
     arms: list[Intervention] = []
     for name, mask in selections.items():
         labels = {"setting": name}
         arms.append(replace(arm_of(found, "network", condition, None, mask, labels=labels), arm="localized"))
         arms += [arm_of(found, c, condition, s, mask, labels=labels) for c in controls for s in range(draws)]
-    return measure(cache, arms, evaluation_sets, "localizers", n_jobs=n_jobs)
+    return measure(cache, arms, evaluation_sets, study, n_jobs=n_jobs)
 
 # %% ../../nbs/study/10_localizers.ipynb #66f01efb
 def unseen_pairs(
