@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from llmfact_nb.base.arguments import ArgumentError
-from llmfact_nb.base.texts import load_cloze
-from llmfact_nb.networks import z_scores
+from llmfact_nb.base.texts import load_cloze, load_labelled
+from llmfact_nb.activations import capture
+from llmfact_nb.networks import FunctionalNetworks, z_scores
 from llmfact_nb.scores.contrast import (
-    SCORES, ContrastPair, ContrastSet, Localizer, contrast_accuracy, contrast_set, localize, text_means, token_pairs,
+    SCORES, ContrastPair, ContrastSet, Localizer, contrast_accuracy, contrast_set, localize, text_means,
 )  # fmt: skip
 
 PLANTED = planted.TASKS["one"]
@@ -56,29 +57,77 @@ def test_accuracy_is_that_of_logits_compared_by_hand(model, contrast):
             by_hand.append(sign * (last[20] - last[21]).item())
     assert solved.logit_difference == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-4)
     assert sorted(solved.margins.flatten().tolist()) == pytest.approx(sorted(by_hand), abs=1e-4)
-    assert solved.by_construction.pairs.tolist() == [len(contrast)]
+    (row,) = solved.by_construction.itertuples()
+    assert row.pairs == len(contrast) and (row.accuracy, row.accuracy_low, row.accuracy_high) == (1, *solved.ci)
+    numbers = (row.logit_difference, row.logit_difference_low, row.logit_difference_high)
+    assert numbers == pytest.approx((solved.logit_difference, *solved.logit_ci))
 
 
-def test_attributions_of_a_layer_add_up_to_the_difference():
-    "Integrated over many steps, through a layer that everything must pass: conductance is complete."
-    net, tokenizer = families.build("gpt2", n_layer=1, resid_pdrop=0.0), families.tokenizer()
-    pair = ContrastPair("w4 w9 w10", "w4 w9 w11", " w20", " w21")
-    from llmfact_nb.scores import contrast as module
+def test_attribution_is_the_slope_towards_the_other_text():
+    "By finite differences: each neuron's change towards its values in `b`, seen in the difference of logits."
+    net, tokenizer = families.build("llama", num_hidden_layers=2), families.tokenizer()
+    pair = ContrastPair("w4 w9 w10", "w4 w7 w11", " w20", " w21")
+    map_ = localize(net, tokenizer, ContrastSet("two", (pair, pair)), score="attribution").map_
+    ids = [tokenizer(text, return_tensors="pt").input_ids for text in (pair.a, pair.b)]
+    answers = [tokenizer.encode(answer.strip())[-1] for answer in (pair.answer_a, pair.answer_b)]
 
-    sites = module.neuron_sites(net, ["transformer.h.0.mlp.c_fc"])  # what the MLP makes of its input
-    pairs = token_pairs(tokenizer, ContrastSet("one", (pair,)))
+    def run(x, change=None, layer=0):
+        "(difference of the logits, the layer's neurons), with the neurons changed."
+        seen = []
+        watch = net.model.layers[layer].mlp.down_proj.register_forward_pre_hook(
+            lambda m, args: seen.append(args[0]) or (None if change is None else (args[0] + change,))
+        )
+        try:
+            last = net(input_ids=x).logits[0, -1].double()
+        finally:
+            watch.remove()
+        return (last[answers[0]] - last[answers[1]]).item(), seen[0]
+
     with torch.no_grad():
-        for p in (net.transformer.h[0].attn.c_proj.weight, net.transformer.h[0].attn.c_proj.bias):
-            p.zero_()
-    end = {}
-    for side in ("a", "b"):
-        ids, real, last = module._ids(pairs, side, net)
-        end[side] = module._difference(net(input_ids=ids, attention_mask=real).logits, last, pairs).item()
-    total = module._attribution(net, sites, pairs, 400).sum().item()
-    direct = end["a"] - end["b"]
-    assert abs(total) > 0 and torch.isfinite(torch.tensor(direct))
-    one, many = (module._attribution(net, sites, pairs, n) for n in (200, 400))
-    torch.testing.assert_close(one, many, rtol=0.05, atol=1e-3)
+        for layer in range(2):
+            towards, width = run(ids[0], layer=layer)[1] - run(ids[1], layer=layer)[1], 0
+            width = towards.shape[-1]
+            of_layer = map_[layer * width : (layer + 1) * width]
+            for neuron in of_layer.abs().topk(3).indices.tolist():
+                step = torch.zeros_like(towards)
+                step[..., neuron] = towards[..., neuron]
+                slope = (run(ids[0], 0.1 * step, layer)[0] - run(ids[0], -0.1 * step, layer)[0]) / 0.2
+                assert of_layer[neuron].item() == pytest.approx(slope, rel=0.05)
+
+
+def test_integrated_attribution_of_a_bottleneck_adds_up_to_the_difference():
+    "Where everything passes the first layer's neurons, what they contribute is the whole difference."
+    net, tokenizer = families.build("llama", num_hidden_layers=1, tie_word_embeddings=False), families.tokenizer()
+    pair = ContrastPair("w4 w9 w10", "w4 w9 w11", " w20", " w21")
+    net.model.layers[0].register_forward_hook(lambda m, args, out: out - args[0])  # no residual connection
+    with torch.no_grad():
+        net.model.layers[0].self_attn.o_proj.weight.zero_()
+        ends = [net(input_ids=tokenizer(t, return_tensors="pt").input_ids).logits[0, -1] for t in (pair.a, pair.b)]
+    answers = [tokenizer.encode(answer.strip())[-1] for answer in (pair.answer_a, pair.answer_b)]
+    whole = [(end[answers[0]] - end[answers[1]]).item() for end in ends]
+    map_ = localize(net, tokenizer, ContrastSet("two", (pair, pair)), score="integrated attribution").map_
+    assert abs(whole[0] - whole[1]) > 0.01
+    assert map_.sum().item() == pytest.approx(whole[0] - whole[1], rel=0.1)
+
+
+def test_a_localizer_is_matched_with_networks_by_hand(model, contrast):
+    tokenizer, texts = families.tokenizer(), [families.words(40, seed=i) for i in range(10)]
+    acts = capture(model, tokenizer, texts, "mlp_hidden", progress=False)
+    networks = FunctionalNetworks(3, exclude="first", n_init=1).fit(acts)
+    found = localize(model, tokenizer, contrast)
+    table = found.match(networks, n=5)
+    assert sorted(table.network) == [0, 1, 2] and table.r.abs().is_monotonic_decreasing
+    x, ours = found.map_.double(), set(found.map_.abs().topk(5).indices.tolist())
+    for row in table.itertuples():
+        y = networks.maps_[row.network].double()
+        theirs = set(y.abs().topk(5).indices.tolist())
+        assert row.iou == pytest.approx(len(ours & theirs) / len(ours | theirs))
+        assert row.r == pytest.approx(torch.corrcoef(torch.stack([x, y]))[0, 1].item(), abs=1e-5)
+    same = Localizer(networks.maps_[1], found.layout, "t", "itself", 2).match(networks)
+    assert same.network[0] == 1 and same.r[0] == pytest.approx(1, abs=1e-5) and same.iou[0] == 1
+    with pytest.raises(ArgumentError) as e:
+        localize(model, tokenizer, contrast, "mlp_out").match(networks)
+    assert e.value.argument == "networks"
 
 
 def test_means_leave_sinks_out_and_do_not_depend_on_company(model, contrast):
@@ -97,9 +146,16 @@ def test_sets_are_drawn_by_their_seed_and_keep_their_promise(name):
     some = contrast_set(name, 40)
     assert len(some) == 40 and some.pairs == contrast_set(name, 40).pairs != contrast_set(name, 40, seed=1).pairs
     assert some.has_answers == (name in ("agreement", "capitals", "opinions"))
+    first, second = some.split(0.6)
+    assert set(second.pairs) <= set(some.pairs) and len(first) == 24 > len(second) > 0
+    assert not {t for p in first.pairs for t in (p.a, p.b)} & {t for p in second.pairs for t in (p.a, p.b)}
+    reviews = load_labelled("rotten-tomatoes", "fit") if name == "reviews" else {"text": [], "label": []}
+    label = dict(zip(reviews["text"], reviews["label"]))
     for p in some.pairs:
         a, b = p.a.split(), p.b.split()
         assert p.a != p.b
+        if name == "reviews":
+            assert [reviews.features["label"].int2str(label[t]) for t in (p.a, p.b)] == ["fresh", "rotten"]
         if name == "agreement":
             assert [x for x, y in zip(a, b) if x != y] == [a[1]] and b[1] == a[1] + "s"
         if name == "sentences-nonwords":

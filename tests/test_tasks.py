@@ -25,7 +25,7 @@ from llmfact_nb.study.further import (
     judge_specific,
     judge_training,
 )
-from llmfact_nb.study.localizers import contrast_on, localizer_study
+from llmfact_nb.study.localizers import contrast_on, localizer_study, task_contrasts
 from llmfact_nb.study.tasks import circuit_areas, circuit_study, neuron_scores, specificity
 from llmfact_nb.study.verdicts import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 
@@ -153,7 +153,9 @@ def test_a_task_without_anything_to_lose_does_not_count():
 def test_a_network_serves_a_task_better_only_with_its_whole_interval(low, high, verdict):
     rows = [("network 3", (low + high) / 2, low, high)] + [(name, 0.3, 0.2, 0.4) for name in "abcd"]
     table = pd.DataFrame(rows, columns=["setting", "difference", "ci_low", "ci_high"])
-    assert judge_network_for_task(table.assign(data="agreement", measure="label nats")).verdict == verdict
+    table = table.assign(data="agreement", measure="label nats", accuracy_low=0.7)
+    assert judge_network_for_task(table).verdict == verdict
+    assert judge_network_for_task(table.assign(accuracy_low=0.48)).verdict == UNDECIDED, "nothing is claimed at chance"
 
 
 def test_tasks_at_chance_or_absent_leave_the_claim_undecided():
@@ -161,6 +163,23 @@ def test_tasks_at_chance_or_absent_leave_the_claim_undecided():
     assert judge_specific(table).verdict == UNDECIDED
     verdicts = further_verdicts({"specificity": table}).set_index("claim").verdict
     assert (verdicts == UNDECIDED).all()
+
+
+def test_the_table_of_tasks_says_how_many_pairs_there_were_and_whether_they_are_solved(given):
+    model, found = given
+    task, cache = planted.task_pairs(), ScoreCache(model, progress=False)
+    early = ContrastSet(
+        "early", tuple(ContrastPair(f"{p.a} w15", f"{p.b} w15", p.answer_a, p.answer_b) for p in task.pairs)
+    )
+    articles = loss_on("wiki", EvalSet(TOKENIZER, texts_of(4), 20))
+    sets = [contrast_on("agreement", TOKENIZER, task), contrast_on("other", TOKENIZER, early), articles]
+    masks = {"network 1": found.key} | {name: found.key for name in "abcd"}
+    table = task_contrasts(localizer_study(cache, found, masks, sets, 2, controls=["matched permuted"]), cache)
+    of = table.groupby("data").agg({"pairs": "first", "accuracy_low": "first"})
+    assert of.pairs.to_dict() == {"agreement": len(task), "other": len(task), "wiki": 4}
+    assert of.accuracy_low["agreement"] == 1 and of.accuracy_low["other"] <= 0.5 and math.isnan(of.accuracy_low["wiki"])
+    early = table[table.data == "other"].assign(data="agreement")
+    assert judge_network_for_task(early).verdict == UNDECIDED
 
 
 def copies(trained, permuted, reinitialized=(0.05, 0.06), site="mlp_hidden"):

@@ -28,7 +28,7 @@ from llmfact_nb.base.tokens import (
 )  # fmt: skip
 from ..evaluate import score_tokens
 from ..masks import Layout, NeuronMask
-from ..networks import Threshold, z_scores
+from ..networks import FunctionalNetworks, Threshold, iou, z_scores
 from ..sites import attach, neuron_sites
 
 if TYPE_CHECKING:
@@ -65,11 +65,13 @@ class ContrastSet:
         return all(p.answer_a and p.answer_b for p in self.pairs)
 
     def split(self, share: float = 0.5, seed: int = 0) -> tuple["ContrastSet", "ContrastSet"]:
-        "Return two sets without a pair in common: one to choose neurons, one to test them."
+        "Return two sets without a text in common: one to choose neurons by, and of the others those whose texts are new."
         order = stream(seed, "contrast", self.name).permutation(len(self.pairs))
         n = round(share * len(order))
         first, second = (tuple(self.pairs[i] for i in sorted(part)) for part in (order[:n], order[n:]))
-        return ContrastSet(self.name, first), ContrastSet(self.name, second)
+        known = {text for p in first for text in (p.a, p.b)}
+        unseen = tuple(p for p in second if p.a not in known and p.b not in known)
+        return ContrastSet(self.name, first), ContrastSet(self.name, unseen)
 
     def __len__(self):
         return len(self.pairs)
@@ -134,7 +136,10 @@ def _reviews(rng: np.random.Generator) -> Iterator[ContrastPair]:
     from llmfact_nb.base.texts import load_labelled
 
     data = load_labelled("rotten-tomatoes", "fit")
-    good, bad = ([t for t, label in zip(data["text"], data["label"]) if label == of] for of in (1, 0))
+    fresh = data.features["label"].str2int("fresh")
+    good, bad = (
+        [t for t, of in zip(data["text"], data["label"]) if (of == fresh) == praise] for praise in (True, False)
+    )
     orders = (rng.permutation(len(good)), rng.permutation(len(bad)))
     yield from (ContrastPair(good[i], bad[j]) for i, j in zip(*orders))
 
@@ -276,7 +281,7 @@ class ContrastAccuracy:
     ci: tuple[float, float]  # its 95 % interval over pairs
     logit_difference: float  # own answer less the other's, mean over texts
     logit_ci: tuple[float, float]  # its 95 % interval over pairs
-    by_construction: "pd.DataFrame"  # construction, pairs, accuracy, logit_difference
+    by_construction: "pd.DataFrame"  # construction, pairs; accuracy and logit_difference, each with _low and _high
     margins: torch.Tensor  # (pairs, 2) own answer less the other's, after a and after b
     left_out: int  # pairs that could not be compared
     several: int = 0  # pairs of which an answer has several tokens and is judged by its first one
@@ -313,13 +318,20 @@ def contrast_accuracy(
     found = own - other  # of logits too: what both are divided by is the same
     right, mean = (found > 0).double().mean(1).numpy(), found.mean(1).numpy()
     table = pd.DataFrame({"construction": [p.construction for p in pairs], "accuracy": right, "logit_difference": mean})
-    table = table.groupby("construction", sort=False).agg(
-        pairs=("accuracy", "size"), accuracy=("accuracy", "mean"), logit_difference=("logit_difference", "mean")
-    )
+    of_each = [{"construction": name} | _solved(rows) for name, rows in table.groupby("construction", sort=False)]
     of = [mean_estimate(values, np.ones(len(values))) for values in (right, mean)]
     numbers = (of[0].value, of[0].ci, of[1].value, of[1].ci)
     several = sum(p.several for p in pairs)
-    return ContrastAccuracy(*numbers, table.reset_index(), found, len(contrast) - len(pairs), several)
+    return ContrastAccuracy(*numbers, pd.DataFrame(of_each), found, len(contrast) - len(pairs), several)
+
+
+def _solved(rows: "pd.DataFrame") -> dict[str, Any]:
+    "How some pairs are solved, with intervals over pairs."
+    found: dict[str, Any] = {"pairs": len(rows)}
+    for measure in ("accuracy", "logit_difference"):
+        of = mean_estimate(rows[measure].to_numpy(), np.ones(len(rows)))
+        found |= {measure: of.value, f"{measure}_low": of.low, f"{measure}_high": of.high}
+    return found
 
 # %% ../../nbs/scores/05_contrast.ipynb #300972c0
 def text_means(
@@ -464,6 +476,25 @@ class Localizer:
     ) -> NeuronMask:
         "Return the neurons that stand out. Raises ArgumentError unless exactly one of fraction, n and alpha is given."
         return _standing_out(self.map_, self.layout, tail, fraction=fraction, n=n, alpha=alpha)
+
+    def match(
+        self,
+        networks: FunctionalNetworks,  # found at the same site of the same model
+        n: int | None = None,  # how many neurons of each are compared; None: one in a hundred
+    ) -> "pd.DataFrame":
+        """Return one row per network, the most similar first: network, r of the maps, IoU of the n neurons largest in
+        size. Raises ArgumentError for networks of other neurons."""
+        import pandas as pd
+
+        if networks.layout != self.layout:
+            raise ArgumentError("networks", networks.layout, f"networks of {self.layout}")
+        n = max(1, len(self.map_) // 100) if n is None else n
+        ours, maps, rows = self.mask(n=n, tail="both"), networks.maps_, []
+        r = torch.corrcoef(torch.cat([self.map_[None], maps]))[0, 1:].nan_to_num()
+        for i, map_ in enumerate(maps):
+            theirs = _standing_out(map_, self.layout, "both", n=n)
+            rows.append({"network": i, "r": float(r[i]), "iou": iou(ours, theirs)})
+        return pd.DataFrame(rows).sort_values("r", key=abs, ascending=False, ignore_index=True)
 
     def save(self, path: str | os.PathLike) -> Path:
         "Write everything to one safetensors file, atomically, and return its path."

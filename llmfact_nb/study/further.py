@@ -57,8 +57,12 @@ def judge_localized(table: "pd.DataFrame", score: str = "t") -> Verdict:
 def judge_network_for_task(table: "pd.DataFrame") -> Verdict:
     """excess of the damage to the choice between two verbs over variance-matched draws; the best network against the
     best of four scores: supported if its whole interval lies above the other's, not supported if below it, undecided
-    otherwise"""
+    otherwise, and if the unmasked model answers at chance"""
     rows = table[(table.data == "agreement") & (table.measure == "label nats")].set_index("setting")
+    if (rows.accuracy_low <= 0.5).any():
+        return Verdict(
+            UNDECIDED, f"the unmasked model answers at chance (accuracy from {rows.accuracy_low.iloc[0]:.2f})"
+        )
     (name,) = (s for s in rows.index if s.startswith("network"))
     ours, others = rows.loc[name], rows.drop(name)
     best = others.loc[others.difference.idxmax()]

@@ -32,7 +32,7 @@ from ..scores.contrast import ContrastSet, Localizer, contrast_set, localize, to
 from ..sites import neuron_sites
 from .contrasts import contrasts
 from .further import further_verdicts
-from .localizers import best_network, contrast_on, localizer_study, unseen_pairs
+from .localizers import best_network, contrast_on, localizer_study, task_contrasts, unseen_pairs
 from .plan import Wanted, found_networks, kept_networks, more_held_out
 from .pruning import pruning_contrasts, pruning_scores, pruning_study
 from .whole import divider, study_cache, study_terms, write_study
@@ -242,7 +242,7 @@ def _tasks(model, tokenizer, cache, found: Found, s: FurtherSettings, texts: Fur
     sets += [loss_on("wiki", EvalSet(tokenizer, texts.held_out, s.length))] if s.task_articles else []
     how: dict[str, Any] = {"controls": ("matched permuted",), "n_jobs": n_jobs, "study": "tasks"}
     table = localizer_study(cache, found, masks, sets, s.draws, **how)
-    return contrasts(table, cache, ["localized"], ["matched permuted"])
+    return task_contrasts(table, cache)
 
 # %% ../../nbs/study/12_further_study.ipynb #32b0d419
 def _pruning(model, tokenizer, cache, found: Found, s: FurtherSettings, texts: FurtherTexts, folder, n_jobs: int):

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ..ablation import MEAN, EvaluationSet, Found, Intervention, ScoreCache, Scores, arm_of, measure
-from ..base.statistics import LEAST_DRAWS
+from ..base.statistics import LEAST_DRAWS, mean_estimate
 from ..masks import NeuronMask
 from ..scores.contrast import ContrastSet, contrast_accuracy, text_means, token_pairs, welch_t
+from .contrasts import contrasts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,6 +83,21 @@ def localizer_study(
         arms.append(replace(arm_of(found, "network", condition, None, mask, labels=labels), arm="localized"))
         arms += [arm_of(found, c, condition, s, mask, labels=labels) for c in controls for s in range(draws)]
     return measure(cache, arms, evaluation_sets, study, n_jobs=n_jobs)
+
+# %% ../../nbs/study/10_localizers.ipynb #a30b798c
+def task_contrasts(
+    table: "pd.DataFrame",  # of `localizer_study`
+    cache: ScoreCache,  # that measured it
+) -> "pd.DataFrame":
+    """Return the comparisons with variance-matched draws, and of each evaluation set `pairs`, its documents, and
+    `accuracy_low`, the lower end of the unmasked model's accuracy where there are answers to choose from."""
+    found = contrasts(table, cache, ["localized"], ["matched permuted"])
+    base = {row.data: cache.kept(row.part) for row in table[table.arm == "unmasked"].itertuples()}
+    asked = {data: of for data, of in base.items() if "label nats" in of.sums}
+    low = {data: mean_estimate(of.sums["accuracy"], of.counts).low for data, of in asked.items()}
+    return found.assign(
+        pairs=found.data.map({d: len(of.counts) for d, of in base.items()}), accuracy_low=found.data.map(low)
+    )
 
 # %% ../../nbs/study/10_localizers.ipynb #66f01efb
 def unseen_pairs(
