@@ -125,10 +125,11 @@ TOPICS = [f"w{4 + planted.WORDS * t} w{5 + planted.WORDS * t} w{6 + planted.WORD
 
 
 def further_texts() -> FurtherTexts:
+    turned = [" ".join(reversed(t.split())) for t in TOPICS]
     pairs = [
-        ContrastPair(TOPICS[i], TOPICS[(i + 1) % 8], f" w{8 + 5 * i}", f" w{8 + 5 * ((i + 1) % 8)}") for i in range(8)
+        ContrastPair(TOPICS[i], turned[(i + 1) % 8], f" w{8 + 5 * i}", f" w{8 + 5 * ((i + 1) % 8)}") for i in range(8)
     ]
-    language = ContrastSet("words", tuple(ContrastPair(t, " ".join(reversed(t.split()))) for t in TOPICS))
+    language = ContrastSet("words", tuple(map(ContrastPair, TOPICS, turned)))
     return FurtherTexts(
         planted.texts(12, 50), planted.texts(4, 20, seed=3), language, ContrastSet("topics", tuple(pairs))
     )

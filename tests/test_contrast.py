@@ -164,6 +164,14 @@ def test_sets_are_drawn_by_their_seed_and_keep_their_promise(name):
             assert sorted(a) == sorted(b)
 
 
+def test_a_set_whose_pairs_all_share_a_text_cannot_be_split():
+    shared = ContrastSet("shared", tuple(ContrastPair("w4", f"w{i}") for i in range(5, 9)))
+    with pytest.raises(ArgumentError) as e:
+        shared.split()
+    assert e.value.argument == "pairs"
+    assert [len(part) for part in shared.split(1.0)] == [4, 0]
+
+
 def test_tables_are_read_and_refused_by_row(tmp_path):
     path = tmp_path / "own.csv"
     path.write_text("a,b,answer_a,answer_b\nw4 w5,w4 w6, w7, w8\nw9,w10, w7, w8\n")

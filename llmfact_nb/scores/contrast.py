@@ -65,12 +65,15 @@ class ContrastSet:
         return all(p.answer_a and p.answer_b for p in self.pairs)
 
     def split(self, share: float = 0.5, seed: int = 0) -> tuple["ContrastSet", "ContrastSet"]:
-        "Return two sets without a text in common: one to choose neurons by, and of the others those whose texts are new."
+        "Return two sets without a text in common: one to choose neurons by, and the pairs whose texts are new."
         order = stream(seed, "contrast", self.name).permutation(len(self.pairs))
         n = round(share * len(order))
         first, second = (tuple(self.pairs[i] for i in sorted(part)) for part in (order[:n], order[n:]))
         known = {text for p in first for text in (p.a, p.b)}
         unseen = tuple(p for p in second if p.a not in known and p.b not in known)
+        if second and not unseen:
+            seen = f"{len(second)} pairs left to test, each with a text of those that choose"
+            raise ArgumentError("pairs", seen, "some pairs whose texts are in no other pair")
         return ContrastSet(self.name, first), ContrastSet(self.name, unseen)
 
     def __len__(self):

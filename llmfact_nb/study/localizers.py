@@ -84,6 +84,17 @@ def localizer_study(
         arms += [arm_of(found, c, condition, s, mask, labels=labels) for c in controls for s in range(draws)]
     return measure(cache, arms, evaluation_sets, study, n_jobs=n_jobs)
 
+# %% ../../nbs/study/10_localizers.ipynb #66f01efb
+def unseen_pairs(
+    contrast: ContrastSet,  # sentences made of the words of fit texts
+    held_out: Sequence[str],  # texts of which no sentence may be taken
+    n: int,  # how many pairs
+) -> ContrastSet:
+    "Return the first n pairs whose text `a` stands in no held-out text."
+    read = [" ".join(re.findall("[A-Za-z]+", text)) for text in held_out]
+    unseen = [pair for pair in contrast.pairs if not any(pair.a in text for text in read)]
+    return ContrastSet(contrast.name, tuple(unseen[:n]))
+
 # %% ../../nbs/study/10_localizers.ipynb #a30b798c
 def task_contrasts(
     table: "pd.DataFrame",  # of `localizer_study`
@@ -98,14 +109,3 @@ def task_contrasts(
     return found.assign(
         pairs=found.data.map({d: len(of.counts) for d, of in base.items()}), accuracy_low=found.data.map(low)
     )
-
-# %% ../../nbs/study/10_localizers.ipynb #66f01efb
-def unseen_pairs(
-    contrast: ContrastSet,  # sentences made of the words of fit texts
-    held_out: Sequence[str],  # texts of which no sentence may be taken
-    n: int,  # how many pairs
-) -> ContrastSet:
-    "Return the first n pairs whose text `a` stands in no held-out text."
-    read = [" ".join(re.findall("[A-Za-z]+", text)) for text in held_out]
-    unseen = [pair for pair in contrast.pairs if not any(pair.a in text for text in read)]
-    return ContrastSet(contrast.name, tuple(unseen[:n]))
