@@ -85,7 +85,7 @@ def test_attribution_is_the_slope_towards_the_other_text():
 
     with torch.no_grad():
         for layer in range(2):
-            towards, width = run(ids[0], layer=layer)[1] - run(ids[1], layer=layer)[1], 0
+            towards = run(ids[0], layer=layer)[1] - run(ids[1], layer=layer)[1]
             width = towards.shape[-1]
             of_layer = map_[layer * width : (layer + 1) * width]
             for neuron in of_layer.abs().topk(3).indices.tolist():

@@ -41,10 +41,8 @@ def further_cost(
 ) -> Cost:
     "Return what the further studies cost on a model, with an empty folder."
     s, tokens = settings, further_tokens(settings)
-    arms, copies = (
-        sum(sum(sets.values()) for sets in further_passes(s).values()),
-        2 * len(s.seeds) + len(s.more_permuted),
-    )
+    arms = sum(sum(sets.values()) for sets in further_passes(s).values())
+    copies = 2 * len(s.seeds) + len(s.more_permuted)
     words = f"{tokens['untrained']:,} for {copies} untrained copies, {tokens['networks']:,} to find networks, "
     words += f"the rest to choose neurons and for {arms:,} measurements"
     assumed = (
